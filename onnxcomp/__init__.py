@@ -1,0 +1,87 @@
+"""onnxcomp: makes ONNX models smaller and faster, never worse, with the proof.
+
+Names are imported when they are first used, so that `import onnxcomp` itself is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxcomp.advice import Advice, advise
+    from onnxcomp.comparison import Comparison, compare
+    from onnxcomp.errors import (
+        DataError,
+        ModelError,
+        OnnxcompError,
+        OptionError,
+        OutputError,
+        RequirementError,
+        RuntimeFailure,
+        WorkerDied,
+    )
+    from onnxcomp.facts import ModelFacts, inspect
+    from onnxcomp.ledger import Report
+    from onnxcomp.model import Model
+    from onnxcomp.passes import Changes, Context, Pass, option, register
+    from onnxcomp.pipeline import Budget, Result, optimize
+    from onnxcomp.recipe import load_recipe
+    from onnxcomp.stages import Stage
+
+__all__ = [
+    "Advice",
+    "Budget",
+    "Changes",
+    "Comparison",
+    "Context",
+    "DataError",
+    "Model",
+    "ModelError",
+    "ModelFacts",
+    "OnnxcompError",
+    "OptionError",
+    "OutputError",
+    "Pass",
+    "Report",
+    "RequirementError",
+    "Result",
+    "RuntimeFailure",
+    "Stage",
+    "WorkerDied",
+    "advise",
+    "compare",
+    "inspect",
+    "load_recipe",
+    "optimize",
+    "option",
+    "register",
+]
+
+_HOMES = {
+    "advice": ("Advice", "advise"),
+    "comparison": ("Comparison", "compare"),
+    "facts": ("ModelFacts", "inspect"),
+    "ledger": ("Report",),
+    "model": ("Model",),
+    "passes": ("Changes", "Context", "Pass", "option", "register"),
+    "pipeline": ("Budget", "Result", "optimize"),
+    "recipe": ("load_recipe",),
+    "stages": ("Stage",),
+}
+"""Module -> the public names in it; what is in none of these is an error class."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in __all__:
+        message = f"module 'onnxcomp' has no attribute {name!r}"
+        raise AttributeError(message)
+    home = next((module for module, names in _HOMES.items() if name in names), "errors")
+    value = getattr(importlib.import_module(f"onnxcomp.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

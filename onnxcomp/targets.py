@@ -1,0 +1,147 @@
+"""The one table of deployment targets: what each wants of a quantized model, and how it is shipped and verified.
+
+The quantization rules come from ONNX Runtime's fusion rules and were checked by running; see docs/how-it-works.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from onnxcomp.errors import OptionError
+
+__all__ = ["TARGETS", "QuantizationRules", "Target", "cpu_features", "find_target", "host_target"]
+
+
+@dataclass(frozen=True)
+class QuantizationRules:
+    """How int8 must look for a target's kernels to run it.
+
+    Attributes:
+        activations: The type of activations.
+        weights: The type of weights.
+        per_channel: Whether weights may have one scale per output channel.
+        reduce_range: Whether weights must stay in 7 bits, because the kernel adds pairs of products in 16 bits, which
+            saturate (x86 before VNNI).
+    """
+
+    activations: Literal["uint8", "int8"] = "uint8"
+    weights: Literal["uint8", "int8"] = "int8"
+    per_channel: bool = True
+    reduce_range: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a deployment target wants.
+
+    Attributes:
+        name: As on the command line.
+        description: One line for `--help`.
+        rules: How int8 must look; None where the target has no Q/DQ kernels at all.
+        artifact: What is shipped: an .onnx or an .ort file.
+        verify_layers: The layers of `verify` that say something about this target.
+        min_runtime: The oldest ONNX Runtime that the output is made for.
+        max_opset: The newest default operator set that this runtime has.
+        max_ir_version: The newest IR version that this runtime reads.
+        static_shapes: Whether dynamic axes must be fixed.
+        session_config: ONNX Runtime session entries that make this host fuse as the target does.
+    """
+
+    name: str
+    description: str
+    rules: QuantizationRules | None
+    artifact: Literal["onnx", "ort"] = "onnx"
+    verify_layers: tuple[str, ...] = ("cpu",)
+    min_runtime: str = "1.16"
+    max_opset: int = 19
+    max_ir_version: int = 9
+    static_shapes: bool = False
+    session_config: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_host(self) -> bool:
+        """Whether this machine is such a target, so that its clock is evidence of speed."""
+        return self.name == host_target().name
+
+
+_ARM_FUSION = (("session.qdqisint8allowed", "1"),)
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("x86-vnni", "x86-64 servers and desktops with VNNI (AVX512-VNNI or AVX-VNNI)", QuantizationRules()),
+        Target("x86", "x86-64 without VNNI: 7-bit weights, no saturation", QuantizationRules(reduce_range=True)),
+        Target(
+            "arm64",
+            "64-bit ARM: phones, Apple silicon, Graviton",
+            QuantizationRules(activations="int8"),
+            artifact="ort",
+            verify_layers=("cpu", "ort", "arm64"),
+            session_config=_ARM_FUSION,
+        ),
+        Target(
+            "xnnpack",
+            "ONNX Runtime Mobile with XNNPACK",
+            QuantizationRules(activations="int8"),
+            verify_layers=("cpu", "android"),
+            static_shapes=True,
+            session_config=_ARM_FUSION,
+        ),
+        Target(
+            "nnapi",
+            "Android's NNAPI",
+            QuantizationRules(per_channel=False),
+            artifact="ort",
+            verify_layers=("cpu", "ort"),
+            static_shapes=True,
+        ),
+        Target("coreml", "Apple's CoreML: no Q/DQ operators, weights stored small", None, static_shapes=True),
+        Target(
+            "qnn",
+            "Qualcomm HTP",
+            QuantizationRules(per_channel=False),
+            verify_layers=("cpu", "qnn"),
+            static_shapes=True,
+        ),
+        Target("web", "browsers: ONNX Runtime Web (WASM)", QuantizationRules(), verify_layers=("cpu", "web")),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """The target with this name.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    close = difflib.get_close_matches(name, TARGETS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TARGETS)}"
+    message = f"no target is called {name!r}; {hint}"
+    raise OptionError(message)
+
+
+@cache
+def host_target() -> Target:
+    """The target that this machine is."""
+    if platform.machine().lower() in {"arm64", "aarch64"}:
+        return TARGETS["arm64"]
+    return TARGETS["x86-vnni" if {"avx512_vnni", "avx_vnni"} & set(cpu_features()) else "x86"]
+
+
+@cache
+def cpu_features() -> tuple[str, ...]:
+    """The processor's features that matter to int8 and float kernels, where the system tells them."""
+    wanted = {"sse4_1", "avx", "avx2", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ()
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return tuple(sorted(wanted.intersection(flags)))
