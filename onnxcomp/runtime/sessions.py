@@ -1,0 +1,133 @@
+"""Making and keeping sessions, in the worker. Every session in this package is made here."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import psutil
+
+from onnxcomp.runtime.census import graphs, node_names
+
+_KEPT = 4
+_REASON_CHARACTERS = 400
+_NOISE = (
+    r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ",
+    r"Load model from .*? failed:\s*",
+    r"^External data path validation failed for initializer: .*? Error: (?=.*does not exist)",
+    r"\S+\.(?:cc|h|hpp|cpp):\d+ [^()]*\([^()]*\)(?: const)? ",  # where in ONNX Runtime's source, with a signature
+    r"\S+\.(?:cc|h|hpp|cpp):\d+ \w+ ",  # the same with a bare function name
+)
+
+
+def tidy(error: Exception) -> str:
+    """Make one readable line of an exception, most often ONNX Runtime's own.
+
+    >>> tidy(RuntimeError("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from m.onnx failed:Parsing failed."))
+    'Parsing failed.'
+    """
+    text = " ".join(str(error).split())
+    for noise in _NOISE:
+        text = re.sub(noise, "", text)
+    kind = type(error)
+    if not kind.__module__.startswith("onnxruntime.") and kind not in (RuntimeError, ValueError):
+        text = f"{kind.__name__}: {text}" if text else kind.__name__
+    return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 1] + "…"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A session and how long it took to make."""
+
+    session: Any
+    load_ms: float
+
+
+class Sessions:
+    """The sessions in use, the least recently used one given up first.
+
+    Args:
+        threads: Threads that one operator may use.
+        config: Session configuration entries for every session.
+    """
+
+    def __init__(self, threads: int, config: Mapping[str, str]) -> None:
+        self._threads = threads
+        self._config = config
+        self._kept: OrderedDict[tuple[Any, ...], Loaded] = OrderedDict()
+
+    def options(self, *, optimize: bool = True) -> Any:
+        """The same options for every session, as an ``onnxruntime.SessionOptions``."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if self._threads > 1:
+            # Threads that spin between operators take the machine from everyone else, and from the next model timed.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        for key, value in self._config.items():
+            options.add_session_config_entry(key, value)
+        return options
+
+    def make(self, model: str | bytes, options: Any) -> Any:
+        """Make a session that is not kept."""
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def get(self, path: str, *, optimize: bool = True, observed: tuple[str, ...] = ()) -> Loaded:
+        """The session of a model file; made now unless it is kept and the file has not changed.
+
+        Args:
+            path: An absolute path.
+            optimize: False turns all graph optimizations off.
+            observed: Tensors to expose as further outputs.
+        """
+        status = Path(path).stat() if Path(path).is_file() else None
+        stamp = status and (status.st_mtime_ns, status.st_size, status.st_ino)
+        key = (path, stamp, optimize, observed)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        self._make_room()
+        options = self.options(optimize=optimize)
+        start = time.perf_counter()
+        session = self._make_observed(path, observed, options) if observed else self.make(path, options)
+        self._kept[key] = loaded = Loaded(session, (time.perf_counter() - start) * 1e3)
+        return loaded
+
+    def make_named(self, path: str, options: Any) -> Any:
+        """Make a session that is not kept, of a model whose nodes all have the names of `node_names`."""
+        model = onnx.load(path, load_external_data=False)
+        nodes = [node for graph in graphs(model.graph) for node in graph.node]
+        renamed = False
+        for node, name in zip(nodes, node_names(model.graph), strict=True):
+            renamed |= node.name != name
+            node.name = name
+        return self.make_edited(model, path, options) if renamed else self.make(path, options)
+
+    def make_edited(self, model: onnx.ModelProto, path: str, options: Any) -> Any:
+        """Make a session of an edited model, whose external weights stay in the folder of `path`, its file."""
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent))
+        return self.make(model.SerializeToString(), options)
+
+    def _make_observed(self, path: str, names: tuple[str, ...], options: Any) -> Any:
+        model = onnx.load(path, load_external_data=False)
+        present = {output.name for output in model.graph.output}
+        # A name is enough: ONNX Runtime infers the type.
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+        return self.make_edited(model, path, options)
+
+    def _make_room(self) -> None:
+        while len(self._kept) >= _KEPT:
+            self._kept.popitem(last=False)
+        # Large models are not worth keeping: a new one must fit beside what is left.
+        if psutil.Process().memory_info().rss > psutil.virtual_memory().total / 4:
+            self._kept.clear()
