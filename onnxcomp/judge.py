@@ -1,0 +1,298 @@
+"""The judge: what a candidate model costs and gains, measured against the original. Every verdict rests on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp import analysis
+from onnxcomp.data import Dataset
+from onnxcomp.metrics import Metric
+from onnxcomp.model import Model
+from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference, flatten
+from onnxcomp.runtime import Census, Runtime, Timing, explain
+from onnxcomp.targets import Target
+
+__all__ = ["Budget", "Judge", "Score"]
+
+NOT_SLOWER = 0.97
+"""A candidate at least this fast, relative to the original, is not slower: what is left is the clock's noise."""
+
+SAME_KERNELS = "same kernels"
+
+DOUBTFUL = (0.9, 1.1)
+"""A speed in here is measured again."""
+
+TIMINGS = 3
+
+ROUNDING_SAMPLES = 8
+ROUNDING_MARGIN = 4.0
+"""Rewritten arithmetic rounds elsewhere: errors up to this many times the original's own rounding are rounding too. It
+matters where outputs are next to nothing, such as the 1e-7 of a text detector that sees no text."""
+
+GENERATED_ERROR = 0.5
+"""Allowed relative error on generated inputs. They do not look like real ones, so this only catches broken models:
+unrelated outputs differ by 1.4, while rounding to 8 bits moved a real classifier by 0.2 on inputs out of its range."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a result may cost.
+
+    Attributes:
+        max_drop: Absolute points of the metric (0.005 is half a point), or of the expected drop without labels.
+        max_error: Relative error of the worst output, where there is neither a metric nor class scores, of the part
+            that depends on the input. Measured on real models: 16% went with no loss of the task's metric, 27% with
+            4 points of AUC.
+    """
+
+    max_drop: float = 0.005
+    max_error: float = 0.15
+
+    def allows(self, quality: Quality, *, generated: bool, share: float = 1.0, rounding: float = 0.0) -> bool:
+        """Whether a measured loss is inside the budget.
+
+        Args:
+            quality: The loss.
+            generated: Whether it was measured on made-up inputs.
+            share: The part of the budget that may be used.
+            rounding: An error that float rounding alone makes; it is never held against a candidate.
+        """
+        if not math.isfinite(quality.error):
+            return False
+        if quality.drop is not None and quality.drop > self.max_drop * share:
+            return False
+        if quality.drop is not None and not quality.guessed:
+            return True
+        limit = (GENERATED_ERROR if generated else self.max_error) * share
+        return quality.error <= max(limit, rounding)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the judge found out about one model. Ratios are original over new: above 1 is better.
+
+    Attributes:
+        quality: The loss.
+        size_bytes: The size of the saved file and its external data.
+        size: Original bytes over these.
+        speed: Original latency over this one's.
+        evidence: How the speed is known: "measured" (in turn with the original), "same kernels" (ONNX Runtime makes the
+            original's program of it) or "estimated" (from the kernels, for a target that is not this host).
+        census: ONNX Runtime's optimized graph.
+        macs: Multiply-accumulates of one run.
+        int8_macs: Those in int8 kernels.
+    """
+
+    quality: Quality
+    size_bytes: int
+    size: float
+    speed: float
+    evidence: str
+    census: Census
+    macs: int
+    int8_macs: int
+
+    @property
+    def drop(self) -> float | None:
+        """The drop; bigger is worse."""
+        return self.quality.drop
+
+    @property
+    def value(self) -> float:
+        """What stages compete for: times faster by times smaller."""
+        return self.speed * self.size
+
+
+class Judge:
+    """Scores candidates against the original; remembers what it measured by the candidate's digest.
+
+    Args:
+        original: The model to compare with.
+        select: The samples that choices are made on.
+        confirm: The samples that only the final figures are measured on.
+        metric: The task metric, or None.
+        budget: What may be lost.
+        runtime: ONNX Runtime in its worker.
+        target: What the model is for.
+        workdir: A folder for candidates; it must exist.
+        seed: Of the intervals.
+        timing: False: clocks are not asked (for reproducible decisions); the kernels decide.
+    """
+
+    def __init__(
+        self,
+        original: Model,
+        *,
+        select: Dataset,
+        confirm: Dataset,
+        metric: Metric | None,
+        budget: Budget,
+        runtime: Runtime,
+        target: Target,
+        workdir: Path,
+        seed: int = 0,
+        timing: bool = True,
+        classifier: bool | None = None,
+    ) -> None:
+        self.budget = budget
+        self.metric = metric
+        self.runtime = runtime
+        self.target = target
+        self.generated = select.generated
+        self._select, self._confirm = select, confirm
+        self._workdir = workdir
+        self.timed = timing and target.is_host
+        self._scores: dict[str, Score] = {}
+        self._paths: dict[str, Path] = {}
+        self.original_digest = original.digest
+        self.original_path = self.path_of(original)
+        self.original_bytes = original.size_bytes
+        self.feed: dict[str, Any] = next(iter(select.subset([0]).batches(1))).inputs
+        self._shapes = {name: list(np.shape(value)) for name, value in self.feed.items()}
+        self.deterministic = self._is_deterministic()
+        self.rounding = ROUNDING_MARGIN * self._rounding()
+        self._reference = Reference(select, self._run(self.original_path, select), metric, classifier, seed)
+        if confirm is select:
+            self._final = self._reference
+        else:
+            self._final = Reference(confirm, self._run(self.original_path, confirm), metric, classifier, seed)
+        self._speeds = [(runtime.census(self.original_path), 1.0, SAME_KERNELS)]
+
+    def _is_deterministic(self) -> bool:
+        """Whether two runs on one sample agree; random operators make them differ."""
+        first, second = (flatten(run) for run in self.runtime.run(self.original_path, [self.feed, self.feed]))
+        return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(first, second, strict=True))
+
+    def _rounding(self) -> float:
+        """The original's own relative error between ONNX Runtime's optimized and unoptimized graphs: float rounding."""
+        few = self._select.subset(range(min(ROUNDING_SAMPLES, self._select.size)))
+        reference = Reference(few, self._run(self.original_path, few), None, False, 0)
+        plain = self.runtime.run(self.original_path, few.feeds(), optimize=False)
+        error = reference.compare(plain, few).plain_error
+        return error if math.isfinite(error) else 0.0
+
+    @property
+    def kind(self) -> str:
+        """How the drop is measured."""
+        return self._final.kind
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many samples choices and final figures rest on."""
+        return {"select": self._reference.samples, "confirm": self._final.samples}
+
+    def original_metric(self) -> float | None:
+        """The original's own metric value, on the samples of the final figures."""
+        return self._final.metric_value()
+
+    # --- candidates -----------------------------------------------------------------------------------------------
+
+    def path_of(self, model: Model) -> Path:
+        """A file of the model, written once."""
+        digest = model.digest
+        if digest not in self._paths:
+            folder = self._workdir / digest[:16]
+            folder.mkdir(exist_ok=True)
+            path = folder / "model.onnx"
+            model.save(path)
+            self._paths[digest] = path
+        return self._paths[digest]
+
+    def forget(self, model: Model) -> None:
+        """Delete the model's file; its score stays."""
+        path = self._paths.get(model.digest)
+        if path is not None and path != self.original_path:
+            del self._paths[model.digest]
+            for file in path.parent.iterdir():
+                file.unlink()
+
+    def quality(self, model: Model) -> Quality:
+        """What the model loses on the samples that choices are made on."""
+        return self._reference.compare(self._run(self.path_of(model), self._select), self._select)
+
+    def confirm(self, model: Model) -> Quality:
+        """What the model loses on the samples kept for the final figures."""
+        return self._final.compare(self._run(self.path_of(model), self._confirm), self._confirm)
+
+    def allows(self, quality: Quality, share: float = 1.0) -> bool:
+        """Whether a measured loss is inside the budget."""
+        return self.budget.allows(quality, generated=self.generated, share=share, rounding=self.rounding)
+
+    def is_lossless(self, quality: Quality) -> bool:
+        """Whether the outputs equal the original's to float rounding (always, for a model with random outputs)."""
+        return not self.deterministic or quality.plain_error <= max(LOSSLESS_ERROR, self.rounding)
+
+    def score(self, model: Model, *, quality: Quality | None = None) -> Score:
+        """Measure a model: loss, size, speed and kernels.
+
+        Raises:
+            RuntimeFailure: ONNX Runtime cannot run it.
+        """
+        digest = model.digest
+        if digest not in self._scores:
+            self._scores[digest] = self._score(model, quality)
+        return self._scores[digest]
+
+    def _score(self, model: Model, quality: Quality | None) -> Score:
+        path = self.path_of(model)
+        census = self.runtime.census(path)
+        macs, int8_macs = self.macs(model, census)
+        speed, evidence = self._speed(path, census, macs, int8_macs)
+        return Score(
+            quality=quality or self.quality(model),
+            size_bytes=model.size_bytes,
+            size=self.original_bytes / model.size_bytes,
+            speed=speed,
+            evidence=evidence,
+            census=census,
+            macs=macs,
+            int8_macs=int8_macs,
+        )
+
+    def _speed(self, path: Path, census: Census, macs: int, int8_macs: int) -> tuple[float, str]:
+        """How many times faster than the original, and how that is known."""
+        for known, speed, evidence in self._speeds:
+            if self.same_kernels(census, known):
+                return speed, evidence  # the same program: whatever clocks differ by is noise
+        if self.timed:
+            found = self._measured_speed(path), "measured"
+        else:
+            # Another target: a MAC in an int8 kernel counts half, and nothing else is claimed.
+            found = (1.0 / (1.0 - 0.5 * int8_macs / macs) if macs else 1.0), "estimated"
+        self._speeds.append((census, *found))
+        return found
+
+    def _measured_speed(self, path: Path) -> float:
+        """Original over new latency, timed in turn; the median of three where one run could be misled by noise."""
+        speeds: list[float] = []
+        while len(speeds) < TIMINGS:
+            original, candidate = self.time([self.original_path, path])
+            speeds.append(original.median_ms / candidate.median_ms)
+            if len(speeds) == 1 and not DOUBTFUL[0] < speeds[0] < DOUBTFUL[1]:
+                break
+        return float(np.median(speeds))
+
+    def time(self, paths: list[Path], seconds: float = 1.0) -> list[Timing]:
+        """Time models in turn on one sample."""
+        return self.runtime.time(paths, self.feed, min_rounds=30, max_rounds=1000, seconds=seconds)
+
+    @staticmethod
+    def same_kernels(one: Census, other: Census) -> bool:
+        """Whether ONNX Runtime runs the same operators on weights of the same size."""
+        bytes_alike = math.isclose(one.initializer_bytes, other.initializer_bytes, rel_tol=0.001, abs_tol=256)
+        return bytes_alike and one.counts() == other.counts()
+
+    def macs(self, model: Model, census: Census) -> tuple[int, int]:
+        """Multiply-accumulates of one run, and how many run in int8 kernels."""
+        counts = analysis.mac_counts(model, self._shapes)
+        int8 = set(explain(model.proto(), census).int8)
+        return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
+
+    def _run(self, path: Path, data: Dataset) -> Iterator[list[Any]]:
+        return self.runtime.run(path, data.feeds())

@@ -1,0 +1,303 @@
+"""`optimize`: run the stages of a recipe, keep what the judge finds worth keeping, and tell the whole story."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp import metrics, resume
+from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
+from onnxcomp.errors import DataError, OptionError, RequirementError, RuntimeFailure
+from onnxcomp.judge import Budget, Judge
+from onnxcomp.ledger import Report
+from onnxcomp.metrics import Metric
+from onnxcomp.model import Model, ModelSource
+from onnxcomp.passes import Context, Pass
+from onnxcomp.reporting import build_report, file_facts, replayed_stages
+from onnxcomp.runtime import Runtime
+from onnxcomp.stages import Stage, default_stages
+from onnxcomp.targets import Target, find_target, host_target
+from onnxcomp.verdict import Kept, StageRunner
+
+__all__ = ["Budget", "Options", "Result", "optimize"]
+
+GENERATED_SAMPLES = 8
+SHARES = {"calibrate": 0.5, "select": 0.25, "confirm": 0.25}
+"""Ranges are fitted, layers chosen and the final figures measured on samples of their own."""
+
+
+@dataclass
+class Result:
+    """What `optimize` returns: the model, and the proof."""
+
+    model: Model
+    report: Report
+
+    def save(self, path: str | Path) -> None:
+        """Write the model, whole or not at all, and note its hash and size in the report.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        self.model.save(path)
+        self.report.output = file_facts(Path(path))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of one run; see `optimize`."""
+
+    budget: Budget
+    metric: Any
+    target: Target
+    exclude: tuple[str, ...]
+    force: bool
+    time_limit: float | None
+    seed: int
+    threads: int
+    shapes: dict[str, tuple[int, ...]]
+    keep_debug: bool
+    timing: bool
+    allow_code: bool
+    resume: bool
+    progress: Callable[[str], None] = field(repr=False, compare=False, default=lambda _: None)
+
+
+def optimize(
+    source: ModelSource,
+    *,
+    data: Any = None,
+    passes: Sequence[Pass | Stage] | None = None,
+    budget: Budget | None = None,
+    metric: str | Callable[..., Any] | Metric | None = None,
+    target: str | Target | None = None,
+    exclude: Sequence[str] = (),
+    force: bool = False,
+    time_limit: float | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    keep_debug: bool = False,
+    timing: bool = True,
+    replay: str | Path | None = None,
+    allow_code: bool = False,
+    image: ImageOptions | None = None,
+    progress: Callable[[str], None] | None = None,
+    resume: bool = True,
+) -> Result:
+    """Make a model smaller and faster, and never worse: every stage is measured, and kept only if it pays.
+
+    Args:
+        source: A path, a ModelProto or a Model. It is not changed.
+        data: Samples for calibration and judgement: a path, arrays, an iterable, ...; see `onnxcomp.data.open_data`.
+            Without data only rewrites that need none are tried.
+        passes: What to try, in order: passes (a stage each) or stages. By default the recipe of `default_stages`.
+        budget: What the result may cost.
+        metric: "top1", "top5", "mse", "auc", "module:function" or a function of (outputs, labels). All need labels but
+            "top1", which falls back to the original's own answers.
+        target: What the model is for; this host by default.
+        exclude: Patterns of node names that every pass leaves alone.
+        force: Keep every stage whatever it costs; all is measured all the same.
+        time_limit: Seconds after which no further stage is begun and choices by measurement end.
+        seed: Of everything random.
+        threads: Threads that ONNX Runtime runs and is timed with.
+        shapes: Sizes of dynamic inputs, for generated inputs.
+        keep_debug: Keep the exporter's traces.
+        timing: False: decide without the clock, so that the same input gives the same file.
+        replay: The JSON report of an earlier run, whose decisions are taken over.
+        allow_code: Whether "module:function" may be imported and called.
+        image: How to read a folder of images.
+        progress: Called with a short line on what is going on.
+        resume: Whether to take over the finished stages of an interrupted run.
+
+    Returns:
+        The model and the report.
+
+    Raises:
+        OnnxcompError: Something in the input is missing or wrong; see `onnxcomp.errors`.
+
+    Example:
+        >>> from onnx import parser
+        >>> graph = "g (float[N, 4] x) => (float[N, 4] y) { i = Identity(x)  y = Relu(i) }"
+        >>> model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
+        >>> result = optimize(model)
+        >>> [node.op for node in result.model.graph.nodes]
+        ['Relu']
+    """
+    started = time.monotonic()
+    options = Options(
+        budget=budget or Budget(),
+        metric=metric,
+        target=_target(target),
+        exclude=tuple(exclude),
+        force=force,
+        time_limit=time_limit,
+        seed=seed,
+        threads=threads,
+        shapes={name: tuple(shape) for name, shape in (shapes or {}).items()},
+        keep_debug=keep_debug,
+        timing=timing and replay is None,
+        allow_code=allow_code,
+        resume=resume,
+        **({"progress": progress} if progress else {}),
+    )
+    original = Model.load(source)
+    samples = _samples(original, data, options, image)
+    stages = _stages(passes, replay, has_data=not samples.generated)
+    _check_requirements(stages, samples)
+    chosen_metric, classifier, notes = _metric(options, samples)
+    workdir = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
+    config = {} if options.target.is_host else dict(options.target.session_config)
+    try:
+        with samples, Runtime(threads=threads, session_config=config) as runtime:
+            parts = samples.split(SHARES, seed) if not samples.generated else dict.fromkeys(SHARES, samples)
+            options.progress("measuring the original")
+            judge = _judge(original, parts, options, runtime, workdir, chosen_metric, classifier)
+            context = _context(options, parts["calibrate"], judge, runtime, workdir, started)
+            runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
+            kept, finished = _run_stages(runner, stages, options, samples)
+            report = build_report(
+                original, kept, judge, options, samples, parts, source, notes, seconds=time.monotonic() - started
+            )
+    finally:
+        shutil.rmtree(workdir, ignore_errors=True)
+    finished.remove()
+    return Result(kept.model, report)
+
+
+def _run_stages(
+    runner: StageRunner, stages: Sequence[Stage], options: Options, samples: Dataset
+) -> tuple[Kept, resume.Finished]:
+    """Run every stage on what the stages before it left, then confirm the whole on samples that no choice saw."""
+    key = resume.run_key(runner.judge, options, samples, stages) if options.resume else None
+    finished = resume.Finished(key)
+    kept = Kept.start(runner.original)
+    for index, stage in enumerate(stages):
+        earlier = finished.load(index)
+        if earlier is not None:
+            model, entry, lossless = earlier
+            kept = kept.after_resumed(model, entry, lossless=lossless)
+            continue
+        kept = runner.run(stage, kept)
+        finished.store(index, kept)
+    return runner.confirm(kept), finished
+
+
+def _target(target: str | Target | None) -> Target:
+    if target is None:
+        return host_target()
+    return find_target(target) if isinstance(target, str) else target
+
+
+def _samples(model: Model, data: Any, options: Options, image: ImageOptions | None) -> Dataset:
+    """The user's samples, checked against the model's inputs, or generated ones."""
+    proto = model.proto()
+    if data is None:
+        return generate(proto, count=GENERATED_SAMPLES, seed=options.seed, shapes=options.shapes)
+    return open_data(data, input_specs(proto), shapes=options.shapes, image=image, allow_code=options.allow_code)
+
+
+def _stages(passes: Sequence[Pass | Stage] | None, replay: str | Path | None, *, has_data: bool) -> list[Stage]:
+    if replay is not None:
+        if passes is not None:
+            message = "replay takes its passes from the report; leave out the passes"
+            raise OptionError(message)
+        return replayed_stages(Path(replay))
+    if passes is None:
+        return default_stages(data=has_data)
+    return [item if isinstance(item, Stage) else Stage(passes=(item,)) for item in passes]
+
+
+def _check_requirements(stages: Sequence[Stage], samples: Dataset) -> None:
+    """Refuse a pass that cannot run, before any work starts."""
+    there = {"data": not samples.generated, "labels": samples.has_labels}
+    for stage in stages:
+        for wanted in stage.passes:
+            for need in sorted(wanted.requires):
+                if not there.get(need, True):
+                    message = f"the pass {wanted.name!r} needs {need}; give --data{' with labels' * (need == 'labels')}"
+                    raise RequirementError(message)
+
+
+def _metric(options: Options, samples: Dataset) -> tuple[Metric | None, bool | None, list[str]]:
+    """The metric to use, whether the outputs are declared to be class scores, and what to tell the user."""
+    asked = options.metric
+    if samples.generated:
+        return None, False, []
+    if asked is None:
+        if samples.has_labels and _are_class_labels(samples):
+            return metrics.get_metric("top1"), None, ["the labels look like classes: judged by top1"]
+        unused = ["the data have labels, but no metric was given: they are not used"] if samples.has_labels else []
+        return None, None, unused
+    metric = metrics.get_metric(asked, allow_code=options.allow_code)
+    if samples.has_labels:
+        return metric, None, []
+    if metric.name == "top1":
+        return None, True, ["no labels: top1 is estimated from the original's own class probabilities"]
+    message = f"metric {metric.name!r} needs labels; put them under 'label' in the data"
+    raise DataError(message)
+
+
+def _are_class_labels(samples: Dataset) -> bool:
+    labels = samples.labels()
+    return labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" and bool((labels >= 0).all())
+
+
+def _judge(
+    original: Model,
+    parts: Mapping[str, Dataset],
+    options: Options,
+    runtime: Runtime,
+    workdir: Path,
+    metric: Metric | None,
+    classifier: bool | None,
+) -> Judge:
+    """The judge, which runs the original for the first time.
+
+    Raises:
+        DataError: The original does not run on generated inputs.
+    """
+    try:
+        return Judge(
+            original,
+            select=parts["select"],
+            confirm=parts["confirm"],
+            metric=metric,
+            budget=options.budget,
+            runtime=runtime,
+            target=options.target,
+            workdir=workdir,
+            seed=options.seed,
+            timing=options.timing,
+            classifier=classifier,
+        )
+    except RuntimeFailure as error:
+        if not parts["select"].generated:
+            raise
+        feed = next(iter(parts["select"].batches())).inputs
+        shapes = ", ".join(f"{name}={','.join(map(str, array.shape))}" for name, array in feed.items())
+        reason = str(error).partition(": ")[2]
+        message = f"the model does not run on inputs made up for it ({shapes}); give --data or --shape: {reason}"
+        raise DataError(message) from error
+
+
+def _context(options: Options, data: Dataset, judge: Judge, runtime: Runtime, workdir: Path, started: float) -> Context:
+    return Context(
+        data=None if data.generated else data,
+        target=options.target,
+        judge=judge,
+        runtime=runtime,
+        workdir=workdir,
+        rng=np.random.default_rng(options.seed),
+        exclude=options.exclude,
+        keep_debug=options.keep_debug,
+        progress=options.progress,
+        deadline=started + options.time_limit if options.time_limit else None,
+    )

@@ -1,0 +1,314 @@
+"""How much worse a candidate's outputs are than the original's, on the same samples.
+
+Three ways, the best one that the data allow:
+
+- `metric`: labels and a task metric; the drop is the difference of the metric.
+- `expected-drop`: no labels, but an output holds class scores. What the original expects to lose by the candidate's
+  choices: mean(p[own choice] - p[candidate's choice]). (Counting disagreements would reject good models: near ties flip
+  without any loss.)
+- `relative-error`: anything else. The root mean square of the difference over that of the *part of the output that
+  depends on the input* (the output minus its mean over the samples), the worst output counts. A large constant part, as
+  in spectra in decibels or in box coordinates, would otherwise hide the damage: an anomaly detector that lost 4 points
+  of AUC had 2.7% of plain relative error, but 27% of this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from onnxcomp import metrics
+from onnxcomp.data import Batch, Dataset
+from onnxcomp.errors import DataError
+from onnxcomp.metrics import Metric
+
+__all__ = ["LOSSLESS_ERROR", "Quality", "Reference"]
+
+Array = np.ndarray[Any, Any]
+Runs = list[list[Array]]
+
+LOSSLESS_ERROR = 1e-4
+"""Plain relative error below which float results are equal to rounding: fused float32 stays below 1e-5."""
+
+CENTRED_FROM_SAMPLES = 8
+"""With fewer samples the mean over samples says nothing."""
+
+CONSTANT_BELOW = 1e-6
+"""An output that varies by less, relative to its size, varies by float32 rounding alone: it is a constant."""
+
+OUTPUT_BYTES = 256 << 20
+"""Reference outputs kept in memory at most; of larger ones, fewer samples are compared."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a candidate loses. `drop` is bigger-is-worse; None where `kind` is "relative-error".
+
+    Attributes:
+        kind: How the drop was measured.
+        drop: The drop.
+        interval: Its paired 95% interval.
+        error: The relative error of the worst output; see the module.
+        plain_error: The same without taking the mean out: what "equal to rounding" is about.
+        sqnr_db: The signal-to-noise ratio of the worst output.
+        agreement: How often the top class is the same.
+        metric: The candidate's own metric value.
+        samples: How many samples were compared.
+        guessed: That the outputs are class scores was only guessed from confident logits: the relative error must be
+            inside its budget too.
+    """
+
+    kind: Literal["metric", "expected-drop", "relative-error"]
+    drop: float | None
+    interval: tuple[float, float] | None
+    error: float
+    plain_error: float
+    sqnr_db: float
+    agreement: float | None
+    metric: float | None
+    samples: int
+    guessed: bool = False
+
+
+class Reference:
+    """The original's outputs on a set of samples, to compare candidates with.
+
+    Args:
+        data: The samples.
+        outputs: The original's outputs, a list for each batch of `data.batches()`.
+        metric: The task metric, where there are labels.
+        classifier: Whether to treat two-axis outputs as class scores; None: decide by their looks.
+        seed: Of the bootstrap.
+    """
+
+    def __init__(
+        self, data: Dataset, outputs: Iterable[list[Any]], metric: Metric | None, classifier: bool | None, seed: int
+    ) -> None:
+        self.batches = 0
+        self._metric = metric
+        self._seed = seed
+        self._centred = not data.generated
+        self._runs: Runs = []
+        labels = []
+        kept_bytes = 0
+        for batch, arrays in zip(data.batches(), outputs, strict=False):
+            run = _trim(flatten(arrays), batch)
+            self._runs.append(run)
+            self.batches += 1
+            if batch.labels is not None:
+                labels.append(batch.labels)
+            kept_bytes += sum(array.nbytes for array in run)
+            if kept_bytes > OUTPUT_BYTES:
+                break
+        self.samples = sum(len(part) for part in labels) if labels else _count(self._runs, data)
+        self._labels = np.concatenate(labels) if labels and metric is not None else None
+        inputs = next(iter(data.batches())).inputs.values()
+        elements = sum(array[:1].size if array.ndim else 1 for array in inputs)
+        self._guessed = False
+        self._classes = None if classifier is False or data.generated else self._class_output(elements, classifier)
+
+    def _class_output(self, elements: int, declared: bool | None) -> int | None:
+        """Which output holds class scores."""
+        for index in range(_width(self._runs)):
+            whole = _joined(self._runs, index)
+            if whole is not None and whole.ndim == 2 and whole.dtype.kind == "f" and whole.shape[1] > 1:
+                looks = metrics.looks_like_classifier(whole, elements)
+                if declared or looks:
+                    self._guessed = not declared and looks != "probabilities"
+                    return index
+        return None
+
+    @property
+    def kind(self) -> Literal["metric", "expected-drop", "relative-error"]:
+        """How the drop of candidates is measured."""
+        if self._labels is not None:
+            return "metric"
+        return "relative-error" if self._classes is None else "expected-drop"
+
+    def metric_value(self) -> float | None:
+        """The original's own metric value."""
+        if self._metric is None or self._labels is None:
+            return None
+        return self._metric(_whole(self._runs), self._labels)
+
+    def compare(self, outputs: Iterable[list[Any]], data: Dataset) -> Quality:
+        """Measure a candidate.
+
+        Args:
+            outputs: The candidate's outputs, a list for each batch of the same samples.
+            data: The samples that the reference was made with.
+        """
+        runs = [
+            _trim(flatten(arrays), batch)
+            for _, batch, arrays in zip(range(self.batches), data.batches(), outputs, strict=False)
+        ]
+        plain, centred = self._errors(runs)
+        agreement = drop = value = interval = None
+        if self._classes is not None:
+            teacher, student = _joined(self._runs, self._classes), _joined(runs, self._classes)
+            if teacher is not None and student is not None and teacher.shape == student.shape:
+                lost = metrics.expected_drop(teacher, student)
+                agreement = float((teacher.argmax(axis=1) == student.argmax(axis=1)).mean())
+                drop, interval = float(lost.mean()), _mean_interval(lost, self._seed)
+            else:
+                drop, interval = math.inf, (math.inf, math.inf)
+        if self._metric is not None and self._labels is not None:
+            value, drop, interval = self._metric_drop(self._metric, runs, self._labels)
+        return Quality(
+            kind=self.kind,
+            drop=drop,
+            interval=interval,
+            error=centred,
+            plain_error=plain,
+            sqnr_db=_decibels(plain),
+            agreement=agreement,
+            metric=value,
+            samples=self.samples,
+            guessed=self._guessed and self.kind == "expected-drop",
+        )
+
+    def _metric_drop(
+        self, metric: Metric, runs: Runs, labels: Array
+    ) -> tuple[float | None, float, tuple[float, float]]:
+        """The candidate's metric value, its drop and the drop's interval."""
+        before = _whole(self._runs)
+        original = metric(before, labels)
+        try:
+            after = _whole(runs)
+            value = metric(after, labels)
+        except DataError:  # NaN or another shape, where the original's outputs were fine: that is the candidate's loss
+            return None, math.inf, (math.inf, math.inf)
+        interval = metrics.paired_interval(metric, before, after, labels, seed=self._seed)
+        return value, metrics.drop(metric, original, value), interval
+
+    def _errors(self, runs: Runs) -> tuple[float, float]:
+        """The worst output's relative error, plain and centred."""
+        plain = centred = 0.0
+        if [len(run) for run in self._runs] != [len(run) for run in runs]:
+            return math.inf, math.inf  # a sequence of another length
+        for index in range(_width(runs)):
+            pairs = [(a[index], b[index]) for a, b in zip(self._runs, runs, strict=True) if index < len(a)]
+            if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+                return math.inf, math.inf
+            if pairs[0][0].dtype.kind != "f":
+                differing = sum(int(np.count_nonzero(a != b)) for a, b in pairs)
+                share = differing / max(1, sum(a.size for a, _ in pairs))
+                plain, centred = max(plain, share), max(centred, share)
+                continue
+            one = relative_error(pairs, centred=False)
+            plain = max(plain, one)
+            use_mean = self._centred and self.samples >= CENTRED_FROM_SAMPLES
+            centred = max(centred, relative_error(pairs, centred=True) if use_mean else one)
+        return plain, centred
+
+
+def relative_error(pairs: Sequence[tuple[Array, Array]], *, centred: bool) -> float:
+    """The root mean square of the difference over that of the reference, over several runs.
+
+    Args:
+        pairs: (reference, candidate) of each run, of equal shapes; the first axis is the samples.
+        centred: Take each element's mean over the samples out of the reference, where all samples have one shape
+            and the reference depends on the input at all.
+    """
+    shapes = {a.shape[1:] for a, _ in pairs}
+    mean: Any = 0.0
+    if centred and len(shapes) == 1 and all(a.ndim for a, _ in pairs):
+        total = sum(np.sum(np.where(np.isfinite(a), a, 0), axis=0, dtype=np.float64) for a, _ in pairs)
+        mean = total / max(1, sum(len(a) for a, _ in pairs))
+    noise = signal = whole = 0.0
+    for a, b in pairs:
+        reference, candidate = a.astype(np.float64), b.astype(np.float64)
+        finite = np.isfinite(reference) & np.isfinite(candidate)
+        if not finite.all():
+            if not np.array_equal(reference[~finite], candidate[~finite], equal_nan=True):
+                return math.inf
+            reference, candidate = np.where(finite, reference, 0), np.where(finite, candidate, 0)
+        noise += float(np.square(reference - candidate).sum())
+        whole += float(np.square(reference).sum())
+        signal += float(np.square(np.where(finite, reference - mean, 0)).sum())
+    if noise == 0.0:
+        return 0.0
+    if signal <= whole * CONSTANT_BELOW**2:
+        signal = whole
+    return math.sqrt(noise / signal) if signal > 0 else math.inf
+
+
+def _decibels(error: float) -> float:
+    if not error:
+        return math.inf
+    return -20 * math.log10(error) if math.isfinite(error) else -math.inf
+
+
+def flatten(outputs: list[Any]) -> list[Array]:
+    """A run's outputs as arrays: sequences and maps are spread out, an empty optional becomes an empty array."""
+    flat: list[Array] = []
+    for output in outputs:
+        if output is None:
+            flat.append(np.zeros(0, np.float32))
+        elif isinstance(output, dict):
+            values = list(output.values())
+            scalars = all(np.ndim(value) == 0 for value in values)
+            flat += flatten([np.asarray(list(output)), np.asarray(values) if scalars else values])
+        elif isinstance(output, list | tuple):
+            flat += flatten(list(output))
+        else:
+            flat.append(np.asarray(output))
+    return flat
+
+
+def _trim(run: list[Array], batch: Batch) -> list[Array]:
+    """Cut off the samples that only fill up a fixed batch."""
+    arrays = [array for array in batch.inputs.values() if array.ndim]
+    rows = max(map(len, arrays), default=0)
+    if not all(_is_filled_up(array, batch.count, rows) for array in arrays):
+        return run
+    return [array[: batch.count] if array.ndim and len(array) == rows else array for array in run]
+
+
+def _is_filled_up(array: Array, count: int, rows: int) -> bool:
+    """Whether a batch's input repeats its last sample; where a run is one sample, its first axis counts none."""
+    return len(array) == rows > count and all(np.array_equal(row, array[count - 1]) for row in array[count:])
+
+
+def _count(runs: Runs, data: Dataset) -> int:
+    """How many samples the runs cover."""
+    return sum(batch.count for batch, _ in zip(data.batches(), runs, strict=False))
+
+
+def _width(runs: Runs) -> int:
+    """The largest number of outputs of a run: sequences may be longer in one than in another."""
+    return max(map(len, runs), default=0)
+
+
+def _joined(runs: Runs, index: int) -> Array | None:
+    """One output over all samples, or None where its shape changes from run to run."""
+    parts = [run[index] for run in runs if index < len(run)]
+    if len(parts) < len(runs) or any(not part.ndim for part in parts) or len({part.shape[1:] for part in parts}) != 1:
+        return None
+    return np.concatenate(parts)
+
+
+def _whole(runs: Runs) -> list[Array]:
+    """All outputs over all samples.
+
+    Raises:
+        DataError: An output changes its shape from run to run, so no metric can take it.
+    """
+    whole = [_joined(runs, index) for index in range(_width(runs))]
+    kept = [array for array in whole if array is not None]
+    if len(kept) < len(whole):
+        message = "a metric needs outputs of one shape for all samples; the model's outputs change their shape"
+        raise DataError(message)
+    return kept
+
+
+def _mean_interval(values: Array, seed: int, resamples: int = 1000) -> tuple[float, float]:
+    """The 95% bootstrap interval of a mean."""
+    generator = np.random.default_rng(seed)
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)

@@ -1,0 +1,224 @@
+"""Puts together the report of a finished run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxcomp import analysis
+from onnxcomp.errors import OptionError
+from onnxcomp.judge import Judge, Score
+from onnxcomp.ledger import Figures, Report
+from onnxcomp.model import Model, ModelSource, model_files
+from onnxcomp.passes import find_pass
+from onnxcomp.quality import Quality
+from onnxcomp.stages import Stage
+from onnxcomp.targets import cpu_features
+
+if TYPE_CHECKING:
+    from onnxcomp.data import Dataset
+    from onnxcomp.pipeline import Options
+    from onnxcomp.runtime import Timing
+    from onnxcomp.verdict import Kept
+
+__all__ = ["build_report", "environment", "file_facts", "replayed_stages"]
+
+FINAL_TIMING_SECONDS = 2.0
+HASH_CHUNK_BYTES = 1 << 22
+
+
+def build_report(
+    original: Model,
+    kept: Kept,
+    judge: Judge,
+    options: Options,
+    samples: Dataset,
+    parts: Mapping[str, Dataset],
+    source: ModelSource,
+    notes: Sequence[str],
+    *,
+    seconds: float,
+) -> Report:
+    """Measure the result a last time, on samples that no choice saw, and write everything down."""
+    quality = judge.confirm(kept.model)
+    first, last = judge.score(original), judge.score(kept.model)
+    timings: list[Timing | None] = [None, None]
+    if judge.timed:
+        paths = [judge.original_path, judge.path_of(kept.model)]
+        timings = list(judge.time(paths, seconds=FINAL_TIMING_SECONDS))
+    speed = _speed(last, timings)
+    before = _figures(judge, original, first, timings[0], judge.confirm(original))
+    after = _figures(judge, kept.model, last, timings[1], quality)
+    met = judge.allows(quality)
+    data = {
+        "description": samples.description,
+        "sha256": samples.digest,
+        "samples": samples.size,
+        "generated": samples.generated,
+        "labels": samples.has_labels,
+        "calibrate": parts["calibrate"].size,
+        **judge.samples,
+    }
+    return Report(
+        verdict=_verdict(first, last, speed, quality, met=met),
+        speed=speed,
+        size=last.size,
+        quality=judge.kind,
+        budget_met=met,
+        before=before,
+        after=after,
+        stages=list(kept.stages),
+        model=_model_facts(original, source),
+        output=None,
+        data=data,
+        metric=_metric_facts(judge),
+        budget={"max_drop": options.budget.max_drop, "max_error": options.budget.max_error},
+        target=options.target.name,
+        options=_option_facts(options),
+        environment=environment(options.threads),
+        seconds=seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        warnings=_warnings(judge, quality, samples),
+        notes=list(notes),
+    )
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What a figure depends on besides the model."""
+    packages = ("onnxcomp", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_features": list(cpu_features()),
+        "threads": threads,
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Name, hash and size of a saved model; external data count."""
+    state = hashlib.sha256()
+    size = 0
+    for part in model_files(path):
+        with part.open("rb") as file:
+            while chunk := file.read(HASH_CHUNK_BYTES):
+                state.update(chunk)
+                size += len(chunk)
+    return {"path": str(path), "sha256": state.hexdigest(), "size_bytes": size}
+
+
+def replayed_stages(path: Path) -> list[Stage]:
+    """The stages that an earlier run kept, with the decisions that it took.
+
+    Raises:
+        OptionError: The file is not a report.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        kept = [stage for stage in report["stages"] if stage["verdict"] in {"kept", "forced"}]
+        forms = [stage["attempts"][-1]["passes"] for stage in kept]
+        named = [[(step["name"], dict(step["options"])) for step in form] for form in forms]
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror})"
+        raise OptionError(message) from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        message = f"{path}: is not a report of this tool, as --json writes it"
+        raise OptionError(message) from error
+    try:
+        return [Stage(passes=tuple(find_pass(name)(**options) for name, options in form)) for form in named]
+    except TypeError as error:
+        message = f"{path}: the report has options that its passes do not have ({error})"
+        raise OptionError(message) from error
+
+
+def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, quality: Quality) -> Figures:
+    parameters, nonzeros = analysis.count_parameters(model)
+    path = judge.path_of(model)
+    return Figures(
+        size_bytes=score.size_bytes,
+        deflated_bytes=analysis.deflated_bytes(path),
+        parameters=parameters,
+        nonzeros=nonzeros,
+        macs=score.macs,
+        int8_macs=score.int8_macs,
+        latency_ms=timing.median_ms if timing else None,
+        latency_p10_ms=timing.p10_ms if timing else None,
+        latency_p90_ms=timing.p90_ms if timing else None,
+        load_ms=judge.runtime.check(path).load_ms,
+        latency_evidence="measured" if timing else score.evidence,
+        metric=quality.metric,
+        drop=quality.drop,
+        drop_interval=quality.interval,
+        error=quality.error,
+        sqnr_db=quality.sqnr_db,
+        agreement=quality.agreement,
+        kernels=score.census.counts(),
+    )
+
+
+def _speed(last: Score, timings: Sequence[Timing | None]) -> float | None:
+    old, new = timings
+    if last.evidence != "measured" or old is None or new is None:
+        return last.speed
+    return old.median_ms / new.median_ms
+
+
+def _verdict(first: Score, last: Score, speed: float | None, quality: Quality, *, met: bool) -> str:
+    """The answer in one line."""
+    if last.size_bytes >= first.size_bytes and (speed is None or speed <= 1.0):
+        return "nothing helped: the model stays as it is"
+    pace = "" if speed is None else ", at the same speed" if abs(speed - 1) < 0.02 else f", {speed:.2f} times as fast"
+    loss = f"drop {quality.drop:.4f}" if quality.drop is not None else f"relative error {quality.error:.2%}"
+    return f"{last.size:.2f} times smaller{pace}, {loss}{'' if met else ' (over the budget)'}"
+
+
+def _warnings(judge: Judge, quality: Quality, samples: Dataset) -> list[str]:
+    warnings = []
+    if samples.generated:
+        warnings.append("no data: only rewrites that need none were tried, and the error is that of made-up inputs")
+    elif quality.interval is not None and quality.interval[1] > judge.budget.max_drop >= (quality.drop or 0.0):
+        warnings.append(
+            f"{quality.samples} samples are too few to be sure of the budget: the drop may be {quality.interval[1]:.4f}"
+        )
+    if not judge.deterministic:
+        warnings.append("the model's outputs are random: they differ from run to run, so no loss can be measured")
+    if not judge.target.is_host:
+        warnings.append(f"speed is estimated from the kernels: this machine is not a {judge.target.name}")
+    return warnings
+
+
+def _model_facts(model: Model, source: ModelSource) -> dict[str, Any]:
+    named = {"path": str(source)} if isinstance(source, str | Path) else {"path": None}
+    return {
+        **named,
+        "sha256": model.digest,
+        "size_bytes": model.size_bytes,
+        "opset": model.opset,
+        "ir_version": model.ir_version,
+    }
+
+
+def _metric_facts(judge: Judge) -> dict[str, Any] | None:
+    metric = judge.metric
+    if metric is None:
+        return None
+    return {"name": metric.name, "higher_is_better": metric.higher_is_better}
+
+
+def _option_facts(options: Options) -> dict[str, Any]:
+    return {
+        "exclude": list(options.exclude),
+        "force": options.force,
+        "time_limit": options.time_limit,
+        "seed": options.seed,
+        "shapes": {name: list(shape) for name, shape in options.shapes.items()},
+        "keep_debug": options.keep_debug,
+        "timing": options.timing,
+    }

@@ -1,0 +1,281 @@
+"""One stage: apply its passes, measure, and decide: kept, tried in a weaker form, or dropped with the reason."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from onnxcomp.errors import ModelError, RuntimeFailure
+from onnxcomp.judge import NOT_SLOWER, Judge, Score
+from onnxcomp.ledger import Attempt, PassEntry, StageEntry
+from onnxcomp.model import Model
+from onnxcomp.passes import Changes, Context, Pass
+from onnxcomp.quality import Quality
+from onnxcomp.stages import Stage
+
+__all__ = ["Kept", "StageRunner"]
+
+WORTH_KEEPING = 1.01
+"""A lossy stage must make the model at least this much better (times faster by times smaller)."""
+
+MAX_WEAKER = 6
+"""Weaker forms of one stage that are tried at most."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The model as it is after some stages, how it came to be, and what to go back to."""
+
+    model: Model
+    stages: tuple[StageEntry, ...] = ()
+    before: tuple[tuple[int, Model], ...] = ()
+    """For each kept lossy stage: its place in `stages`, and the model before it."""
+
+    @staticmethod
+    def start(original: Model) -> Kept:
+        """Nothing done yet."""
+        return Kept(original.fork())
+
+    def with_entry(self, entry: StageEntry) -> Kept:
+        """A stage that changed nothing was run."""
+        return replace(self, stages=(*self.stages, entry))
+
+    def after(self, model: Model, entry: StageEntry, *, lossless: bool) -> Kept:
+        """A stage was kept."""
+        before = self.before if lossless else (*self.before, (len(self.stages), self.model))
+        return Kept(model, (*self.stages, entry), before)
+
+    def after_resumed(self, model: Model | None, entry: StageEntry, *, lossless: bool) -> Kept:
+        """A stage was finished by an earlier run; None: it did not change the model."""
+        entry = replace(entry, resumed=True)
+        return self.with_entry(entry) if model is None else self.after(model, entry, lossless=lossless)
+
+
+@dataclass
+class Trial:
+    """A form of a stage that was applied: the candidate and what its passes said."""
+
+    form: tuple[Pass, ...]
+    model: Model
+    passes: list[PassEntry] = field(default_factory=list)
+    failure: str | None = None
+    quality: Quality | None = None
+    score: Score | None = None
+    versus_base: float = 1.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def count(self) -> int:
+        """How many places changed."""
+        return sum(len(entry.changed) for entry in self.passes)
+
+    def attempt(self, verdict: str, reason: str) -> Attempt:
+        """The trial as the ledger shows it."""
+        score, quality = self.score, self.quality
+        return Attempt(
+            passes=self.passes,
+            verdict=verdict,
+            reason=reason,
+            seconds=time.monotonic() - self.started,
+            speed=score.speed if score else None,
+            size=score.size if score else None,
+            drop=quality.drop if quality else None,
+            drop_interval=quality.interval if quality else None,
+            error=quality.error if quality else None,
+            evidence=score.evidence if score else "not measured",
+        )
+
+
+class StageRunner:
+    """Runs stages one after another.
+
+    Args:
+        original: What candidates are compared with.
+        judge: Measures them.
+        context: What passes may use.
+        force: Keep every stage whatever it costs.
+        replay: Take decisions as given: nothing is timed, every stage that can run is kept.
+    """
+
+    def __init__(self, original: Model, judge: Judge, context: Context, *, force: bool, replay: bool) -> None:
+        self.original = original
+        self.judge = judge
+        self._context = context
+        self._force = force or replay
+        self._forced = "the decision of the earlier run" if replay else "kept by --force"
+
+    def run(self, stage: Stage, kept: Kept) -> Kept:
+        """Run one stage in its first form that is worth keeping."""
+        started = time.monotonic()
+        if self._context.out_of_time():
+            entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
+            return kept.with_entry(entry)
+        lossless = all(step.lossless for step in stage.passes)
+        if not lossless and not self.judge.deterministic and not self._force:
+            reason = "the model's outputs are random, so no loss can be measured"
+            return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
+        attempts: list[Attempt] = []
+        for form in itertools.islice(_forms(stage), 1 + MAX_WEAKER):
+            self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
+            trial = self._apply(form, kept.model)
+            verdict, reason = self._verdict(trial, kept.model, stage, lossless=lossless)
+            attempts.append(trial.attempt(verdict, reason))
+            if verdict in {"kept", "forced", "unchanged"}:
+                entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
+                if verdict == "unchanged":
+                    return kept.with_entry(entry)
+                return kept.after(trial.model, entry, lossless=lossless)
+            self.judge.forget(trial.model)
+            if self._context.out_of_time():
+                break
+        last = attempts[-1]
+        return kept.with_entry(StageEntry(stage.name, "dropped", last.reason, time.monotonic() - started, attempts))
+
+    def confirm(self, kept: Kept) -> Kept:
+        """Check the whole on samples that no choice saw; go back before the last lossy stage while it does not hold."""
+        while kept.before and not self._force:
+            quality = self.judge.confirm(kept.model)
+            if self.judge.allows(quality):
+                break
+            index, model = kept.before[-1]
+            reason = f"did not hold on the samples kept for confirmation: {_loss(quality)}"
+            dropped = replace(kept.stages[index], verdict="dropped", reason=reason)
+            stages = (*kept.stages[:index], dropped, *kept.stages[index + 1 :])
+            kept = Kept(model, stages, kept.before[:-1])
+        return kept
+
+    # --- one form ---------------------------------------------------------------------------------------------------
+
+    def _apply(self, form: tuple[Pass, ...], base: Model) -> Trial:
+        """Apply the passes of one form, checking the structure after each, then measure."""
+        trial = Trial(form, base.fork())
+        for step in form:
+            started = time.monotonic()
+            try:
+                changes = step.rewrite(trial.model, self._context)
+            except (RuntimeFailure, ModelError) as error:
+                trial.failure = f"{step.name} failed: {error}"
+                return trial
+            trial.passes.append(_entry(step, changes, time.monotonic() - started))
+            trial.failure = self._structure(trial.model, step, changes)
+            if trial.failure:
+                return trial
+        if trial.count:
+            self._measure(trial, base)
+        return trial
+
+    def _structure(self, model: Model, step: Pass, changes: Changes) -> str | None:
+        """What is wrong with the candidate's structure, if anything is."""
+        if not changes.count:
+            return None
+        if _interface(model) != _interface(self.original):
+            return f"{step.name} changed the model's inputs or outputs"
+        try:
+            path = self.judge.path_of(model)
+            self.judge.runtime.check(path)
+            self.judge.runtime.check(path, optimize=False)
+        except RuntimeFailure as error:
+            return f"ONNX Runtime does not load the result of {step.name}: {error}"
+        return None
+
+    def _measure(self, trial: Trial, base: Model) -> None:
+        try:
+            trial.quality = self.judge.quality(trial.model)
+            trial.score = self.judge.score(trial.model, quality=trial.quality)
+            trial.versus_base = self._versus(base, trial)
+        except RuntimeFailure as error:
+            trial.failure = f"ONNX Runtime fails on it: {error}"
+
+    def _versus(self, base: Model, trial: Trial) -> float:
+        """How many times faster than the model before the stage; each was timed in turn with the original."""
+        assert trial.score is not None
+        before = self.judge.score(base)
+        if self.judge.same_kernels(before.census, trial.score.census):
+            return 1.0
+        return trial.score.speed / before.speed
+
+    # --- the verdict ------------------------------------------------------------------------------------------------
+
+    def _verdict(self, trial: Trial, base: Model, stage: Stage, *, lossless: bool) -> tuple[str, str]:
+        """The verdict and its reason."""
+        if trial.failure:
+            return "dropped", trial.failure
+        if not trial.count:
+            return "unchanged", "nothing to do"
+        assert trial.quality is not None
+        assert trial.score is not None
+        against = self._against(trial, base, stage, lossless=lossless)
+        if against is None:
+            return "kept", _gain(trial)
+        return ("forced", f"{self._forced}, although: {against}") if self._force else ("dropped", against)
+
+    def _against(self, trial: Trial, base: Model, stage: Stage, *, lossless: bool) -> str | None:
+        """What speaks against keeping a measured candidate, or None."""
+        quality, score = trial.quality, trial.score
+        assert quality is not None
+        assert score is not None
+        if lossless and self.judge.is_lossless(self.judge.quality(base)) and not self.judge.is_lossless(quality):
+            return f"claims to be lossless, but the outputs differ by {quality.plain_error:.2g} (relative)"
+        if not lossless and not self.judge.allows(quality, stage.share):
+            return f"over the budget: {_loss(quality)}"
+        if score.speed < NOT_SLOWER:
+            return f"slower than the original: {score.speed:.2f} times as fast ({score.evidence})"
+        if trial.versus_base < NOT_SLOWER and lossless:
+            return f"slower than before: {trial.versus_base:.2f} times as fast"
+        before = self.judge.score(base)
+        smaller = before.size_bytes / score.size_bytes
+        if lossless:
+            return None if smaller >= 1 else f"larger than before: {score.size_bytes:,} bytes"
+        if score.size < 1:
+            return f"larger than the original: {score.size_bytes:,} bytes"
+        if trial.versus_base * smaller < WORTH_KEEPING:
+            return f"does not pay: {trial.versus_base:.2f} times as fast and {smaller:.2f} times as small as without it"
+        return None
+
+
+def _forms(stage: Stage) -> Iterator[tuple[Pass, ...]]:
+    """The stage as it is, then with each pass's weaker forms, one pass at a time."""
+    yield stage.passes
+    for index, step in enumerate(stage.passes):
+        for weaker in step.weaker():
+            yield (*stage.passes[:index], weaker, *stage.passes[index + 1 :])
+
+
+def _entry(step: Pass, changes: Changes, seconds: float) -> PassEntry:
+    return PassEntry(
+        name=step.name,
+        options={**step.options(), **changes.resolved},
+        changed=[{"where": change.where, "what": change.what} for change in changes.changed],
+        left=[{"where": left.where, "why": left.why} for left in changes.left],
+        notes=list(changes.notes),
+        seconds=seconds,
+    )
+
+
+def _interface(model: Model) -> tuple[object, ...]:
+    """Names, types and dims of the inputs and outputs."""
+    graph = model.proto().graph
+    return (
+        [(info.name, info.type.SerializeToString()) for info in graph.input if model.ir_version >= 4],
+        [(info.name, info.type.SerializeToString()) for info in graph.output],
+    )
+
+
+def _gain(trial: Trial) -> str:
+    assert trial.score is not None
+    assert trial.quality is not None
+    score = trial.score
+    return f"{score.size:.2f} times smaller, {score.speed:.2f} times as fast ({score.evidence}), {_loss(trial.quality)}"
+
+
+def _loss(quality: Quality) -> str:
+    """A loss in words."""
+    error = f"relative error {quality.error:.2%}" if math.isfinite(quality.error) else "different shapes or NaN"
+    if quality.drop is None or quality.interval is None:
+        return f"{error} ({quality.samples} samples)"
+    low, high = quality.interval
+    drop = f"drop {quality.drop:.4f} (95% interval {low:.4f} to {high:.4f}, {quality.samples} samples)"
+    return f"{drop}, {error}" if quality.guessed else drop

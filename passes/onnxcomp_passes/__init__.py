@@ -1,0 +1,9 @@
+"""The passes that come with onnxcomp, loaded as any other plugin."""
+
+from __future__ import annotations
+
+from onnxcomp_passes.quantize import Quantize
+from onnxcomp_passes.quantize_weights import QuantizeWeights
+from onnxcomp_passes.simplify import Simplify
+
+__all__ = ["Quantize", "QuantizeWeights", "Simplify"]

@@ -1,0 +1,206 @@
+"""Writes a placement into the graph: QuantizeLinear and DequantizeLinear pairs, int8 weights, int32 biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcomp.graph_io import Node, Variable
+from onnxcomp.model import Model, value_of
+from onnxcomp.targets import QuantizationRules
+from onnxcomp_passes._placement import Layer, Placement
+from onnxcomp_passes._stored import INT8_MAX, Stored, decode, encode
+
+__all__ = ["Grid", "Ranges", "insert"]
+
+Array = np.ndarray[Any, Any]
+Ranges = dict[str, tuple[float, float]]
+
+REDUCED_MAX = 63
+"""Weights in 7 bits: a pair of products with uint8 activations then fits 16 bits."""
+
+BIAS_MAX = float(1 << 30)
+"""Room in an int32 accumulator for the products besides the bias."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero point of an activation."""
+
+    scale: np.float32
+    zero_point: Array
+
+    @staticmethod
+    def covering(low: float, high: float, dtype: str) -> Grid:
+        """The grid over a range; zero is on it exactly, since padding and Relu need that.
+
+        Example:
+            >>> grid = Grid.covering(-1.0, 1.55, "uint8")
+            >>> round(float(grid.scale), 4), int(grid.zero_point)
+            (0.01, 100)
+        """
+        low, high = min(low, 0.0), max(high, 0.0)
+        limits = np.iinfo(dtype)
+        scale = np.float32((high - low) / 255.0)
+        if scale < np.finfo(np.float32).tiny:
+            scale = np.float32(1.0)
+        zero = np.clip(np.rint(limits.min - low / float(scale)), limits.min, limits.max)
+        return Grid(scale, np.asarray(zero, dtype))
+
+
+@dataclass
+class _Writer:
+    """Inserts into one model; constants that repeat are written once."""
+
+    model: Model
+    rules: QuantizationRules
+    grids: dict[str, Grid]
+    shared: dict[tuple[str, bytes], gs.Constant] = field(default_factory=dict)
+
+    def constant(self, prefix: str, value: Array) -> gs.Constant:
+        """An initializer; the same value is the same initializer."""
+        key = (f"{value.dtype}{value.shape}", value.tobytes())
+        if key not in self.shared:
+            self.shared[key] = gs.Constant(self.model.unique_name(f"{prefix}.0"), value)
+        return self.shared[key]
+
+    def pair(self, tensor: gs.Tensor, result: gs.Tensor, grid: Grid) -> list[gs.Node]:
+        """QuantizeLinear and DequantizeLinear from `tensor` to `result`."""
+        scale = self.constant("s", np.asarray(grid.scale, np.float32))
+        zero = self.constant("z", grid.zero_point)
+        codes = Variable(self.model.unique_name("t.0"))
+        return [
+            Node("QuantizeLinear", "", {}, [tensor, scale, zero], [codes]),
+            Node("DequantizeLinear", "", {}, [codes, scale, zero], [result]),
+        ]
+
+    def dequantize(
+        self, codes: Array, scale: Array, axis: int, *, zero_point: bool = False
+    ) -> tuple[gs.Node, gs.Tensor]:
+        """A DequantizeLinear of constant codes; the zero point is 0 and left out where the kernel allows it."""
+        result = Variable(self.model.unique_name("d.0"))
+        attrs = {"axis": axis} if scale.ndim else {}
+        inputs = [gs.Constant(self.model.unique_name("q.0"), codes), self.constant("s", scale)]
+        if zero_point:
+            inputs.append(self.constant("z", np.zeros(scale.shape, codes.dtype)))
+        return Node("DequantizeLinear", "", attrs, inputs, [result]), result
+
+
+def insert(model: Model, placement: Placement, ranges: Ranges, rules: QuantizationRules) -> None:
+    """Write the placement into the model that it was made for.
+
+    Args:
+        model: Its graph is changed.
+        placement: What runs in int8.
+        ranges: Tensor name -> the range to cover.
+        rules: The target's.
+    """
+    grids = {}
+    for name in placement.tensors:
+        root = name
+        while root in placement.grid:
+            root = placement.grid[root]
+        grids[name] = Grid.covering(*ranges[root], rules.activations)
+    writer = _Writer(model, rules, grids)
+    added: list[gs.Node] = []
+    for layer in placement.layers:
+        added += _quantize_weights(writer, layer)
+    _remove(model.graph, placement.absorbed)
+    inside = {id(layer.node) for layer in placement.layers} | {id(node) for node in placement.companions}
+    for tensor in placement.tensors.values():
+        added += _quantize_tensor(writer, tensor, inside)
+    model.graph.nodes.extend(added)
+    _drop_unused_decoders(model.graph)
+
+
+def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> list[gs.Node]:
+    """Give a float tensor its pair: behind an int8 producer all readers read the result, else the int8 ones only."""
+    grid = writer.grids[tensor.name]
+    if tensor.inputs and id(tensor.inputs[0]) in inside:
+        producer = tensor.inputs[0]
+        raw = Variable(writer.model.unique_name("f.0"))
+        producer.outputs[0] = raw
+        return writer.pair(raw, tensor, grid)
+    result = Variable(writer.model.unique_name("d.0"))
+    for reader in list(tensor.outputs):
+        if id(reader) in inside:
+            for index, other in enumerate(reader.inputs):
+                if other is tensor:
+                    reader.inputs[index] = result
+    return writer.pair(tensor, result, grid)
+
+
+def _quantize_weights(writer: _Writer, layer: Layer) -> list[gs.Node]:
+    """Put DequantizeLinear nodes of integer codes in the place of a layer's weight and bias."""
+    node, rules = layer.node, writer.rules
+    input_scale = float(writer.grids[node.inputs[0].name].scale)
+    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    codes, scale = _weight_codes(layer, rules)
+    if bias is not None:
+        values = value_of(bias).astype(np.float64)
+        codes, scale = _room_for_bias(layer, codes, scale, values, input_scale)
+    # ONNX Runtime makes a QGemm only where the weight's zero point is written out.
+    weight, node.inputs[1] = writer.dequantize(codes, scale, layer.axis, zero_point=node.op == "Gemm")
+    if bias is None:
+        return [weight]
+    bias_scale = (input_scale * scale).astype(np.float32)
+    bias_codes = np.clip(np.rint(values / bias_scale), -BIAS_MAX, BIAS_MAX).astype(np.int32)
+    decoded, node.inputs[2] = writer.dequantize(bias_codes, bias_scale, 0)
+    return [weight, decoded]
+
+
+def _weight_codes(layer: Layer, rules: QuantizationRules) -> tuple[Array, Array]:
+    """The int8 codes and the scale, taken over from the storage form where that has the same grid."""
+    limit = REDUCED_MAX if rules.reduce_range else INT8_MAX
+    weight = layer.weight
+    if isinstance(weight, Stored) and rules.per_channel and limit == INT8_MAX:
+        scale = value_of(weight.scale)
+        if scale.ndim and scale.size == scale.shape[layer.axis] == weight.codes.shape[layer.axis]:
+            return value_of(weight.codes), scale.reshape(-1)
+    values = decode(weight) if isinstance(weight, Stored) else value_of(weight)
+    codes, scale = encode(values, layer.axis if rules.per_channel else None, limit=limit)
+    return codes, scale.reshape(-1) if rules.per_channel else scale.reshape(())
+
+
+def _room_for_bias(layer: Layer, codes: Array, scale: Array, bias: Array, input_scale: float) -> tuple[Array, Array]:
+    """Coarsen the scale of channels whose bias would not fit an int32 (tiny weights beside a large bias)."""
+    needed = np.abs(bias) / (input_scale * BIAS_MAX)
+    needed = needed if scale.ndim else np.asarray(np.max(needed, initial=0.0))
+    if not np.any(needed > scale):
+        return codes, scale
+    wider = np.maximum(scale, needed).astype(np.float32)
+    shape = [-1 if axis == layer.axis else 1 for axis in range(codes.ndim)] if scale.ndim else []
+    ratio = (scale.astype(np.float64) / wider).reshape(shape)
+    return np.rint(codes * ratio).astype(np.int8), wider
+
+
+def _remove(graph: gs.Graph, nodes: tuple[gs.Node, ...]) -> None:
+    """Take out Relu and Clip nodes: their producer writes their output."""
+    gone = {id(node) for node in nodes}
+    for node in nodes:
+        producer, result = node.inputs[0].inputs[0], node.outputs[0]
+        node.inputs.clear()
+        node.outputs.clear()
+        producer.outputs[0] = result
+    graph.nodes = [node for node in graph.nodes if id(node) not in gone]
+
+
+def _drop_unused_decoders(graph: gs.Graph) -> None:
+    """Remove storage-form decoders whose weight nobody reads any more."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    for op in ("Mul", "Cast"):
+        dead = {
+            id(node)
+            for node in graph.nodes
+            if node.op == op
+            and all(not t.outputs and id(t) not in outputs for t in node.outputs)
+            and all(isinstance(t, gs.Constant) for t in node.inputs[-1:])
+        }
+        for node in graph.nodes:
+            if id(node) in dead:
+                node.inputs.clear()
+                node.outputs.clear()
+        graph.nodes = [node for node in graph.nodes if id(node) not in dead]

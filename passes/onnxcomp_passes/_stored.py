@@ -1,0 +1,187 @@
+"""The storage form of a weight: an int8 initializer, decoded at load by Cast and Mul.
+
+::
+
+    W_int8 -> Cast -> Mul(scale) -> W
+
+ONNX Runtime folds the two nodes when it makes a session, so inference runs on the float weight as before. A
+DequantizeLinear in their place would not be folded. Other passes recognise the form and take the integers over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxcomp.graph_io import Node, Variable
+from onnxcomp.model import Model, value_of
+
+__all__ = [
+    "Stored",
+    "encode",
+    "find_stored",
+    "lift_constants",
+    "output_channel_axis",
+    "restore",
+    "store",
+    "weight_inputs",
+]
+
+Array = np.ndarray[Any, Any]
+
+INT8_MAX = 127
+"""Symmetric: -128 is not used, so that negation is exact and no kernel overflows."""
+
+WEIGHT_INPUTS = {
+    "Conv": (1,),
+    "ConvTranspose": (1,),
+    "Gemm": (0, 1),
+    "MatMul": (0, 1),
+    "Gather": (0,),
+    "LSTM": (1, 2),
+    "GRU": (1, 2),
+    "RNN": (1, 2),
+}
+"""Operator -> the inputs that may hold a weight."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight in its storage form."""
+
+    cast: gs.Node
+    mul: gs.Node
+
+    @property
+    def codes(self) -> gs.Constant:
+        """The int8 initializer."""
+        return self.cast.inputs[0]
+
+    @property
+    def scale(self) -> gs.Constant:
+        """The float scale, shaped to broadcast over the codes."""
+        return self.mul.inputs[1]
+
+
+def weight_inputs(node: gs.Node) -> tuple[int, ...]:
+    """Which inputs of a node may hold a weight."""
+    return WEIGHT_INPUTS.get(node.op, ()) if not node.domain else ()
+
+
+def output_channel_axis(node: gs.Node, index: int, rank: int) -> int | None:
+    """The axis of a weight that is worth a scale of its own per entry: the output channels, or a table's rows.
+
+    Returns:
+        The axis, or None where one scale has to do.
+    """
+    if node.op == "Conv":
+        return 0
+    if node.op == "ConvTranspose":
+        return 1
+    if node.op == "Gemm":
+        transposed = bool(node.attrs.get("transB" if index else "transA", 0))
+        return (0 if transposed else 1) if index else (1 if transposed else 0)
+    if node.op == "MatMul":
+        return rank - 1 if index else max(rank - 2, 0)
+    if node.op == "Gather":
+        return 0
+    if node.op in {"LSTM", "GRU", "RNN"}:
+        return 1
+    return None
+
+
+def encode(weight: Array, axis: int | None, *, limit: int = INT8_MAX) -> tuple[Array, Array]:
+    """Round a weight to symmetric int8, to nearest.
+
+    Args:
+        weight: A finite float array.
+        axis: The axis with a scale per entry; None for one scale.
+        limit: The largest code: 127, or 63 for 7 bits.
+
+    Returns:
+        The int8 codes, and the float32 scale shaped to broadcast over them. Channels of zeros get the scale 1.
+
+    Example:
+        >>> codes, scale = encode(np.array([[1.0, -2.0], [0.0, 4.0]], np.float32), axis=1)
+        >>> codes.tolist(), scale.shape
+        ([[127, -64], [0, 127]], (1, 2))
+    """
+    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
+    peak = np.max(np.abs(weight), axis=others, keepdims=True, initial=0.0)
+    scale = (peak / limit).astype(np.float32)
+    scale[scale < np.finfo(np.float32).tiny] = 1.0
+    codes = np.clip(np.rint(weight / scale), -limit, limit).astype(np.int8)
+    return codes, scale
+
+
+def lift_constants(graph: gs.Graph) -> None:
+    """Make initializers of the tensors in Constant nodes: exporters hide weights there."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    lifted = set()
+    for node in graph.nodes:
+        value = node.attrs.get("value")
+        if node.op != "Constant" or node.domain or not isinstance(value, gs.Constant) or id(node.outputs[0]) in outputs:
+            continue
+        tensor = node.outputs[0]
+        _redirect(tensor, gs.Constant(tensor.name, value._values))
+        node.outputs.clear()
+        lifted.add(id(node))
+    graph.nodes = [node for node in graph.nodes if id(node) not in lifted]
+
+
+def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let the readers of one tensor read another."""
+    for reader in list(old.outputs):
+        for index, tensor in enumerate(reader.inputs):
+            if tensor is old:
+                reader.inputs[index] = new
+
+
+def find_stored(tensor: gs.Tensor) -> Stored | None:
+    """The storage form behind a tensor, if it has one."""
+    if len(tensor.inputs) != 1 or tensor.inputs[0].op != "Mul" or len(tensor.inputs[0].inputs) != 2:
+        return None
+    mul = tensor.inputs[0]
+    casts, scale = mul.inputs[0].inputs, mul.inputs[1]
+    if len(casts) != 1 or casts[0].op != "Cast" or not isinstance(scale, gs.Constant):
+        return None
+    codes = casts[0].inputs[0]
+    if not isinstance(codes, gs.Constant) or codes.dtype != np.int8:
+        return None
+    return Stored(casts[0], mul)
+
+
+def store(model: Model, graph: gs.Graph, constant: gs.Constant, codes: Array, scale: Array) -> Stored:
+    """Put a constant into its storage form; its readers keep reading a tensor of the same name.
+
+    The names in between are short: in small models they would otherwise weigh as much as a small weight.
+    """
+    name = constant.name
+    q, s, c = (model.unique_name(f"{letter}.0") for letter in ("q", "s", "c"))
+    whole, between = Variable(name), Variable(c)
+    cast = Node("Cast", "", {"to": int(onnx.TensorProto.FLOAT)}, [gs.Constant(q, codes)], [between])
+    mul = Node("Mul", "", {}, [between, gs.Constant(s, scale)], [whole])
+    _redirect(constant, whole)
+    graph.nodes[:0] = [cast, mul]
+    return Stored(cast, mul)
+
+
+def restore(stored: Stored, graph: gs.Graph) -> gs.Constant:
+    """Undo `store`: put the decoded float weight back as an initializer."""
+    tensor = stored.mul.outputs[0]
+    constant = gs.Constant(tensor.name, decode(stored))
+    _redirect(tensor, constant)
+    for node in (stored.mul, stored.cast):
+        node.inputs.clear()
+        node.outputs.clear()
+        graph.nodes.remove(node)
+    return constant
+
+
+def decode(stored: Stored) -> Array:
+    """The float weight that ONNX Runtime computes at load."""
+    return np.asarray(value_of(stored.codes).astype(np.float32) * value_of(stored.scale))

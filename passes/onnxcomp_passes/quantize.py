@@ -1,0 +1,123 @@
+"""Static int8 where it pays: QuantizeLinear and DequantizeLinear pairs that ONNX Runtime turns into int8 kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from onnxcomp import analysis
+from onnxcomp.calibration import Calibrator, make_calibrator
+from onnxcomp.errors import RequirementError
+from onnxcomp.model import Model
+from onnxcomp.passes import Changes, Context, Pass, option, register
+from onnxcomp.targets import QuantizationRules, host_target
+from onnxcomp_passes._choice import Chooser
+from onnxcomp_passes._placement import find_layers, place
+from onnxcomp_passes._qdq import Ranges, insert
+from onnxcomp_passes._stored import lift_constants
+
+__all__ = ["Quantize"]
+
+PER_CHANNEL_OPSET = 13
+"""The first opset whose DequantizeLinear has an axis."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """Run Conv, Gemm and MatMul in int8 where that is measured to pay.
+
+    ::
+
+        before   Y = Relu(Conv(X, W, b))
+        after    Y = DQ(Q(Conv(DQ(Q(X)), DQ(W8), DQ(b32))))     Q, DQ: QuantizeLinear, DequantizeLinear
+
+    ONNX Runtime runs the second form as one int8 kernel. Activation ranges come from calibration data. Weights are
+    int8, symmetric, per output channel where the target has such kernels; biases are int32 in the graph, so that what
+    is verified is what runs. Operators between two int8 layers (residual Adds, pooling, reshapes) follow them.
+
+    Layers return to float when their int8 kernel does not materialise, when they are slower for it, or, ranked by
+    output error per millisecond gained, until the accuracy budget holds.
+
+    Left alone: layers without a constant weight, ConvTranspose, mask and shape arithmetic, layers whose activations
+    hold NaN or infinity, excluded layers, and models that are already quantized.
+    """
+
+    name: ClassVar[str] = "quantize"
+    requires: ClassVar[frozenset[str]] = frozenset({"data"})
+
+    calibration: str = option("minmax", "How ranges are found.", choices=("minmax", "percentile"))
+    percentile: float = option(99.99, "Share of values covered, in percent, for 'percentile'.", minimum=50, maximum=100)
+    per_channel: bool = option(True, "One weight scale per output channel, where the target has such kernels.")
+    choose: bool = option(True, "Return layers to float by measurement; false quantizes every layer that can be.")
+    skip: tuple[str, ...] = option((), "Names of layers that stay float.")
+
+    def weaker(self) -> Iterator[Self]:
+        """Ranges without the outliers."""
+        if self.calibration == "minmax":
+            yield replace(self, calibration="percentile")
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        """See the class."""
+        changes = Changes()
+        rules = self._rules(context)
+        if rules is None:
+            changes.leave("the model", "the target has no int8 kernels for Q/DQ models")
+            return changes
+        if analysis.is_quantized(model):
+            changes.leave("the model", "is already quantized")
+            return changes
+        base = model.fork()
+        lift_constants(base.graph)
+        if not any(layer.name not in self.skip for layer in find_layers(base.graph, context, changes)):
+            return changes
+        base.raise_opset(PER_CHANNEL_OPSET)
+        layers = find_layers(base.graph, context)
+        names = [layer.name for layer in layers]
+        everything = place(base.graph, layers, base.opset)
+        ranges = self._calibrate(base, list(everything.tensors), context, changes)
+        usable = {
+            index
+            for index, layer in enumerate(layers)
+            if layer.name not in self.skip and layer.node.inputs[0].name in ranges
+        }
+
+        def build(chosen: frozenset[int]) -> Model:
+            fork = base.fork()
+            picked = [layer for index, layer in enumerate(find_layers(fork.graph, context)) if index in chosen]
+            placement = place(fork.graph, picked, fork.opset)
+            if placement.tensors.keys() <= ranges.keys():
+                insert(fork, placement, ranges, rules)
+            return fork
+
+        chosen = frozenset(usable)
+        if context.judge is not None and self.choose:
+            chosen = Chooser(build, base, names, context, changes).choose(chosen)
+        if not chosen:
+            return changes
+        model.become(build(chosen))
+        for index in sorted(chosen):
+            changes.add(names[index], "runs in int8")
+        changes.resolved = {"choose": False, "skip": [name for i, name in enumerate(names) if i not in chosen]}
+        return changes
+
+    def _rules(self, context: Context) -> QuantizationRules | None:
+        rules = (context.target or host_target()).rules
+        return None if rules is None else replace(rules, per_channel=rules.per_channel and self.per_channel)
+
+    def _calibrate(self, base: Model, tensors: list[str], context: Context, changes: Changes) -> Ranges:
+        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out."""
+        if context.data is None or context.runtime is None or context.workdir is None:
+            message = "the pass 'quantize' needs data; give --data"
+            raise RequirementError(message)
+        context.progress(f"calibrating {len(tensors)} tensors on {context.data.size} samples")
+        watches: dict[str, Calibrator] = {name: make_calibrator(self.calibration, self.percentile) for name in tensors}
+        path = context.judge.path_of(base) if context.judge else context.workdir / "calibration.onnx"
+        if context.judge is None:
+            base.save(path)
+        watches = context.runtime.observe(path, context.data.feeds, watches)
+        for name, watch in watches.items():
+            if watch.nonfinite:
+                changes.leave(name, f"holds NaN or infinity ({watch.nonfinite} values)")
+        return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}

@@ -1,0 +1,308 @@
+"""`optimize`: what is kept, what is dropped, and that the report tells the truth about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper, parser
+
+from onnxcomp import pipeline
+from onnxcomp.errors import DataError, OptionError, RequirementError
+from onnxcomp.ledger import Report, StageEntry
+from onnxcomp.model import Model
+from onnxcomp.passes import Changes, Context, Pass
+from onnxcomp.pipeline import Budget, Result, optimize
+from onnxcomp_passes import Quantize, QuantizeWeights, Simplify
+
+SAMPLES = Path(__file__).parent.parent / "sample_models"
+LENET = SAMPLES / "fashion_lenet.onnx"
+MOBILENET = SAMPLES / "fashion_mobilenet.onnx"
+CALIB = SAMPLES / "fashion_calib.npz"
+TEST = SAMPLES / "fashion_test.npz"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Pass):
+    """Multiplies the weight: before W, after factor * W. Left alone: nothing."""
+
+    name: ClassVar[str] = "scale"
+    factor: float = 1.0
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        changes = Changes()
+        model.set_weight("W", model.weight("W") * np.float32(self.factor))
+        changes.add("W", f"times {self.factor}")
+        return changes
+
+    def weaker(self) -> Iterator[Self]:
+        for factor in (1.05, 1.001):
+            yield type(self)(factor=factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Liar(Scale):
+    """Claims to be lossless: before W, after 2 W. Left alone: nothing."""
+
+    name: ClassVar[str] = "liar"
+    lossless: ClassVar[bool] = True
+    factor: float = 2.0
+
+    def weaker(self) -> Iterator[Self]:
+        return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaker(Pass):
+    """Renames the output: before y, after broken. Left alone: nothing."""
+
+    name: ClassVar[str] = "breaker"
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        changes = Changes()
+        model.graph.outputs[0].name = "broken"
+        changes.add("y", "renamed")
+        return changes
+
+
+def small_model(outputs: int = 6, final: str = "y = MatMul(x, W)") -> onnx.ModelProto:
+    text = f'<ir_version: 8, opset_import: ["": 17]> g (float[N, 64] x) => (float[N, {outputs}] y) {{ {final} }}'
+    proto = parser.parse_model(text)
+    weight = np.random.default_rng(0).standard_normal((64, outputs)).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(weight, "W"))
+    for node in proto.graph.node:
+        node.ClearField("domain")
+    return proto
+
+
+def small_data(count: int = 64, **more: Any) -> dict[str, Any]:
+    return {"x": np.random.default_rng(1).standard_normal((count, 64)).astype(np.float32), **more}
+
+
+def stage(result: Result, name: str) -> StageEntry:
+    return next(entry for entry in result.report.stages if entry.name == name)
+
+
+def top1(path: Path | bytes) -> float:
+    with np.load(TEST) as data:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        logits = session.run(None, {"image": data["image"]})[0]
+        return float((logits.argmax(1) == data["label"]).mean())
+
+
+def test_makes_a_trained_model_several_times_smaller_at_its_accuracy(tmp_path: Path) -> None:
+    result = optimize(MOBILENET, data=CALIB)
+    result.save(tmp_path / "small.onnx")
+
+    assert result.report.size > 3
+    assert result.report.budget_met
+    assert (tmp_path / "small.onnx").stat().st_size * 3 < MOBILENET.stat().st_size
+    assert top1(MOBILENET) - top1(tmp_path / "small.onnx") <= 0.005
+
+
+def test_the_report_holds_what_a_fresh_session_computes(tmp_path: Path) -> None:
+    result = optimize(LENET, data=TEST, metric="top1")
+    result.save(tmp_path / "small.onnx")
+
+    with np.load(TEST) as data:
+        images, labels = data["image"], data["label"]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    logits = onnxruntime.InferenceSession(tmp_path / "small.onnx", options).run(None, {"image": images})[0]
+    order = np.random.default_rng(0).permutation(len(labels))
+    confirm = np.sort(order[-250:])
+    assert result.report.after.metric == pytest.approx((logits.argmax(1) == labels)[confirm].mean(), abs=1e-9)
+    assert result.report.after.size_bytes == pytest.approx((tmp_path / "small.onnx").stat().st_size, abs=64)
+
+
+def test_without_data_only_data_free_stages_run_and_the_report_says_so() -> None:
+    report = optimize(LENET).report
+
+    assert [entry.name for entry in report.stages] == ["simplify", "quantize-weights"]
+    assert report.data["generated"]
+    assert any("no data" in warning for warning in report.warnings)
+    assert report.size > 3
+
+
+def test_a_stage_that_breaks_the_budget_is_tried_weaker_then_kept() -> None:
+    result = optimize(small_model(), data=small_data(), passes=[Scale(factor=2.0)], force=False)
+
+    entry = stage(result, "scale")
+    assert [attempt.verdict for attempt in entry.attempts] == ["dropped", "dropped", "dropped"]
+    assert "over the budget" in entry.attempts[0].reason
+    assert "does not pay" in entry.attempts[2].reason
+    np.testing.assert_array_equal(result.model.weight("W"), Model.load(small_model()).weight("W"))
+
+
+def test_force_keeps_a_stage_and_says_what_speaks_against_it() -> None:
+    result = optimize(small_model(), data=small_data(), passes=[Scale(factor=2.0)], force=True)
+
+    entry = stage(result, "scale")
+    assert entry.verdict == "forced"
+    assert "although: over the budget" in entry.reason
+    assert not result.report.budget_met
+
+
+def test_a_pass_that_only_claims_to_be_lossless_is_dropped() -> None:
+    result = optimize(small_model(), data=small_data(), passes=[Liar()])
+
+    assert stage(result, "liar").verdict == "dropped"
+    assert "claims to be lossless" in stage(result, "liar").reason
+
+
+def test_a_pass_that_changes_the_interface_is_dropped() -> None:
+    result = optimize(small_model(), data=small_data(), passes=[Breaker()])
+
+    assert "changed the model's inputs or outputs" in stage(result, "breaker").reason
+    assert [tensor.name for tensor in result.model.graph.outputs] == ["y"]
+
+
+def test_a_model_with_random_outputs_gets_lossless_stages_only() -> None:
+    model = small_model(final="r = RandomNormalLike(x)  z = Add(x, r)  i = Identity(z)  y = MatMul(i, W)")
+
+    report = optimize(model).report
+
+    assert [entry.verdict for entry in report.stages] == ["kept", "skipped"]
+    assert any("random" in warning for warning in report.warnings)
+
+
+def test_nothing_helps_is_not_an_error() -> None:
+    result = optimize(small_model(outputs=1), data=small_data())
+
+    assert result.report.verdict.startswith("nothing helped")
+    assert result.model.digest == Model.load(small_model(outputs=1)).digest
+
+
+def test_optimizing_twice_changes_nothing(tmp_path: Path) -> None:
+    once = optimize(LENET, data=CALIB, timing=False)
+    again = optimize(once.model, data=CALIB, timing=False)
+
+    assert again.model.digest == once.model.digest
+
+
+def test_without_timing_the_same_input_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        optimize(MOBILENET, data=CALIB, timing=False).save(tmp_path / f"{name}.onnx")
+
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_replay_takes_the_decisions_of_an_earlier_run(tmp_path: Path) -> None:
+    from onnxcomp.report import write_json
+
+    first = optimize(MOBILENET, data=CALIB)
+    write_json(first.report, tmp_path / "report.json")
+
+    again = optimize(MOBILENET, data=CALIB, replay=tmp_path / "report.json")
+
+    assert again.model.digest == first.model.digest
+
+
+def test_replay_refuses_a_file_that_is_no_report(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+
+    with pytest.raises(OptionError, match="is not a report"):
+        optimize(LENET, data=CALIB, replay=tmp_path / "report.json")
+
+
+def test_labels_that_look_like_classes_are_judged_by_top1() -> None:
+    report = optimize(LENET, data=TEST, passes=[QuantizeWeights()]).report
+
+    assert (report.quality, report.metric) == ("metric", {"name": "top1", "higher_is_better": True})
+    assert report.after.drop_interval is not None
+
+
+def test_top1_without_labels_is_estimated_from_the_originals_own_answers() -> None:
+    report = optimize(LENET, data=CALIB, metric="top1", passes=[QuantizeWeights()]).report
+
+    assert report.quality == "expected-drop"
+    assert any("no labels" in note for note in report.notes)
+
+
+def test_a_metric_that_needs_labels_says_so() -> None:
+    with pytest.raises(DataError, match="metric 'mse' needs labels"):
+        optimize(LENET, data=CALIB, metric="mse")
+
+
+def test_a_pass_that_needs_data_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "Runtime", None)
+
+    with pytest.raises(RequirementError, match="'quantize' needs data"):
+        optimize(LENET, passes=[Quantize()])
+
+
+def test_wrong_data_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "Runtime", None)
+
+    with pytest.raises(DataError, match="'image'"):
+        optimize(LENET, data={"picture": np.zeros((4, 1, 28, 28), np.float32)})
+
+
+def test_the_time_limit_skips_what_is_left() -> None:
+    report = optimize(LENET, data=CALIB, time_limit=1e-3).report
+
+    assert {entry.verdict for entry in report.stages} == {"skipped"}
+    assert "time limit" in report.stages[0].reason
+
+
+def test_a_share_of_zero_budget_allows_no_loss() -> None:
+    result = optimize(
+        small_model(), data=small_data(), passes=[QuantizeWeights()], budget=Budget(max_drop=0.0, max_error=0.0)
+    )
+
+    assert result.model.digest == Model.load(small_model()).digest
+
+
+def test_excluded_layers_stay_as_they_are() -> None:
+    result = optimize(LENET, passes=[QuantizeWeights()], exclude=["*"])
+
+    assert stage(result, "quantize-weights").verdict == "unchanged"
+
+
+def test_another_target_is_judged_by_its_kernels_not_by_this_clock() -> None:
+    report = optimize(MOBILENET, data=CALIB, target="arm64", passes=[Simplify(), Quantize()]).report
+
+    assert report.target == "arm64"
+    assert report.after.latency_ms is None
+    assert report.after.latency_evidence == "estimated"
+    assert any("estimated" in warning for warning in report.warnings)
+
+
+def test_a_model_in_memory_is_not_changed() -> None:
+    proto = small_model()
+    before = proto.SerializeToString()
+
+    optimize(proto, data=small_data())
+
+    assert proto.SerializeToString() == before
+
+
+def test_the_verdict_quotes_the_measured_ratios() -> None:
+    report = optimize(LENET, data=CALIB, passes=[QuantizeWeights()]).report
+
+    assert f"{report.size:.2f} times smaller" in report.verdict
+    assert isinstance(report, Report)
+
+
+def test_generated_inputs_that_do_not_fit_ask_for_a_shape() -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, T] x, int64[2] s) => (float[A, B] y) { y = Reshape(x, s) }'
+    )
+    proto = parser.parse_model(text)
+    proto.graph.node[0].ClearField("domain")
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([7, 11]), "s"))
+    del proto.graph.input[1]
+
+    with pytest.raises(DataError, match="give --data or --shape"):
+        optimize(proto)
