@@ -232,7 +232,7 @@ def export_graph(graph: gs.Graph, dump: DumpTensor, extras: dict[str, onnx.NodeP
         extras: What was kept of the original nodes, by first output name, for nodes that replaced them.
     """
     proto = onnx.GraphProto()
-    proto.CopyFrom(getattr(graph, "header", onnx.GraphProto()))
+    proto.CopyFrom(vars(graph).get("header", onnx.GraphProto()))
     proto.name = graph.name or "graph"
     if graph.doc_string:
         proto.doc_string = graph.doc_string
@@ -268,11 +268,11 @@ def _add_value_info(proto: onnx.GraphProto, tensor: gs.Tensor) -> None:
 
 def _constants(graph: gs.Graph, nodes: Iterable[gs.Node]) -> list[gs.Constant]:
     """The constants that belong to this graph: original ones in their order, then new ones in order of use."""
-    kept = (*getattr(graph, "unused_initializers", []), *getattr(graph, "default_values", []))
+    kept = (*vars(graph).get("unused_initializers", []), *vars(graph).get("default_values", []))
     found = {constant.name: constant for constant in kept}
     for constant in _owned_constants(graph, nodes):
         found.setdefault(constant.name, constant)
-    rank = {name: index for index, name in enumerate(getattr(graph, "initializer_order", []))}
+    rank = {name: index for index, name in enumerate(vars(graph).get("initializer_order", []))}
     return sorted(found.values(), key=lambda constant: rank.get(constant.name, len(rank)))
 
 

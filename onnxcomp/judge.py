@@ -52,7 +52,7 @@ class Budget:
     """
 
     max_drop: float = 0.005
-    max_error: float = 0.15
+    max_error: float = 0.2
 
     def allows(self, quality: Quality, *, generated: bool, share: float = 1.0, rounding: float = 0.0) -> bool:
         """Whether a measured loss is inside the budget.

@@ -21,6 +21,7 @@ __all__ = [
     "expected_drop",
     "get_metric",
     "looks_like_classifier",
+    "metric_for_labels",
     "paired_interval",
     "relative_error",
     "sqnr_db",
@@ -116,6 +117,12 @@ def get_metric(spec: str | Callable[..., Any] | Metric, allow_code: bool = True)
         message = f"metric {name!r}: its attribute higher_is_better must be True or False, got {higher!r}"
         raise OptionError(message)
     return Metric(name, higher, function)
+
+
+def metric_for_labels(labels: Array | None) -> Metric | None:
+    """Return the metric that labels speak for by themselves: top1 for class indices, None for anything else."""
+    classes = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" and bool((labels >= 0).all())
+    return _METRICS["top1"] if classes else None
 
 
 def drop(metric: Metric, original: float, new: float) -> float:

@@ -11,16 +11,31 @@ from typing import Any, Union
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError, EncodeError
-from onnx import helper, numpy_helper, shape_inference, version_converter
+from google.protobuf.message import EncodeError
+from onnx import numpy_helper, shape_inference, version_converter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files import check_writable, replaced_whole
 from onnxcomp.graph_io import Node, Variable, describe, export_graph, import_graph, walk
-from onnxcomp.weights import ArrayBlob, Blob, LazyWeight, external_blob
+from onnxcomp.structure import (
+    check_text,
+    import_domains,
+    ir_version_for,
+    list_initializers_as_inputs,
+    model_files,
+    own_data_files,
+    read_in,
+    read_structure,
+    reference_of,
+    small_tensors,
+    stub,
+    tensors_of,
+    varint_bytes,
+)
+from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, check_tensor, external_blob
 
-__all__ = ["Model", "ModelSource"]
+__all__ = ["Model", "ModelSource", "model_files", "value_of"]
 
 Array = np.ndarray[Any, Any]
 ModelSource = Union[str, Path, onnx.ModelProto, "Model"]
@@ -62,6 +77,7 @@ class Model:
         self.metadata = {entry.key: entry.value for entry in structure.metadata_props}
         self._external = external
         self._blobs = blobs
+        self._sources = frozenset(blob.path for blob in blobs.values() if isinstance(blob, FileBlob))
         self._header = onnx.ModelProto()
         for field, value in structure.ListFields():
             if field.name == "graph" or field.name == "metadata_props":
@@ -98,27 +114,42 @@ class Model:
             structure.CopyFrom(source)
             return cls._from_proto(structure, None)
         path = Path(source)
-        return cls._from_proto(_read(path), path)
+        return cls._from_proto(read_structure(path), path)
 
     @classmethod
     def _from_proto(cls, structure: onnx.ModelProto, path: Path | None) -> Model:
         folder = path.resolve().parent if path else Path.cwd()
+        check_text(structure)
         blobs: dict[str, Blob] = {}
         external = False
-        for tensor in _tensors(structure.graph):
+        for tensor in tensors_of(structure.graph):
+            check_tensor(tensor)
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 external = True
-                _stub(tensor, external_blob(tensor, folder), blobs)
+                stub(tensor, external_blob(tensor, folder), blobs)
             elif tensor.HasField("raw_data") and len(tensor.raw_data) >= LAZY_FROM_BYTES:
-                _stub(tensor, ArrayBlob(tensor.raw_data), blobs)
+                stub(tensor, ArrayBlob(tensor.raw_data), blobs)
+            elif tensor.float_data and 4 * len(tensor.float_data) >= LAZY_FROM_BYTES:
+                data = ArrayBlob(np.array(tensor.float_data, "<f4").tobytes())  # the same size as raw_data
+                tensor.ClearField("float_data")
+                stub(tensor, data, blobs)
+        for tensor in small_tensors(structure):
+            check_tensor(tensor)
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                read_in(tensor, external_blob(tensor, folder))
         return cls(structure, blobs, path, external=external)
 
     def fork(self) -> Model:
-        """A copy to rewrite freely; weights are shared, not copied."""
-        return Model(self.proto(), dict(self._blobs), self.path, external=self._external)
+        """A copy to rewrite freely; weights are shared, not copied, and those no longer used are let go."""
+        structure = self.proto()
+        used = {reference for tensor in tensors_of(structure.graph) if (reference := reference_of(tensor))}
+        copy = Model(structure, {key: self._blobs[key] for key in used}, self.path, external=self._external)
+        copy._sources = self._sources
+        return copy
 
     def become(self, other: Model) -> None:
         """Take over another model's contents (a fork that turned out well); `other` must not be used any more."""
+        self.__dict__.clear()  # what was remembered of the old contents, such as the names in use, holds no longer
         self.__dict__.update(other.__dict__)
 
     # --- looking --------------------------------------------------------------------------------------------------
@@ -180,8 +211,8 @@ class Model:
     def digest(self) -> str:
         """A hash of everything in the model, the weights included."""
         structure = self.proto()
-        for tensor in _tensors(structure.graph):
-            if reference := _ref(tensor):
+        for tensor in tensors_of(structure.graph):
+            if reference := reference_of(tensor):
                 tensor.external_data[1].value = self._blobs[reference].digest
         return hashlib.sha256(structure.SerializeToString(deterministic=True)).hexdigest()
 
@@ -189,16 +220,16 @@ class Model:
     def size_bytes(self) -> int:
         """The bytes that the saved model takes, to within a few bytes a weight: the file and its external data."""
         structure = self.proto()
-        total = structure.ByteSize()
-        for tensor in _tensors(structure.graph):
-            if reference := _ref(tensor):
+        total = int(structure.ByteSize())
+        for tensor in tensors_of(structure.graph):
+            if reference := reference_of(tensor):
                 stub_bytes = tensor.ByteSize()
                 nbytes = self._blobs[reference].nbytes
                 tensor.ClearField("external_data")
                 tensor.ClearField("data_location")
                 bare_bytes = tensor.ByteSize()
-                full_bytes = bare_bytes + 1 + _varint_bytes(nbytes) + nbytes
-                total += full_bytes - stub_bytes + _varint_bytes(full_bytes) - _varint_bytes(stub_bytes)
+                full_bytes = bare_bytes + 1 + varint_bytes(nbytes) + nbytes
+                total += full_bytes - stub_bytes + varint_bytes(full_bytes) - varint_bytes(stub_bytes)
         return total
 
     # --- changing -------------------------------------------------------------------------------------------------
@@ -251,9 +282,9 @@ class Model:
         except (RuntimeError, ValueError, IndexError, EncodeError) as error:
             message = f"opset {self.opset} cannot be raised to {version}: {str(error).splitlines()[0]}"
             raise ModelError(message) from error
-        converted.ir_version = max(self.ir_version, _ir_version_for(version))
+        converted.ir_version = max(self.ir_version, ir_version_for(version))
         fresh = Model._from_proto(converted, self.path)
-        fresh.metadata, fresh._external = self.metadata, self._external
+        fresh.metadata, fresh._external, fresh._sources = self.metadata, self._external, self._sources
         self.become(fresh)
 
     # --- writing --------------------------------------------------------------------------------------------------
@@ -264,10 +295,10 @@ class Model:
         model.CopyFrom(self._header)
         model.graph.CopyFrom(export_graph(self.graph, self._dump, self._extras))
         if self.ir_version < 4:
-            _list_initializers_as_inputs(model.graph, vars(self.graph).get("listed_inputs", []))
+            list_initializers_as_inputs(model.graph, vars(self.graph).get("listed_inputs", []))
         for key, value in self.metadata.items():
             model.metadata_props.add(key=key, value=value)
-        _import_domains(model)
+        import_domains(model)
         return model
 
     def to_proto(self) -> onnx.ModelProto:
@@ -280,11 +311,9 @@ class Model:
             message = f"the model has {self.size_bytes} bytes; more than 2 GiB only fits a file with external data"
             raise ModelError(message)
         model = self.proto()
-        for tensor in _tensors(model.graph):
-            if reference := _ref(tensor):
-                tensor.ClearField("external_data")
-                tensor.ClearField("data_location")
-                tensor.raw_data = b"".join(bytes(chunk) for chunk in self._blobs[reference].chunks())
+        for tensor in tensors_of(model.graph):
+            if reference := reference_of(tensor):
+                read_in(tensor, self._blobs[reference])
         return model
 
     def save(self, path: str | Path, *, external_data: bool | None = None) -> None:
@@ -299,27 +328,26 @@ class Model:
             OutputError: It cannot be written, or it is the file (or the data file) that the model was read from.
         """
         path = Path(path)
-        sources = {blob.path for blob in self._blobs.values() if hasattr(blob, "path")}
-        check_writable(path, inputs=(*((self.path,) if self.path else ()), *sources))
+        check_writable(path, inputs=(*((self.path,) if self.path else ()), *self._sources))
         too_large = self.size_bytes > INLINE_LIMIT_BYTES
         if external_data or too_large or (external_data is None and self._external):
-            self._save_external(path, sources)
+            self._save_external(path)
             return
         data = self.to_proto().SerializeToString()
         with replaced_whole(path) as [file]:
             file.write(data)
 
-    def _save_external(self, path: Path, sources: set[Path]) -> None:
+    def _save_external(self, path: Path) -> None:
         """Stream the weights to a new data file, then the structure; the new file never replaces the old one's data."""
         number, data_path = 0, path.with_name(f"{path.name}.data")
-        while data_path.exists() or data_path in sources:
+        while data_path.exists() or data_path in self._sources:
             number += 1
             data_path = path.with_name(f"{path.name}.{number}.data")
-        stale = _data_files(path)
+        stale = own_data_files(path)
         with replaced_whole(data_path, path) as [data_file, model_file]:
             model, offset = self.proto(), 0
-            for tensor in _tensors(model.graph):
-                reference = _ref(tensor)
+            for tensor in tensors_of(model.graph):
+                reference = reference_of(tensor)
                 if not reference:
                     continue
                 blob = self._blobs[reference]
@@ -334,7 +362,7 @@ class Model:
                     tensor.external_data.add(key=key, value=value)
                 offset += blob.nbytes
             model_file.write(model.SerializeToString())
-        for old in stale - {data_path} - sources:
+        for old in stale - {data_path} - self._sources:
             old.unlink(missing_ok=True)
 
     def _dump(self, constant: gs.Constant) -> onnx.TensorProto:
@@ -348,8 +376,8 @@ class Model:
             return tensor
         tensor = numpy_helper.from_array(np.asarray(value), constant.name)
         if tensor.HasField("raw_data") and len(tensor.raw_data) >= LAZY_FROM_BYTES:
-            _stub(tensor, ArrayBlob(tensor.raw_data), self._blobs)
-            constant._values = LazyWeight(tensor, self._blobs[_ref(tensor)])
+            stub(tensor, ArrayBlob(tensor.raw_data), self._blobs)
+            constant._values = LazyWeight(tensor, self._blobs[reference_of(tensor)])
             return self._dump(constant)
         return tensor
 
@@ -360,74 +388,12 @@ def value_of(constant: gs.Constant) -> Array:
     return np.asarray(value.load() if isinstance(value, LazyValues) else value)
 
 
-# --- stubs: a weight's place in the structure, with a reference to its blob instead of data ---------------------------
-
-REFERENCE = "onnxcomp.blob"
-
-
-def _stub(tensor: onnx.TensorProto, blob: Blob, blobs: dict[str, Blob]) -> None:
-    """Take the data out of a TensorProto and leave a reference."""
-    reference = blob.key
-    blobs.setdefault(reference, blob)
-    tensor.ClearField("raw_data")
-    del tensor.external_data[:]
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=REFERENCE)
-    tensor.external_data.add(key="key", value=reference)
-
-
-def _ref(tensor: onnx.TensorProto) -> str:
-    """The reference of a stub, or an empty string."""
-    entries = tensor.external_data
-    return entries[1].value if len(entries) == 2 and entries[0].value == REFERENCE else ""
-
-
-def _varint_bytes(value: int) -> int:
-    """How many bytes protobuf needs to write a length."""
-    return max(1, -(-value.bit_length() // 7))
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _lazy(tensor: onnx.TensorProto, blobs: dict[str, Blob]) -> LazyWeight:
-    reference = _ref(tensor)
+    reference = reference_of(tensor)
     return LazyWeight(tensor, blobs[reference] if reference else None)
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every TensorProto of a graph: initializers and tensor attributes, those of subgraphs included."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
-            for inner in attribute.graphs:
-                yield from _tensors(inner)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> onnx.ModelProto:
-    try:
-        if path.is_dir():
-            message = f"{path}: is a folder, expected an .onnx file"
-            raise ModelError(message)
-        data = path.read_bytes()
-    except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror})"
-        raise ModelError(message) from error
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(data)
-    except DecodeError as error:
-        message = f"{path}: is not an ONNX model, or is cut short ({len(data)} bytes)"
-        raise ModelError(message) from error
-    if not model.ir_version or not model.HasField("graph") or not (model.graph.node or model.graph.output):
-        message = f"{path}: is not an ONNX model (no graph in it)"
-        raise ModelError(message)
-    return model
 
 
 def _describe_tensors(graph: gs.Graph, proto: onnx.GraphProto) -> None:
@@ -448,61 +414,3 @@ def _describe_tensors(graph: gs.Graph, proto: onnx.GraphProto) -> None:
             value = node.attrs.get(attribute.name)
             if isinstance(value, gs.Graph):
                 _describe_tensors(value, attribute.g)
-
-
-def _list_initializers_as_inputs(graph: onnx.GraphProto, before: list[onnx.ValueInfoProto]) -> None:
-    """Before IR 4 every initializer had to be a graph input as well; those listed `before` keep their places."""
-    inputs = {info.name: info for info in graph.input}
-    for tensor in graph.initializer:
-        inputs[tensor.name] = helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-    for info in before:
-        if info.name in inputs and inputs[info.name].type == info.type:
-            inputs[info.name] = info
-    order = [info.name for info in before if info.name in inputs]
-    names = dict.fromkeys((*order, *inputs))
-    listed = [inputs[name] for name in names]
-    fresh = onnx.GraphProto()
-    fresh.input.extend(listed)
-    del graph.input[:]
-    graph.input.extend(fresh.input)
-
-
-def _import_domains(model: onnx.ModelProto) -> None:
-    """Import the operator sets of domains that rewrites brought in."""
-    known = {entry.domain for entry in model.opset_import}
-    for node in model.graph.node:
-        if node.domain not in known and not (node.domain in DEFAULT_DOMAINS and known & set(DEFAULT_DOMAINS)):
-            known.add(node.domain)
-            model.opset_import.add(domain=node.domain, version=1)
-
-
-def _ir_version_for(opset: int) -> int:
-    """The lowest IR version that may carry an opset."""
-    return int(helper.find_min_ir_version_for([helper.make_opsetid("", opset)], ignore_unknown=True))
-
-
-def model_files(path: Path) -> list[Path]:
-    """A saved model's files: the .onnx file, then the external data files that it names."""
-    proto = onnx.ModelProto()
-    if path.suffix != ".ort":
-        proto = _read(path)
-    folder = path.resolve().parent
-    external = {
-        external_blob(tensor, folder).path
-        for tensor in _tensors(proto.graph)
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-    }
-    return [path, *sorted(external)]
-
-
-def _data_files(path: Path) -> set[Path]:
-    """The data files that an existing model at `path` names beside itself, to be removed once it is replaced."""
-    if not path.is_file():
-        return set()
-    try:
-        tensors = list(_tensors(_read(path).graph))
-    except ModelError:
-        return set()
-    names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    own = {name for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")}
-    return {path.with_name(name) for name in own}

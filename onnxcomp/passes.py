@@ -193,6 +193,10 @@ class Pass(ABC):
         return {declared.name: getattr(self, declared.name) for declared in dataclasses.fields(self)}
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
+"""The types of options that are checked, told by the default, in words."""
+
+
 def _check_option(pass_name: str, declared: dataclasses.Field[Any], value: Any) -> None:
     limits = declared.metadata
     choices, minimum, maximum = (limits.get(key) for key in ("choices", "minimum", "maximum"))
@@ -202,11 +206,9 @@ def _check_option(pass_name: str, declared: dataclasses.Field[Any], value: Any) 
         raise OptionError(message)
     expected = type(declared.default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(declared.default, int | float) and not isinstance(declared.default, bool) and not is_number:
-        message = f"{where} must be a number, got {value!r}"
-        raise OptionError(message)
-    if isinstance(declared.default, bool | str) and not isinstance(value, expected):
-        message = f"{where} must be {'true or false' if expected is bool else 'text'}, got {value!r}"
+    fits = is_number if expected is float else isinstance(value, expected)
+    if expected in _KINDS and (not fits or (isinstance(value, bool) and expected is not bool)):
+        message = f"{where} must be {_KINDS[expected]}, got {value!r}"
         raise OptionError(message)
     if (minimum is not None and not value >= minimum) or (maximum is not None and not value <= maximum):
         allowed = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
@@ -227,8 +229,9 @@ def register(cls: AnyPass) -> AnyPass:
         OptionError: The name is taken, or is not the class name in kebab-case.
     """
     kebab = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
-    if cls.name != kebab:
-        message = f"the pass {cls.__qualname__} must be called {kebab!r}, got {cls.name!r}"
+    name = getattr(cls, "name", None)
+    if name != kebab:
+        message = f"the pass {cls.__qualname__} must be called {kebab!r}, got {name!r}"
         raise OptionError(message)
     known = _registry.get(cls.name)
     if known is not None and known is not cls:

@@ -183,6 +183,8 @@ def _run_stages(
         earlier = finished.load(index)
         if earlier is not None:
             model, entry, lossless = earlier
+            if model is not None:
+                model.path = runner.original.path  # what it really comes from, and must not overwrite
             kept = kept.after_resumed(model, entry, lossless=lossless)
             continue
         kept = runner.run(stage, kept)
@@ -232,8 +234,9 @@ def _metric(options: Options, samples: Dataset) -> tuple[Metric | None, bool | N
     if samples.generated:
         return None, False, []
     if asked is None:
-        if samples.has_labels and _are_class_labels(samples):
-            return metrics.get_metric("top1"), None, ["the labels look like classes: judged by top1"]
+        found = metrics.metric_for_labels(samples.labels())
+        if found is not None:
+            return found, None, [f"the labels look like classes: judged by {found.name}"]
         unused = ["the data have labels, but no metric was given: they are not used"] if samples.has_labels else []
         return None, None, unused
     metric = metrics.get_metric(asked, allow_code=options.allow_code)
@@ -243,11 +246,6 @@ def _metric(options: Options, samples: Dataset) -> tuple[Metric | None, bool | N
         return None, True, ["no labels: top1 is estimated from the original's own class probabilities"]
     message = f"metric {metric.name!r} needs labels; put them under 'label' in the data"
     raise DataError(message)
-
-
-def _are_class_labels(samples: Dataset) -> bool:
-    labels = samples.labels()
-    return labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" and bool((labels >= 0).all())
 
 
 def _judge(

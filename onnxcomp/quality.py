@@ -96,7 +96,7 @@ class Reference:
         labels = []
         kept_bytes = 0
         for batch, arrays in zip(data.batches(), outputs, strict=False):
-            run = _trim(flatten(arrays), batch)
+            run = trim(flatten(arrays), batch)
             self._runs.append(run)
             self.batches += 1
             if batch.labels is not None:
@@ -143,7 +143,7 @@ class Reference:
             data: The samples that the reference was made with.
         """
         runs = [
-            _trim(flatten(arrays), batch)
+            trim(flatten(arrays), batch)
             for _, batch, arrays in zip(range(self.batches), data.batches(), outputs, strict=False)
         ]
         plain, centred = self._errors(runs)
@@ -164,7 +164,7 @@ class Reference:
             interval=interval,
             error=centred,
             plain_error=plain,
-            sqnr_db=_decibels(plain),
+            sqnr_db=to_decibels(plain),
             agreement=agreement,
             metric=value,
             samples=self.samples,
@@ -237,7 +237,7 @@ def relative_error(pairs: Sequence[tuple[Array, Array]], *, centred: bool) -> fl
     return math.sqrt(noise / signal) if signal > 0 else math.inf
 
 
-def _decibels(error: float) -> float:
+def to_decibels(error: float) -> float:
     if not error:
         return math.inf
     return -20 * math.log10(error) if math.isfinite(error) else -math.inf
@@ -260,7 +260,7 @@ def flatten(outputs: list[Any]) -> list[Array]:
     return flat
 
 
-def _trim(run: list[Array], batch: Batch) -> list[Array]:
+def trim(run: list[Array], batch: Batch) -> list[Array]:
     """Cut off the samples that only fill up a fixed batch."""
     arrays = [array for array in batch.inputs.values() if array.ndim]
     rows = max(map(len, arrays), default=0)

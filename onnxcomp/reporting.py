@@ -16,7 +16,7 @@ from onnxcomp.errors import OptionError
 from onnxcomp.judge import Judge, Score
 from onnxcomp.ledger import Figures, Report
 from onnxcomp.model import Model, ModelSource, model_files
-from onnxcomp.passes import find_pass
+from onnxcomp.pass_options import make_pass
 from onnxcomp.quality import Quality
 from onnxcomp.stages import Stage
 from onnxcomp.targets import cpu_features
@@ -31,6 +31,9 @@ __all__ = ["build_report", "environment", "file_facts", "replayed_stages"]
 
 FINAL_TIMING_SECONDS = 2.0
 HASH_CHUNK_BYTES = 1 << 22
+
+DEFLATE_LIMIT_BYTES = 1 << 29
+"""Deflating takes about 4 seconds a 64 MB: larger models are not worth the wait."""
 
 
 def build_report(
@@ -132,8 +135,8 @@ def replayed_stages(path: Path) -> list[Stage]:
         message = f"{path}: is not a report of this tool, as --json writes it"
         raise OptionError(message) from error
     try:
-        return [Stage(passes=tuple(find_pass(name)(**options) for name, options in form)) for form in named]
-    except TypeError as error:
+        return [Stage(passes=tuple(make_pass(name, options) for name, options in form)) for form in named]
+    except (OptionError, TypeError) as error:
         message = f"{path}: the report has options that its passes do not have ({error})"
         raise OptionError(message) from error
 
@@ -143,7 +146,7 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
     path = judge.path_of(model)
     return Figures(
         size_bytes=score.size_bytes,
-        deflated_bytes=analysis.deflated_bytes(path),
+        deflated_bytes=analysis.deflated_bytes(path) if score.size_bytes <= DEFLATE_LIMIT_BYTES else None,
         parameters=parameters,
         nonzeros=nonzeros,
         macs=score.macs,

@@ -6,6 +6,7 @@ removes its own; what nobody came back for is removed after a week.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.ledger import Attempt, PassEntry, StageEntry
-from onnxcomp.model import Model
+from onnxcomp.model import Model, model_files
 
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
@@ -62,12 +63,22 @@ class Finished:
     def __init__(self, key: str | None) -> None:
         root = cache_folder() / "runs"
         self._folder = root / key[:32] if key else None
+        self._complete = True
+        self._mapped = False
         _remove_old(root)
 
     def load(self, index: int) -> tuple[Model | None, StageEntry, bool] | None:
-        """A finished stage: its model (None: it changed nothing), its entry, and whether it was lossless."""
+        """A finished stage: its model (None: it changed nothing), its entry, and whether it was lossless.
+
+        Stages are asked for in order. After one that is missing none is taken over: they were built on it.
+        """
+        found = self._load(index) if self._complete else None
+        self._complete = found is not None
+        return found
+
+    def _load(self, index: int) -> tuple[Model | None, StageEntry, bool] | None:
         path = self._folder / f"{index}.json" if self._folder else None
-        if path is None or not path.is_file():
+        if path is None:
             return None
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
@@ -75,6 +86,7 @@ class Finished:
             model = Model.load(path.with_suffix(".onnx")) if saved["changed"] else None
         except (OSError, ValueError, KeyError, TypeError, OnnxcompError):
             return None  # a damaged record is as good as none: the stage runs again
+        self._mapped |= model is not None and len(model_files(path.with_suffix(".onnx"))) > 1
         return model, entry, bool(saved["lossless"])
 
     def store(self, index: int, kept: Kept) -> None:
@@ -82,6 +94,8 @@ class Finished:
         if self._folder is None:
             return
         entry = kept.stages[-1]
+        if entry.verdict == "skipped":
+            return  # another run may have the time
         changed = entry.verdict in {"kept", "forced"}
         lossless = not (kept.before and kept.before[-1][0] == index)
         try:
@@ -97,7 +111,13 @@ class Finished:
 
     def remove(self) -> None:
         """The run has ended: forget it."""
-        if self._folder is not None:
+        if self._folder is None:
+            return
+        for record in self._folder.glob("*.json"):
+            record.unlink(missing_ok=True)
+        if self._mapped:  # weights of the result are still read from the files in there
+            atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+        else:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 

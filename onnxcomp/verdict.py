@@ -256,10 +256,11 @@ def _entry(step: Pass, changes: Changes, seconds: float) -> PassEntry:
 
 
 def _interface(model: Model) -> tuple[object, ...]:
-    """Names, types and dims of the inputs and outputs."""
+    """Names, types and dims of the inputs and outputs. Before IR 4, initializers are listed as inputs and are none."""
     graph = model.proto().graph
+    listed = {tensor.name for tensor in graph.initializer} if model.ir_version < 4 else set()
     return (
-        [(info.name, info.type.SerializeToString()) for info in graph.input if model.ir_version >= 4],
+        [(info.name, info.type.SerializeToString()) for info in graph.input if info.name not in listed],
         [(info.name, info.type.SerializeToString()) for info in graph.output],
     )
 

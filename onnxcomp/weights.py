@@ -25,7 +25,17 @@ from onnxcomp.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ArrayBlob", "Blob", "FileBlob", "LazyWeight", "SparseWeight", "external_blob", "numpy_dtype"]
+__all__ = [
+    "ArrayBlob",
+    "Blob",
+    "FileBlob",
+    "LazyWeight",
+    "SparseWeight",
+    "check_tensor",
+    "external_blob",
+    "numpy_dtype",
+    "stored_bytes",
+]
 
 CHUNK_BYTES = 1 << 22
 """Files are read and written in pieces of this size, so that a large weight needs no memory."""
@@ -40,8 +50,16 @@ BITS_OF_SUBBYTE = {
 
 
 def numpy_dtype(onnx_dtype: int) -> np.dtype[Any]:
-    """The numpy dtype of an ONNX element type (ml_dtypes for bfloat16, float8 and 4-bit types; object for strings)."""
-    return np.dtype(helper.tensor_dtype_to_np_dtype(onnx_dtype))
+    """The numpy dtype of an ONNX element type (ml_dtypes for bfloat16, float8 and 4-bit types; object for strings).
+
+    Raises:
+        ModelError: ONNX knows no such type.
+    """
+    try:
+        return np.dtype(helper.tensor_dtype_to_np_dtype(onnx_dtype))
+    except KeyError as error:
+        message = f"the model has a tensor of element type {onnx_dtype}, which ONNX does not know"
+        raise ModelError(message) from error
 
 
 def stored_bytes(dims: tuple[int, ...], onnx_dtype: int) -> int:
@@ -49,6 +67,40 @@ def stored_bytes(dims: tuple[int, ...], onnx_dtype: int) -> int:
     count = math.prod(dims)
     bits = BITS_OF_SUBBYTE.get(onnx_dtype)
     return -(-count * bits // 8) if bits else count * numpy_dtype(onnx_dtype).itemsize
+
+
+def check_tensor(tensor: onnx.TensorProto) -> None:
+    """Refuse a tensor whose type, shape and amount of data do not fit each other.
+
+    Raises:
+        ModelError: They do not.
+    """
+    where = f"tensor {tensor.name!r}"
+    if tensor.data_type not in helper.get_all_tensor_dtypes() or tensor.data_type == onnx.TensorProto.UNDEFINED:
+        message = f"{where}: its element type {tensor.data_type} is none that ONNX knows"
+        raise ModelError(message)
+    dims = tuple(tensor.dims)
+    if any(dim < 0 for dim in dims):
+        message = f"{where}: its shape {list(dims)} has a negative dimension"
+        raise ModelError(message)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return
+    if tensor.HasField("raw_data"):
+        unit, expected, got = "bytes", stored_bytes(dims, tensor.data_type), len(tensor.raw_data)
+    else:
+        unit, expected = "numbers", _stored_numbers(math.prod(dims), tensor.data_type)
+        got = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type)))
+    if got != expected:
+        message = f"{where}: shape {list(dims)} needs {expected} {unit}, the file has {got}"
+        raise ModelError(message)
+
+
+def _stored_numbers(count: int, onnx_dtype: int) -> int:
+    """How many numbers a tensor takes in a typed field such as `int32_data`."""
+    if onnx_dtype in {onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128}:
+        return 2 * count
+    bits = BITS_OF_SUBBYTE.get(onnx_dtype)
+    return -(-count * bits // 8) if bits else count
 
 
 class Blob(ABC):

@@ -1,0 +1,22 @@
+"""The command line: parse, call, print. It adds nothing that `import onnxcomp` lacks."""
+
+from __future__ import annotations
+
+import click
+
+from onnxcomp.commands.compare import compare_command
+from onnxcomp.commands.inspect import inspect_command
+from onnxcomp.commands.optimize import optimize_command
+from onnxcomp.commands.passes import passes_command
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="onnxcomp")
+def main() -> None:
+    """Make ONNX models smaller and faster, never worse, with the proof."""
+
+
+for _command in (optimize_command, inspect_command, compare_command, passes_command):
+    main.add_command(_command)

@@ -1,0 +1,133 @@
+"""What every command shares: errors in one line, exit codes, and where output goes."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from onnxcomp.errors import OnnxcompError, OptionError
+from onnxcomp.report.text import duration_text, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["BUDGET_NOT_MET", "STOPPED", "GuardedCommand", "emit_json", "parsed", "progress_to", "stdout_console"]
+
+BUDGET_NOT_MET = 3
+STOPPED = 130
+"""As a shell counts a process that Ctrl-C ended."""
+
+Value = TypeVar("Value")
+
+
+class GuardedCommand(click.Command):
+    """A command whose failures are one line on stderr, and no traceback unless `-v` asks for one."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command.
+
+        Raises:
+            ClickException: It failed; click prints the message and exits with its code.
+        """
+        verbose = bool(ctx.params.get("verbose"))
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("Stopped.", err=True)
+            ctx.exit(STOPPED)
+        except OnnxcompError as error:
+            raise (_Usage if isinstance(error, OptionError) else _Failure)(error) from error
+        except MemoryError as error:
+            raise _Failure(_NO_MEMORY) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone; click knows what to do
+                raise
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+            raise _Failure(message) from error
+        except Exception as error:
+            if verbose:
+                raise
+            message = f"internal error ({type(error).__name__}: {error}); {_REPORT_IT}"
+            raise _Failure(message) from error
+
+
+_NO_MEMORY = "there is not enough memory; close other programs, or use a machine with more"
+_REPORT_IT = "run with -v for the traceback, and please report it"
+
+
+class _Failure(click.ClickException):
+    """A failure in one line, exit code 1."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
+
+
+class _Usage(_Failure):
+    """A request that makes no sense: exit code 2, as click's own."""
+
+    exit_code = 2
+
+
+def parsed(parse: Callable[[str], Value]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """An option's callback that reads its text, or its several texts, and tells which option was wrong."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            if isinstance(value, tuple):
+                return tuple(parse(item) for item in value)
+            return None if value is None else parse(value)
+        except OnnxcompError as error:
+            raise click.BadParameter(printable(error), ctx, param) from error
+
+    return callback
+
+
+def stdout_console() -> Console:
+    """Where results are printed."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False)
+
+
+@contextmanager
+def progress_to(*, verbose: bool, quiet: bool) -> Iterator[Callable[[str], None] | None]:
+    """Show what is going on, on stderr: with `verbose` line by line, else in one moving line on a terminal."""
+    import time
+
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    started = time.monotonic()
+    if quiet or not (verbose or console.is_terminal):
+        yield None
+    elif verbose:
+
+        def tell(text: str) -> None:
+            click.echo(f"[{duration_text(time.monotonic() - started)}] {printable(text)}", err=True)
+
+        yield tell
+    else:
+        with console.status(Text("reading the model")) as status:
+            yield lambda text: status.update(Text(printable(text)))
+
+
+def emit_json(text: str, path: str | None) -> bool:
+    """Write JSON where `--json` asked for it; whether that was stdout, so that nothing else belongs there."""
+    if path is None:
+        return False
+    if path == "-":
+        click.echo(text, nl=False)
+        return True
+    from onnxcomp.report.document import write_text
+
+    write_text(text, Path(path))
+    return False

@@ -1,0 +1,86 @@
+"""The report on a terminal, with rich. Names are shown as they are: never read as markup, never as control codes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from onnxcomp.report.rows import Line, Row, figure_rows, ledger_lines, outcome, summary_lines, title
+from onnxcomp.report.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from onnxcomp.ledger import Report
+
+__all__ = ["figures_table", "render"]
+
+_SIGNS = {
+    "kept": ("✓", "green"),
+    "forced": ("!", "yellow"),
+    "dropped": ("✗", "red"),
+    "unchanged": ("=", "dim"),
+    "skipped": ("-", "dim"),
+}
+_OUTCOMES = {"better": ("✓", "bold green"), "over": ("!", "bold yellow"), "same": ("=", "bold")}
+
+
+def render(report: Report, *, verbose: bool = False) -> RenderableType:
+    """Lay out a report."""
+    sign, style = _OUTCOMES[outcome(report)]
+    verdict = printable(report.verdict)
+    head = Text.assemble((f"{sign} ", style), (verdict[:1].upper() + verdict[1:], style))
+    about = Text("\n".join([title(report).replace(" -> ", " → "), *summary_lines(report)]), style="dim")
+    parts: list[RenderableType] = [Text(), head, Padding(about, (0, 0, 0, 2))]
+    parts += [figures_table(figure_rows(report)), _ledger(ledger_lines(report, verbose=verbose))]
+    messages = [Text(f"⚠ {printable(text)}", style="yellow") for text in report.warnings]
+    messages += [Text(f"  {printable(text)}", style="dim") for text in report.notes]
+    if messages:
+        parts += [Text(), *messages]
+    return Group(*parts)
+
+
+def figures_table(rows: Sequence[Row], head: tuple[str, str, str] = ("before", "after", "change")) -> Table:
+    """The figures in columns, what became better in green, what became worse in yellow."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    for name in head:
+        table.add_column(name, justify="right")
+    for row in rows:
+        style = {True: "green", False: "yellow", None: ""}[row.good]
+        after = style if not row.change or not row.before else ""
+        table.add_row(
+            Text(row.label),
+            Text(_typeset(row.before), "dim"),
+            Text(_typeset(row.after), after),
+            Text(row.change, style),
+        )
+    return table
+
+
+def _ledger(lines: Iterable[Line]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=False, max_width=34, overflow="fold")
+    table.add_column(overflow="fold", ratio=1)
+    table.add_column(justify="right", style="dim", no_wrap=True)
+    for line in lines:
+        sign, style = _SIGNS.get(line.verdict, ("", "dim"))
+        label = Text("  " * line.depth)
+        if sign:
+            label.append(f"{sign} ", style)
+        label.append(line.label, "bold" if line.depth == 0 else "dim" if not sign else "")
+        text = Text()
+        if line.verdict:
+            text.append(f"{line.verdict}: ", style)
+        text.append(line.text, "" if line.depth == 0 else "dim")
+        table.add_row(label, text, line.seconds)
+    return table
+
+
+def _typeset(text: str) -> str:
+    return text.replace("+-", "±")

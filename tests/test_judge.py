@@ -1,0 +1,185 @@
+"""The judge measures candidates against the original, and cannot be fooled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import numpy_helper, parser
+
+from onnxcomp.data import Dataset, generate, input_specs, open_data
+from onnxcomp.judge import SAME_KERNELS, Budget, Judge
+from onnxcomp.model import Model
+from onnxcomp.passes import Context
+from onnxcomp.quality import Quality
+from onnxcomp.runtime import Runtime
+from onnxcomp.targets import TARGETS, host_target
+from onnxcomp_passes import Quantize, QuantizeWeights
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with Runtime() as shared:
+        yield shared
+
+
+def dense_model(final: str = "y = Softmax(h)") -> Model:
+    text = (
+        f'<ir_version: 8, opset_import: ["": 17]> g (float[N, 128] x) => (float[N, 8] y) {{ h = MatMul(x, W) {final} }}'
+    )
+    proto = parser.parse_model(text)
+    for index, node in enumerate(proto.graph.node):
+        node.ClearField("domain")
+        node.name = f"node{index}"
+    weight = np.random.default_rng(0).standard_normal((128, 8)).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(weight, "W"))
+    return Model.load(proto)
+
+
+def samples(model: Model, count: int = 48) -> Dataset:
+    values = np.random.default_rng(1).standard_normal((count, 128)).astype(np.float32)
+    return open_data({"x": values}, input_specs(model.proto()))
+
+
+def make_judge(model: Model, data: Dataset, runtime: Runtime, folder: Path, **options: Any) -> Judge:
+    settings: dict[str, Any] = {"metric": None, "budget": Budget(), "target": host_target(), **options}
+    return Judge(model, select=data, confirm=data, runtime=runtime, workdir=folder, **settings)
+
+
+def loss(**values: Any) -> Quality:
+    given = {"kind": "metric", "drop": 0.0, "interval": (0.0, 0.0), "error": 0.0, "plain_error": 0.0, "sqnr_db": 99.0}
+    return Quality(**{**given, "agreement": None, "metric": None, "samples": 10, **values})
+
+
+def scaled(model: Model, factor: float) -> Model:
+    fork = model.fork()
+    fork.set_weight("W", model.weight("W") * np.float32(factor))
+    return fork
+
+
+def test_the_original_loses_nothing_and_is_as_fast_as_itself(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model()
+    judge = make_judge(model, samples(model), runtime, tmp_path)
+
+    score = judge.score(model)
+
+    assert (score.speed, score.size, score.evidence) == (1.0, 1.0, SAME_KERNELS)
+    assert (score.drop, score.quality.error) == (0.0, 0.0)
+
+
+def test_a_wrong_model_is_not_lossless_and_not_allowed(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model("y = Relu(h)")
+    judge = make_judge(model, samples(model), runtime, tmp_path)
+
+    quality = judge.quality(scaled(model, 1.3))
+
+    assert quality.error == pytest.approx(0.3 / np.sqrt(1 - 1 / np.pi), rel=0.1)  # of a half-normal without its mean
+    assert not judge.is_lossless(quality)
+    assert not judge.allows(quality)
+
+
+def test_float_rounding_is_lossless(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model("y = Relu(h)")
+    judge = make_judge(model, samples(model), runtime, tmp_path)
+
+    assert judge.is_lossless(judge.quality(scaled(model, 1 + 2**-20)))
+
+
+def test_probabilities_are_judged_by_expected_drop(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model()
+    judge = make_judge(model, samples(model), runtime, tmp_path)
+
+    flipped = model.fork()
+    flipped.set_weight("W", -model.weight("W"))
+
+    assert judge.kind == "expected-drop"
+    assert judge.quality(scaled(model, 1.5)).drop == 0.0
+    assert (judge.quality(flipped).drop or 0.0) > 0.5
+
+
+def test_stored_weights_have_the_same_kernels(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model()
+    judge = make_judge(model, samples(model), runtime, tmp_path)
+    stored = model.fork()
+    QuantizeWeights().rewrite(stored, Context())
+
+    score = judge.score(stored)
+
+    assert score.evidence == SAME_KERNELS
+    assert score.size > 2
+    assert score.value == pytest.approx(score.size)
+
+
+def test_macs_in_int8_kernels_are_counted(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model()
+    data = samples(model)
+    judge = make_judge(model, data, runtime, tmp_path, timing=False)
+    int8 = model.fork()
+    Quantize().rewrite(int8, Context(data=data, runtime=runtime, workdir=tmp_path))
+
+    score = judge.score(int8)
+
+    assert (score.macs, score.int8_macs) == (128 * 8, 128 * 8)
+    assert score.evidence == "estimated"
+    assert judge.score(model).int8_macs == 0
+
+
+def test_scores_are_remembered_by_contents(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model()
+    judge = make_judge(model, samples(model), runtime, tmp_path)
+
+    assert judge.score(model) is judge.score(model.fork())
+
+
+def test_forgetting_a_candidate_deletes_its_file_but_never_the_original(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model()
+    judge = make_judge(model, samples(model), runtime, tmp_path)
+    other = scaled(model, 2)
+    path = judge.path_of(other)
+
+    judge.forget(other)
+    judge.forget(model)
+
+    assert not path.exists()
+    assert judge.original_path.exists()
+
+
+def test_another_target_is_never_timed(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model()
+    other = next(target for target in TARGETS.values() if not target.is_host)
+
+    assert not make_judge(model, samples(model), runtime, tmp_path, target=other).timed
+
+
+def test_generated_inputs_are_never_taken_for_classes(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model()
+
+    assert make_judge(model, generate(model.proto()), runtime, tmp_path).kind == "relative-error"
+
+
+@pytest.mark.parametrize(
+    ("quality", "allowed"),
+    [
+        (loss(drop=0.004), True),
+        (loss(drop=0.006), False),
+        (loss(drop=-0.1, error=5.0), True),
+        (loss(drop=0.0, error=float("inf")), False),
+        (loss(drop=0.0, error=0.3, guessed=True), False),
+        (loss(drop=0.0, error=0.1, guessed=True), True),
+        (loss(drop=None, error=0.1), True),
+        (loss(drop=None, error=0.21), False),
+    ],
+)
+def test_a_budget_allows_what_it_says(quality: Quality, allowed: bool) -> None:
+    assert Budget().allows(quality, generated=False) is allowed
+
+
+def test_a_share_of_the_budget_is_smaller() -> None:
+    assert not Budget().allows(loss(drop=0.004), generated=False, share=0.5)
+
+
+def test_float_rounding_is_never_held_against_a_candidate() -> None:
+    assert Budget().allows(loss(drop=None, error=0.3), generated=False, rounding=0.4)
