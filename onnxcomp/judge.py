@@ -123,6 +123,8 @@ class Judge:
         workdir: A folder for candidates; it must exist.
         seed: Of the intervals.
         timing: False: clocks are not asked (for reproducible decisions); the kernels decide.
+        classifier: Whether outputs are declared to be class scores; None: decide by their looks.
+        original_file: The file that the original was read from, to be run as it is.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class Judge:
         seed: int = 0,
         timing: bool = True,
         classifier: bool | None = None,
+        original_file: Path | None = None,
     ) -> None:
         self.budget = budget
         self.metric = metric
@@ -149,8 +152,8 @@ class Judge:
         self._workdir = workdir
         self.timed = timing and target.is_host
         self._scores: dict[str, Score] = {}
-        self._paths: dict[str, Path] = {}
         self.original_digest = original.digest
+        self._paths = {self.original_digest: original_file} if original_file else {}
         self.original_path = self.path_of(original)
         self.original_bytes = original.size_bytes
         self.feed: dict[str, Any] = next(iter(select.subset([0]).batches(1))).inputs

@@ -34,6 +34,7 @@ from onnxcomp.structure import (
     varint_bytes,
 )
 from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, check_tensor, external_blob
+from onnxcomp.wire import write_model
 
 __all__ = ["Model", "ModelSource", "model_files", "value_of"]
 
@@ -282,6 +283,11 @@ class Model:
         except (RuntimeError, ValueError, IndexError, EncodeError) as error:
             message = f"opset {self.opset} cannot be raised to {version}: {str(error).splitlines()[0]}"
             raise ModelError(message) from error
+        if self.ir_version < 4:  # only before IR 4 is an initializer that is also an input a constant
+            constants = {tensor.name for tensor in converted.graph.initializer}
+            inputs = [info for info in converted.graph.input if info.name not in constants]
+            del converted.graph.input[:]
+            converted.graph.input.extend(inputs)
         converted.ir_version = max(self.ir_version, ir_version_for(version))
         fresh = Model._from_proto(converted, self.path)
         fresh.metadata, fresh._external, fresh._sources = self.metadata, self._external, self._sources
@@ -333,9 +339,8 @@ class Model:
         if external_data or too_large or (external_data is None and self._external):
             self._save_external(path)
             return
-        data = self.to_proto().SerializeToString()
         with replaced_whole(path) as [file]:
-            file.write(data)
+            write_model(self.proto(), self._blobs, file)
 
     def _save_external(self, path: Path) -> None:
         """Stream the weights to a new data file, then the structure; the new file never replaces the old one's data."""

@@ -159,7 +159,8 @@ def optimize(
         with samples, Runtime(threads=threads, session_config=config) as runtime:
             parts = samples.split(SHARES, seed) if not samples.generated else dict.fromkeys(SHARES, samples)
             options.progress("measuring the original")
-            judge = _judge(original, parts, options, runtime, workdir, chosen_metric, classifier)
+            file = Path(source) if isinstance(source, str | Path) else None
+            judge = _judge(original, parts, options, runtime, workdir, chosen_metric, classifier, file)
             context = _context(options, parts["calibrate"], judge, runtime, workdir, started)
             runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
             kept, finished = _run_stages(runner, stages, options, samples)
@@ -256,6 +257,7 @@ def _judge(
     workdir: Path,
     metric: Metric | None,
     classifier: bool | None,
+    file: Path | None,
 ) -> Judge:
     """The judge, which runs the original for the first time.
 
@@ -275,6 +277,7 @@ def _judge(
             seed=options.seed,
             timing=options.timing,
             classifier=classifier,
+            original_file=file,
         )
     except RuntimeFailure as error:
         if not parts["select"].generated:

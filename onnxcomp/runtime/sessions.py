@@ -16,7 +16,7 @@ import psutil
 
 from onnxcomp.runtime.census import graphs, node_names
 
-_KEPT = 4
+_KEPT = 2
 _REASON_CHARACTERS = 400
 _NOISE = (
     r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ",

@@ -135,8 +135,7 @@ def _foldable(work: Workspace, node: gs.Node) -> bool:
         if _decodes_weight(inputs[0]):
             work.leave(node, "it decodes a packed weight")
             return False
-        target = helper.tensor_dtype_to_np_dtype(node.attrs.get("to", onnx.TensorProto.FLOAT))
-        if target not in MOVED_DTYPES or inputs[0].dtype not in MOVED_DTYPES:
+        if work.dtype(node.outputs[0]) not in MOVED_DTYPES or inputs[0].dtype not in MOVED_DTYPES:
             return False
     elif any(tensor.dtype not in allowed for tensor in inputs) and node.op not in {"Shape", "Size"}:
         return False

@@ -51,10 +51,10 @@ def fuse_affine(work: Workspace, node: gs.Node) -> bool:
         work.leave(node, f"not folded into {label(layer)}: {reason}")
         return False
     channels, rank = _channels(layer)
-    affine = _batch_norm(work, node) if node.op == "BatchNormalization" else _arithmetic(node, index, channels, rank)
-    if affine is None or not _fits(affine, channels):
-        return False
-    return _fold_into(work, layer, node, affine, channels)
+    with np.errstate(all="ignore"):  # results that are not finite are not used
+        batch_norm = node.op == "BatchNormalization"
+        affine = _batch_norm(work, node) if batch_norm else _arithmetic(node, index, channels, rank)
+        return affine is not None and _fits(affine, channels) and _fold_into(work, layer, node, affine, channels)
 
 
 def _refusal(work: Workspace, layer: gs.Node, node: gs.Node, middle: gs.Tensor) -> str:
@@ -90,9 +90,8 @@ def _batch_norm(work: Workspace, node: gs.Node) -> Affine | None:
     scale, bias, mean, variance = (value_of(tensor).astype(np.float64) for tensor in parameters)
     if not (scale.shape == bias.shape == mean.shape == variance.shape):
         return None
-    with np.errstate(all="ignore"):
-        factor = scale / np.sqrt(variance + float(np.float32(node.attrs.get("epsilon", 1e-5))))
-        return Affine(factor, bias - mean * factor, tuple(parameters))
+    factor = scale / np.sqrt(variance + float(np.float32(node.attrs.get("epsilon", 1e-5))))
+    return Affine(factor, bias - mean * factor, tuple(parameters))
 
 
 def _arithmetic(node: gs.Node, index: int, channels: int, rank: int) -> Affine | None:
@@ -104,13 +103,12 @@ def _arithmetic(node: gs.Node, index: int, channels: int, rank: int) -> Affine |
     if len(shape) > rank or shape[1] not in (1, channels) or any(d != 1 for axis, d in enumerate(shape) if axis != 1):
         return None
     value = value_of(operand).astype(np.float64).reshape(-1)
-    with np.errstate(all="ignore"):
-        if node.op == "Add":
-            return Affine(None, value, (operand,))
-        if node.op == "Mul":
-            return Affine(value, None, (operand,))
-        if node.op == "Div":
-            return Affine(1 / value, None, (operand,))
+    if node.op == "Add":
+        return Affine(None, value, (operand,))
+    if node.op == "Mul":
+        return Affine(value, None, (operand,))
+    if node.op == "Div":
+        return Affine(1 / value, None, (operand,))
     return Affine(None, -value, (operand,)) if index == 0 else Affine(-np.ones(1), value, (operand,))
 
 
@@ -139,8 +137,7 @@ def _fold_into(work: Workspace, layer: gs.Node, node: gs.Node, affine: Affine, c
         work.leave(node, f"not folded into {label(layer)}: its weight is shared, and a second one would cost more")
         return False
     new_weight = None if affine.factor is None else _scaled(layer, value_of(weight), affine.factor, channels)
-    with np.errstate(all="ignore"):
-        results = [part.astype(dtype) for part in (new_weight, new_bias) if part is not None]
+    results = [part.astype(dtype) for part in (new_weight, new_bias) if part is not None]
     if not all(np.isfinite(part).all() for part in results):
         work.leave(node, f"not folded into {label(layer)}: the folded weights would overflow")
         return False

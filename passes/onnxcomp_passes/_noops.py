@@ -97,16 +97,15 @@ def _slice(work: Workspace, node: gs.Node, shapes: ShapeValues) -> bool:
     starts = work.ints(node, "starts", 1)
     if starts is None or any(starts):
         return False
-    ends = work.ints(node, "ends", 2)
-    partial = shapes.of(node.inputs[2]) if ends is None and len(node.inputs) > 2 else None
-    if ends is None and (partial is None or partial.size != len(starts)):
-        return False
+    listed = work.ints(node, "ends", 2)
+    computed = shapes.of(node.inputs[2]) if listed is None and len(node.inputs) > 2 else None
+    ends: list[int | str | None] = [*(listed if listed is not None else computed if computed is not None else ())]
     axes = _optional_ints(work, node, "axes", 3, list(range(len(starts))))
     steps = _optional_ints(work, node, "steps", 4, [1] * len(starts))
-    if axes is None or steps is None or any(step != 1 for step in steps):
+    if axes is None or steps is None or any(step != 1 for step in steps) or not len(starts) == len(ends) == len(axes):
         return False
     dims = work.dims(node.inputs[0])
-    for axis, end in zip(axes, ends if ends is not None else list(partial), strict=True):  # type: ignore[arg-type]
+    for axis, end in zip(axes, ends, strict=True):
         dim = dims[axis] if dims is not None and -len(dims) <= axis < len(dims) else None
         whole = end == dim or (isinstance(end, int) and (end >= FULL_END or (isinstance(dim, int) and end >= dim)))
         if end is None or not whole:

@@ -5,7 +5,7 @@ The rules are those of ONNX Runtime's CPU provider, found by running: see docs/h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,17 +125,23 @@ def _axis(node: gs.Node) -> int:
     return 0 if node.op == "Gemm" and node.attrs.get("transB", 0) else 1
 
 
-def place(graph: gs.Graph, layers: Iterable[Layer], opset: int) -> Placement:
+def place(graph: gs.Graph, layers: Iterable[Layer], opset: int, known: Container[str] | None = None) -> Placement:
     """Decide what runs in int8 around the given layers.
 
     An operator between two layers follows them into int8 when all its data come from int8 nodes and an int8 node reads
     its result; elsewhere the way back to float would cost more than it spares.
+
+    Args:
+        graph: The graph; it is not changed.
+        layers: The layers to run in int8.
+        opset: Of the default operator set.
+        known: The tensors that have a range; operators on others do not follow. None: all.
     """
     chosen = tuple(layers)
     core = {id(layer.node) for layer in chosen}
     outputs = {id(tensor) for tensor in graph.outputs}
     final, absorbed = _final_outputs(graph, chosen, outputs)
-    companions = _companions(graph, core, final, outputs, opset)
+    companions = _companions(graph, core, final, outputs, opset, known)
     inside = core | {id(node) for node in companions}
     for node in companions:
         clip = _redundant_clip(node, outputs)
@@ -192,10 +198,15 @@ def _clip_low(node: gs.Node) -> float:
 
 
 def _companions(
-    graph: gs.Graph, core: set[int], final: dict[int, gs.Tensor], outputs: set[int], opset: int
+    graph: gs.Graph,
+    core: set[int],
+    final: dict[int, gs.Tensor],
+    outputs: set[int],
+    opset: int,
+    known: Container[str] | None,
 ) -> list[gs.Node]:
     """The operators between int8 nodes: reached from int8 on all sides, and read by int8 further on."""
-    int8 = {id(tensor) for tensor in final.values()}
+    int8 = {id(tensor) for tensor in final.values() if known is None or tensor.name in known}
     reached: list[gs.Node] = []
     results: dict[int, gs.Tensor] = {}
     for node in graph.nodes:
@@ -203,6 +214,8 @@ def _companions(
         if node.op in COMPANIONS and _supported(node, opset) and data and all(id(t) in int8 for t in data):
             clip = _redundant_clip(node, outputs)
             result = node.outputs[0] if clip is None else clip.outputs[0]
+            if known is not None and result.name not in known:
+                continue
             reached.append(node)
             results[id(node)] = result
             int8.add(id(result))

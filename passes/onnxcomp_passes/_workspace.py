@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import sorted_nodes, subgraphs, walk
@@ -22,6 +24,17 @@ Array = np.ndarray[Any, Any]
 SMALL_BYTES = 4096
 """Constants up to this size are shapes, axes, scalars: cheap to read while rules are tried."""
 
+ATTRIBUTE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "FLOAT": float,
+    "INT": int,
+    "STRING": str,
+    "TENSOR": gs.Constant,
+    "GRAPH": gs.Graph,
+    "INTS": (list, onnx.AttributeProto),
+    "FLOATS": (list, onnx.AttributeProto),
+}
+"""What graphs hold the attributes of a node as."""
+
 UNKNOWN = Known(None, None)
 
 HELD_BYTES = 1 << 28
@@ -31,6 +44,30 @@ HELD_BYTES = 1 << 28
 def is_standard(node: gs.Node, *ops: str) -> bool:
     """Whether the node is one of these operators of the default domain."""
     return node.op in ops and node.domain in (None, "", "ai.onnx")
+
+
+@cache
+def _schema(op: str, opset: int) -> onnx.defs.OpSchema | None:
+    return onnx.defs.get_schema(op, opset) if onnx.defs.has(op, opset) else None
+
+
+def fits_schema(node: gs.Node, opset: int) -> bool:
+    """Whether a node of the default domain has the inputs, outputs and attributes that its operator asks for."""
+    if node.domain not in (None, "", "ai.onnx"):
+        return True
+    schema = _schema(node.op, opset)
+    if schema is None:
+        return False
+    required = [tensor for tensor in node.inputs[: schema.min_input] if not tensor.is_empty()]
+    if len(required) < schema.min_input or len(node.inputs) > schema.max_input:
+        return False
+    if not schema.min_output <= len(node.outputs) <= schema.max_output:
+        return False
+    types = {name: str(declared.type).rpartition(".")[2] for name, declared in schema.attributes.items()}
+    return all(
+        name in types and isinstance(value, ATTRIBUTE_TYPES.get(types[name], object))
+        for name, value in node.attrs.items()
+    )
 
 
 def label(node: gs.Node) -> str:
@@ -101,13 +138,10 @@ class Workspace:
                 yield node
 
     def excluded(self, node: gs.Node) -> bool:
-        """Whether the user asked to leave this node alone, or the model redefines its operator."""
-        if node.op in self._own_operators:
-            return True
-        if not self.context.exclude:
-            return False
+        """Whether to leave a node alone: the user asked for it, or it is not what its operator's name says."""
         if id(node) not in self._excluded:
-            self._excluded[id(node)] = self.context.excludes(node)
+            odd = node.op in self._own_operators or not fits_schema(node, self.opset)
+            self._excluded[id(node)] = odd or bool(self.context.exclude and self.context.excludes(node))
         return self._excluded[id(node)]
 
     def graph_of(self, node: gs.Node) -> gs.Graph:

@@ -77,18 +77,19 @@ class Quantize(Pass):
         names = [layer.name for layer in layers]
         everything = place(base.graph, layers, base.opset)
         ranges = self._calibrate(base, list(everything.tensors), context, changes)
-        usable = {
-            index
-            for index, layer in enumerate(layers)
-            if layer.name not in self.skip and layer.node.inputs[0].name in ranges
-        }
+        usable = set()
+        for index, layer in enumerate(layers):
+            if layer.name in self.skip:
+                continue
+            if place(base.graph, [layer], base.opset).tensors.keys() <= ranges.keys():
+                usable.add(index)
+            else:
+                changes.leave(layer.name, "its activations hold NaN or infinity, or nothing at all")
 
         def build(chosen: frozenset[int]) -> Model:
             fork = base.fork()
             picked = [layer for index, layer in enumerate(find_layers(fork.graph, context)) if index in chosen]
-            placement = place(fork.graph, picked, fork.opset)
-            if placement.tensors.keys() <= ranges.keys():
-                insert(fork, placement, ranges, rules)
+            insert(fork, place(fork.graph, picked, fork.opset, ranges), ranges, rules)
             return fork
 
         chosen = frozenset(usable)
