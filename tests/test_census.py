@@ -102,11 +102,11 @@ def matmul(*, axis: int | None = None, zero: Any = U8, output: bool = True) -> o
 
 
 def gemm(
-    *, bias: str | None = None, output: bool = True, axis: int | None = None, **attributes: Any
+    *, bias: str | None = None, output: bool = True, axis: int | None = None, zero: bool = True, **attributes: Any
 ) -> onnx.ModelProto:
     b = Builder((4, 16))
     b.qdq("x")
-    inputs = ["x_dq", b.weight((24, 16) if attributes.get("transB") else (16, 24), axis=axis)]
+    inputs = ["x_dq", b.weight((24, 16) if attributes.get("transB") else (16, 24), axis=axis, zero=zero)]
     if bias == "float":
         inputs.append(b.constant("b", np.zeros(24, np.float32)))
     elif bias is not None:
@@ -238,6 +238,7 @@ UNSOUND: list[tuple[str, str, Callable[[], onnx.ModelProto]]] = [
     ("output-is-graph-output", "its float result 'y' is a graph output", lambda: conv_float_output(second="output")),
     ("two-readers", "'y' has 2 readers (QuantizeLinear, Tanh)", lambda: conv_float_output(second="reader")),
     ("gemm-beta", "its beta is 0.5", lambda: gemm(bias="int32", beta=0.5)),
+    ("gemm-zero-point", "leaves the zero point out", lambda: gemm(bias="int32", zero=False)),
 ]
 
 

@@ -358,6 +358,12 @@ def _gemm_beta(node: _Quantized) -> str | None:
     return None if beta == 1.0 else f"its beta is {beta:g}; it must be 1"
 
 
+def _gemm_zero_point(node: _Quantized) -> str | None:
+    if node.op != "Gemm" or len(node.weight.input) > 2:
+        return None
+    return "its weight's DequantizeLinear leaves the zero point out; a Gemm wants it written, even if it is 0"
+
+
 # In the order in which a reader should mend them. True: checked of a fused node too, because ONNX Runtime fuses it
 # without a look at the scale, and the kernel then fails or gives wrong values.
 _RULES: tuple[tuple[str, Callable[[_Quantized], str | None], bool], ...] = (
@@ -371,5 +377,6 @@ _RULES: tuple[tuple[str, Callable[[_Quantized], str | None], bool], ...] = (
     ("clip-not-redundant", _clip_not_redundant, False),
     ("type-mismatch", _type_mismatch, False),
     ("gemm-beta", _gemm_beta, False),
+    ("gemm-zero-point", _gemm_zero_point, False),
     ("int8-activations", _int8_activations, False),
 )
