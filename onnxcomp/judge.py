@@ -30,7 +30,9 @@ DOUBTFUL = (0.9, 1.1)
 
 TIMINGS = 3
 
-ROUNDING_SAMPLES = 8
+FEW_SAMPLES = 16
+"""Enough to rank layers by their error."""
+
 ROUNDING_MARGIN = 4.0
 """Rewritten arithmetic rounds elsewhere: errors up to this many times the original's own rounding are rounding too. It
 matters where outputs are next to nothing, such as the 1e-7 of a text detector that sees no text."""
@@ -159,6 +161,8 @@ class Judge:
         self.feed: dict[str, Any] = next(iter(select.subset([0]).batches(1))).inputs
         self._shapes = {name: list(np.shape(value)) for name, value in self.feed.items()}
         self.deterministic = self._is_deterministic()
+        self._few = select.subset(range(min(FEW_SAMPLES, select.size)))
+        self._few_reference = Reference(self._few, self._run(self.original_path, self._few), None, False, seed)
         self.rounding = ROUNDING_MARGIN * self._rounding()
         self._reference = Reference(select, self._run(self.original_path, select), metric, classifier, seed)
         if confirm is select:
@@ -174,10 +178,8 @@ class Judge:
 
     def _rounding(self) -> float:
         """The original's own relative error between ONNX Runtime's optimized and unoptimized graphs: float rounding."""
-        few = self._select.subset(range(min(ROUNDING_SAMPLES, self._select.size)))
-        reference = Reference(few, self._run(self.original_path, few), None, False, 0)
-        plain = self.runtime.run(self.original_path, few.feeds(), optimize=False)
-        error = reference.compare(plain, few).plain_error
+        plain = self.runtime.run(self.original_path, self._few.feeds(), optimize=False)
+        error = self._few_reference.compare(plain, self._few).plain_error
         return error if math.isfinite(error) else 0.0
 
     @property
@@ -218,6 +220,10 @@ class Judge:
     def quality(self, model: Model) -> Quality:
         """What the model loses on the samples that choices are made on."""
         return self._reference.compare(self._run(self.path_of(model), self._select), self._select)
+
+    def rough_error(self, model: Model) -> float:
+        """The relative error on a few samples: cheap, to rank candidates by."""
+        return self._few_reference.compare(self._run(self.path_of(model), self._few), self._few).error
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""

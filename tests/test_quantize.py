@@ -166,7 +166,7 @@ def test_follows_pooling_and_flatten_into_a_gemm(runtime: Runtime, tmp_path: Pat
 def test_leaves_the_mask_arithmetic_around_an_attention_matmul_in_float(runtime: Runtime, tmp_path: Path) -> None:
     text = """(float[N, 4, 16] x) => (float[N, 4, 16] y) {
         q = MatMul(x, W)  m = Add(q, minus)  s = Softmax(m)  y = MatMul(s, V) }"""
-    model = graph(text, W=weights(16, 16), V=weights(16, 16, seed=1), minus=np.float32([-1e4] * 8 + [0] * 8))
+    model = graph(text, W=weights(16, 16), V=weights(16, 16, seed=1), minus=np.array([-1e4] * 8 + [0] * 8, np.float32))
 
     result, _ = quantized(model, runtime, tmp_path)
 
@@ -334,3 +334,16 @@ def test_weights_in_the_graph_are_checker_valid(runtime: Runtime, tmp_path: Path
     result, _ = quantized(conv_net(), runtime, tmp_path)
 
     onnx.checker.check_model(result.to_proto(), full_check=True)
+
+
+def test_quantizes_models_of_ir_3_whose_initializers_are_inputs(runtime: Runtime, tmp_path: Path) -> None:
+    proto = graph("(float[N, 16] x) => (float[N, 16] y) { y = MatMul(x, W) }", opset=9, W=weights(16, 16)).to_proto()
+    proto.ir_version = 3
+    proto.graph.input.append(helper.make_tensor_value_info("W", onnx.TensorProto.FLOAT, [16, 16]))
+    model = Model.load(proto)
+
+    result, changes = quantized(model, runtime, tmp_path)
+
+    assert changes.count == 1
+    assert [tensor.name for tensor in result.graph.inputs] == ["x"]
+    assert_close(model, result, runtime, tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
@@ -10,15 +12,19 @@ from onnxcomp.passes import Changes, Context
 from onnxcomp.quality import Quality
 from onnxcomp.runtime import KernelReport, explain
 
-__all__ = ["Chooser", "fewest"]
+__all__ = ["MOST_RANKED", "Chooser", "costliest_first", "fewest"]
 
 Layers = frozenset[int]
+Item = TypeVar("Item", int, str)
 
 REPAIRS = 3
 """Rounds of taking out layers whose int8 kernel did not materialise: each changes what is around the others."""
 
 FASTER = 1.01
 """A set of layers is preferred to another when the whole model is at least this much better with it."""
+
+MOST_RANKED = 64
+"""Layers whose error is measured one by one; in larger models the others count as the median."""
 
 MIN_GAIN_MS = 1e-4
 """Stands in for layers whose time is too short to be seen."""
@@ -96,13 +102,9 @@ class Chooser:
         """Return layers to float, those with most output error per millisecond gained first, until the budget holds."""
         self._context.progress(f"ranking {len(layers)} layers by error and time")
         times = self._times(self._base)
-        cost: dict[int, float] = {}
-        for index in sorted(layers):
-            if self._context.out_of_time():
-                break
-            error = self._quality(frozenset({index})).error
-            cost[index] = error**2 / max(times.get(self._names[index], 0.0), MIN_GAIN_MS)
-        order = sorted(layers, key=lambda i: cost.get(i, float("inf")), reverse=True)
+        gains = {index: max(times.get(self._names[index], 0.0), MIN_GAIN_MS) for index in sorted(layers)}
+        errors = self._errors(gains)
+        order = costliest_first(gains, errors)
 
         def holds(count: int) -> bool:
             self._context.progress(f"trying {len(order) - count} of {len(order)} layers in int8")
@@ -110,9 +112,20 @@ class Chooser:
 
         count = fewest(len(order), holds, self._context)
         for index in order[:count]:
-            alone = self._quality(frozenset({index})).error
-            self._why[index] = f"costs too much accuracy (alone: relative error {alone:.2%})"
+            alone = f" (alone: relative error {errors[index]:.2%})" if index in errors else ""
+            self._why[index] = f"costs too much accuracy{alone}"
         return frozenset(order[count:])
+
+    def _errors(self, gains: dict[int, float]) -> dict[int, float]:
+        """The output error of each layer alone in int8, for the layers that gain most."""
+        errors = {}
+        for index in sorted(gains, key=lambda i: gains[i], reverse=True)[:MOST_RANKED]:
+            if self._context.out_of_time():
+                break
+            model = self._build(frozenset({index}))
+            errors[index] = self._judge.rough_error(model)
+            self._judge.forget(model)
+        return errors
 
     # --- speed ------------------------------------------------------------------------------------------------------
 
@@ -149,6 +162,22 @@ class Chooser:
         for index in chosen - rest:
             self._why.setdefault(index, "is slower in int8 on this machine")
         return rest
+
+
+def costliest_first(gains: Mapping[Item, float], errors: Mapping[Item, float]) -> list[Item]:
+    """Order by squared error per gain, worst first; what was not measured counts as the median.
+
+    Args:
+        gains: What each item gains (milliseconds, bytes); positive.
+        errors: The output error of each measured item alone.
+
+    Example:
+        >>> costliest_first({"a": 1.0, "b": 1.0, "c": 4.0}, {"a": 0.1, "b": 0.3, "c": 0.4})
+        ['b', 'c', 'a']
+    """
+    costs = {item: error**2 / gains[item] for item, error in errors.items()}
+    usual = statistics.median(costs.values()) if costs else 0.0
+    return sorted(gains, key=lambda item: costs.get(item, usual), reverse=True)
 
 
 def fewest(most: int, holds: Callable[[int], bool], context: Context) -> int:

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context, Pass, option, register
-from onnxcomp_passes._choice import fewest
+from onnxcomp_passes._choice import MOST_RANKED, costliest_first, fewest
 from onnxcomp_passes._stored import (
     Stored,
     encode,
@@ -94,8 +94,7 @@ class QuantizeWeights(Pass):
         """Return weights to float, those with most output error per byte first, until the budget holds."""
         if judge.allows(judge.quality(model)):
             return
-        names = list(stored)
-        saved = {name: int(np.prod(form.codes.shape)) for name, form in stored.items()}
+        saved = {name: float(np.prod(form.codes.shape)) for name, form in stored.items()}
 
         def floats(chosen: list[str]) -> Model:
             """The model with these weights in float again."""
@@ -106,13 +105,15 @@ class QuantizeWeights(Pass):
                     restore(form, fork.graph)
             return fork
 
-        def error(name: str) -> float:
-            context.progress(f"measuring what storing {name} costs")
+        errors: dict[str, float] = {}
+        for name in sorted(saved, key=lambda name: saved[name], reverse=True)[:MOST_RANKED]:
             if context.out_of_time():
-                return float("inf")
-            return judge.quality(floats([other for other in names if other != name])).error
-
-        order = sorted(names, key=lambda name: error(name) ** 2 / saved[name], reverse=True)
+                break
+            context.progress(f"measuring what storing {name} costs")
+            alone = floats([other for other in saved if other != name])
+            errors[name] = judge.rough_error(alone)
+            judge.forget(alone)
+        order = costliest_first(saved, errors)
         count = fewest(len(order), lambda count: judge.allows(judge.quality(floats(order[:count]))), context)
         for name in order[:count]:
             restore(stored[name], model.graph)

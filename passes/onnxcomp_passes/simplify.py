@@ -81,7 +81,7 @@ def _simplify(model: Model, context: Context, changes: Changes, slack: int) -> N
     work = Workspace(model, context, changes, slack=slack)
     work.refresh()
     if count := constants_to_initializers(work):
-        changes.add("the graph", f"{count} Constant nodes turned into initializers")
+        changes.add("the graph", f"Constant nodes turned into initializers: {count}")
     dead = work.sweep()
     shared = 0
     for _ in range(MAX_ROUNDS):
@@ -95,18 +95,18 @@ def _simplify(model: Model, context: Context, changes: Changes, slack: int) -> N
             if not merged:
                 break
     if dead:
-        changes.add("the graph", f"{dead} nodes that nothing reads removed")
+        changes.add("the graph", f"nodes that nothing reads removed: {dead}")
     if shared:
-        changes.add("the graph", f"{shared} initializers that equal another one removed")
+        changes.add("the graph", f"initializers that equal another one removed: {shared}")
     if unused := _drop_unused_initializers(work):
-        changes.add("the graph", f"{unused} initializers that nothing reads removed")
+        changes.add("the graph", f"initializers that nothing reads removed: {unused}")
     if unused := drop_unused_definitions(model):
-        changes.add("the model", f"{unused} unused functions and operator sets removed")
+        changes.add("the model", f"unused functions and operator sets removed: {unused}")
     if not context.keep_debug:
         before = model.size_bytes
         drop_traces(model)
         if dropped := before - model.size_bytes:
-            changes.add("the model", f"{dropped:,} bytes of exporter's traces and inferable shapes dropped")
+            changes.add("the model", f"exporter's traces and inferable shapes dropped: {dropped:,} bytes")
 
 
 def _rewrite_nodes(work: Workspace) -> int:
