@@ -297,9 +297,13 @@ class Judge:
         bytes_alike = math.isclose(one.initializer_bytes, other.initializer_bytes, rel_tol=0.001, abs_tol=256)
         return bytes_alike and one.counts() == other.counts()
 
+    def layer_macs(self, model: Model) -> dict[str, int]:
+        """Multiply-accumulates of one run, by node."""
+        return analysis.mac_counts(model, self._shapes)
+
     def macs(self, model: Model, census: Census) -> tuple[int, int]:
         """Multiply-accumulates of one run, and how many run in int8 kernels."""
-        counts = analysis.mac_counts(model, self._shapes)
+        counts = self.layer_macs(model)
         int8 = set(explain(model.proto(), census).int8)
         return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
 

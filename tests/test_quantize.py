@@ -35,10 +35,10 @@ def runtime() -> Iterator[Runtime]:
 
 def weights(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
     scale = 1.0 / np.sqrt(np.prod(shape[1:]) if len(shape) > 2 else shape[0])
-    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, np.float32)
 
 
-def graph(text: str, opset: int = 17, **constants: np.ndarray[Any, Any]) -> Model:
+def graph(text: str, *, opset: int = 17, **constants: np.ndarray[Any, Any]) -> Model:
     proto = parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> g {text}')
     for index, node in enumerate(proto.graph.node):
         node.name = f"{node.op_type}{index}"
@@ -48,7 +48,7 @@ def graph(text: str, opset: int = 17, **constants: np.ndarray[Any, Any]) -> Mode
     return Model.load(proto)
 
 
-def conv_net(tail: str = "y = Relu(c)", **more: np.ndarray[Any, Any]) -> Model:
+def conv_net(tail: str = "y = Relu(c)", **more: Any) -> Model:
     text = "(float[N, 3, 8, 8] x) => (float[N, 8, 8, 8] y) { c = Conv<pads = [1, 1, 1, 1]>(x, W, b) " + tail + " }"
     return graph(text, W=weights(8, 3, 3, 3), b=weights(8, 1).reshape(8), **more)
 
@@ -103,8 +103,7 @@ def test_makes_one_int8_kernel_of_conv_and_relu(runtime: Runtime, tmp_path: Path
 
 
 def test_takes_relu6_into_the_range_of_the_output(runtime: Runtime, tmp_path: Path) -> None:
-    bounds = {"low": np.asarray(0, np.float32), "high": np.asarray(0.5, np.float32)}
-    model = conv_net("y = Clip(c, low, high)", **bounds)
+    model = conv_net("y = Clip(c, low, high)", low=np.asarray(0, np.float32), high=np.asarray(0.5, np.float32))
 
     result, _ = quantized(model, runtime, tmp_path)
 
@@ -113,8 +112,7 @@ def test_takes_relu6_into_the_range_of_the_output(runtime: Runtime, tmp_path: Pa
 
 
 def test_keeps_a_clip_that_does_not_start_at_zero(runtime: Runtime, tmp_path: Path) -> None:
-    bounds = {"low": np.asarray(-0.2, np.float32), "high": np.asarray(0.5, np.float32)}
-    model = conv_net("y = Clip(c, low, high)", **bounds)
+    model = conv_net("y = Clip(c, low, high)", low=np.asarray(-0.2, np.float32), high=np.asarray(0.5, np.float32))
 
     result, _ = quantized(model, runtime, tmp_path)
 

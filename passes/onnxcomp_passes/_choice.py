@@ -101,7 +101,7 @@ class Chooser:
     def _within_budget(self, layers: Layers) -> Layers:
         """Return layers to float, those with most output error per millisecond gained first, until the budget holds."""
         self._context.progress(f"ranking {len(layers)} layers by error and time")
-        times = self._times(self._base)
+        times = self._times(self._base) if self._judge.timed else self._judge.layer_macs(self._base)
         gains = {index: max(times.get(self._names[index], 0.0), MIN_GAIN_MS) for index in sorted(layers)}
         errors = self._errors(gains)
         order = costliest_first(gains, errors)
@@ -141,7 +141,7 @@ class Chooser:
 
     def _without_slow(self, chosen: Layers) -> Layers:
         """Return the layers to float that are slower in int8, if the whole model is better for it."""
-        if not self._judge.target.is_host:
+        if not self._judge.timed:
             return chosen
         self._context.progress("looking for layers that are slower in int8")
         full = self._build(chosen)
