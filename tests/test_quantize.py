@@ -199,6 +199,16 @@ def test_quantizes_weights_hidden_in_constant_nodes(runtime: Runtime, tmp_path: 
     assert_close(model, result, runtime, tmp_path)
 
 
+def test_one_scale_a_weight_on_request(runtime: Runtime, tmp_path: Path) -> None:
+    model = conv_net()
+
+    result, _ = quantized(model, runtime, tmp_path, per_channel=False)
+
+    assert {tensor.shape for tensor in scales(result)} == {()}
+    assert kernels(result, runtime, tmp_path / "k.onnx")["QLinearConv"] == 1
+    assert_close(model, result, runtime, tmp_path)
+
+
 def test_uses_seven_bits_for_x86_without_vnni(runtime: Runtime, tmp_path: Path) -> None:
     result, _ = quantized(conv_net(), runtime, tmp_path, target="x86")
 

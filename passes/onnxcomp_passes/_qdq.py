@@ -62,6 +62,7 @@ class _Writer:
 
     def constant(self, prefix: str, value: Array) -> gs.Constant:
         """An initializer; the same value is the same initializer."""
+        value = np.asarray(value)  # arithmetic turns 0-d arrays into scalars
         key = (f"{value.dtype}{value.shape}", value.tobytes())
         if key not in self.shared:
             self.shared[key] = gs.Constant(self.model.unique_name(f"{prefix}.0"), value)
