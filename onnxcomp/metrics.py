@@ -23,8 +23,6 @@ __all__ = [
     "looks_like_classifier",
     "metric_for_labels",
     "paired_interval",
-    "relative_error",
-    "sqnr_db",
 ]
 
 Array = npt.NDArray[Any]
@@ -351,42 +349,6 @@ def _softmax(scores: Floats) -> Floats:
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     result: Floats = weights / weights.sum(axis=1, keepdims=True)
     return result
-
-
-def relative_error(reference: Array, output: Array) -> float:
-    """Return the root mean square of the difference over that of the reference.
-
-    Values that are the same infinity or both NaN are left out. It is 0 if both are all zeros, and infinity if only
-    the reference is, or if a value is not finite in one and differs in the other. Strings are equal (0) or not
-    (infinity).
-    """
-    if reference.shape != output.shape:
-        message = f"outputs must be of one shape to be compared, got {reference.shape} and {output.shape}"
-        raise DataError(message)
-    if reference.dtype.kind in "OUS" or output.dtype.kind in "OUS":
-        return 0.0 if (reference == output).all() else math.inf
-    wanted, got = reference.astype(np.float64), output.astype(np.float64)
-    finite = np.isfinite(wanted) & np.isfinite(got)
-    if not finite.all():
-        rest = ~finite
-        if not np.array_equal(wanted[rest], got[rest], equal_nan=True):
-            return math.inf
-        wanted, got = wanted[finite], got[finite]
-    scale = float(np.abs(wanted).max(initial=0.0))
-    if scale == 0.0:
-        return math.inf if got.any() else 0.0
-    # Scaled, so that squares neither overflow nor vanish.
-    with np.errstate(over="ignore"):
-        noise, signal = float(np.square(got / scale - wanted / scale).sum()), float(np.square(wanted / scale).sum())
-    return math.sqrt(noise / signal)
-
-
-def sqnr_db(reference: Array, output: Array) -> float:
-    """Return the signal-to-quantization-noise ratio in decibels: infinity if equal, -infinity if incomparable."""
-    error = relative_error(reference, output)
-    if error == 0.0:
-        return math.inf
-    return -20 * math.log10(error) if math.isfinite(error) else -math.inf
 
 
 def looks_like_classifier(outputs: Array, input_elements: int) -> str | None:

@@ -18,8 +18,6 @@ from onnxcomp.metrics import (
     get_metric,
     looks_like_classifier,
     paired_interval,
-    relative_error,
-    sqnr_db,
 )
 
 FINITE = st.floats(-1e6, 1e6, width=32)
@@ -318,51 +316,6 @@ def test_a_student_with_nan_gets_no_credit():
 def test_refuses_class_scores_of_different_shapes():
     with pytest.raises(DataError, match=r"got \(3, 10\) and \(3, 9\)"):
         expected_drop(logits(3), logits(3, 9))
-
-
-# Differences of outputs
-
-
-@given(hnp.arrays(np.float32, hnp.array_shapes(), elements=FINITE), st.floats(0.001, 10))
-def test_the_relative_error_is_that_of_the_scale(reference: np.ndarray, factor: float):
-    wide = reference.astype(np.float64)
-    expected = abs(1 - factor) if reference.any() else 0
-
-    assert relative_error(wide, wide * factor) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert relative_error(reference, reference) == 0
-
-
-@pytest.mark.parametrize(
-    ("reference", "output", "expected"),
-    [
-        ([0, 0], [0, 0], 0),
-        ([0, 0], [0, 1], math.inf),
-        ([1, 2], [1, math.nan], math.inf),
-        ([1, 2], [1, math.inf], math.inf),
-        ([1, math.inf, math.nan], [1, math.inf, math.nan], 0),
-        ([3, math.inf, 4], [3, math.inf, 9], 5 / 5),
-        ([1, math.inf], [1, -math.inf], math.inf),
-        ([1, math.nan], [1, 2], math.inf),
-        ([1e200, 0], [2e200, 0], 1),
-        ([1e-200, 0], [2e-200, 0], 1),
-        ([], [], 0),
-        (["a"], ["a"], 0),
-        (["a"], ["b"], math.inf),
-    ],
-)
-def test_the_relative_error_of_special_values(reference: list[float], output: list[float], expected: float):
-    assert relative_error(np.array(reference), np.array(output)) == pytest.approx(expected)
-
-
-def test_a_tenth_of_noise_is_20_db():
-    assert sqnr_db(np.ones(5), np.full(5, 1.1)) == pytest.approx(20)
-    assert sqnr_db(np.ones(5), np.ones(5)) == math.inf
-    assert sqnr_db(np.ones(5), np.full(5, np.nan)) == -math.inf
-
-
-def test_refuses_outputs_of_different_shapes():
-    with pytest.raises(DataError, match=r"got \(2,\) and \(3,\)"):
-        relative_error(np.zeros(2), np.zeros(3))
 
 
 # Classifiers
