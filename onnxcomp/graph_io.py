@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, helper, numpy_helper
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcomp.errors import ModelError
 from onnxcomp.weights import LazyWeight, SparseWeight, numpy_dtype
@@ -30,6 +31,9 @@ __all__ = [
     "subgraphs",
     "walk",
 ]
+
+# Graphsurgeon's logger writes to stdout; its errors are raised all the same.
+G_LOGGER.severity = G_LOGGER.CRITICAL + 1
 
 LoadTensor = Callable[[onnx.TensorProto], LazyWeight]
 DumpTensor = Callable[[gs.Constant], onnx.TensorProto]

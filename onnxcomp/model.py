@@ -31,10 +31,9 @@ from onnxcomp.structure import (
     small_tensors,
     stub,
     tensors_of,
-    varint_bytes,
 )
 from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, check_tensor, external_blob
-from onnxcomp.wire import write_model
+from onnxcomp.wire import model_bytes, write_model
 
 __all__ = ["Model", "ModelSource", "model_files", "value_of"]
 
@@ -138,7 +137,9 @@ class Model:
             check_tensor(tensor)
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 read_in(tensor, external_blob(tensor, folder))
-        return cls(structure, blobs, path, external=external)
+        compact = onnx.ModelProto()  # a copy without the data: protobuf frees a message's memory only as a whole
+        compact.CopyFrom(structure)
+        return cls(compact, blobs, path, external=external)
 
     def fork(self) -> Model:
         """A copy to rewrite freely; weights are shared, not copied, and those no longer used are let go."""
@@ -219,19 +220,8 @@ class Model:
 
     @property
     def size_bytes(self) -> int:
-        """The bytes that the saved model takes, to within a few bytes a weight: the file and its external data."""
-        structure = self.proto()
-        total = int(structure.ByteSize())
-        for tensor in tensors_of(structure.graph):
-            if reference := reference_of(tensor):
-                stub_bytes = tensor.ByteSize()
-                nbytes = self._blobs[reference].nbytes
-                tensor.ClearField("external_data")
-                tensor.ClearField("data_location")
-                bare_bytes = tensor.ByteSize()
-                full_bytes = bare_bytes + 1 + varint_bytes(nbytes) + nbytes
-                total += full_bytes - stub_bytes + varint_bytes(full_bytes) - varint_bytes(stub_bytes)
-        return total
+        """The bytes of the model saved as one file; external data add a little padding."""
+        return model_bytes(self.proto(), self._blobs)
 
     # --- changing -------------------------------------------------------------------------------------------------
 

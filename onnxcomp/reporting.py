@@ -69,7 +69,7 @@ def build_report(
         **judge.samples,
     }
     return Report(
-        verdict=_verdict(first, last, speed, quality, met=met),
+        verdict=_verdict(last, speed, quality, met=met, changed=kept.model.digest != judge.original_digest),
         speed=speed,
         size=last.size,
         quality=judge.kind,
@@ -173,9 +173,9 @@ def _speed(last: Score, timings: Sequence[Timing | None]) -> float | None:
     return old.median_ms / new.median_ms
 
 
-def _verdict(first: Score, last: Score, speed: float | None, quality: Quality, *, met: bool) -> str:
+def _verdict(last: Score, speed: float | None, quality: Quality, *, met: bool, changed: bool) -> str:
     """The answer in one line."""
-    if last.size_bytes >= first.size_bytes and (speed is None or speed <= 1.0):
+    if not changed:
         return "nothing helped: the model stays as it is"
     pace = "" if speed is None else ", at the same speed" if abs(speed - 1) < 0.02 else f", {speed:.2f} times as fast"
     loss = f"drop {quality.drop:.4f}" if quality.drop is not None else f"relative error {quality.error:.2%}"

@@ -26,7 +26,6 @@ __all__ = [
     "small_tensors",
     "stub",
     "tensors_of",
-    "varint_bytes",
 ]
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
@@ -52,11 +51,6 @@ def reference_of(tensor: onnx.TensorProto) -> str:
     """The reference of a stub, or an empty string."""
     entries = tensor.external_data
     return entries[1].value if len(entries) == 2 and entries[0].value == REFERENCE else ""
-
-
-def varint_bytes(value: int) -> int:
-    """How many bytes protobuf needs to write a length."""
-    return max(1, -(-value.bit_length() // 7))
 
 
 def small_tensors(structure: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from onnxcomp.structure import read_in, reference_of, tensors_of
 from onnxcomp.weights import Blob
 
-__all__ = ["write_model"]
+__all__ = ["model_bytes", "write_model"]
 
 Piece = bytes | Blob
 
@@ -30,15 +30,20 @@ def write_model(structure: onnx.ModelProto, blobs: Mapping[str, Blob], file: IO[
         blobs: The data of the stubs, by reference.
         file: Where to.
     """
-    for tensor in itertools.islice(tensors_of(structure.graph), len(structure.graph.initializer), None):
-        if reference := reference_of(tensor):
-            read_in(tensor, blobs[reference])
     for piece in _model(structure, blobs):
         for chunk in (piece,) if isinstance(piece, bytes) else piece.chunks():
             file.write(chunk)
 
 
+def model_bytes(structure: onnx.ModelProto, blobs: Mapping[str, Blob]) -> int:
+    """How many bytes `write_model` would write."""
+    return sum(len(piece) if isinstance(piece, bytes) else piece.nbytes for piece in _model(structure, blobs))
+
+
 def _model(model: onnx.ModelProto, blobs: Mapping[str, Blob]) -> Iterator[Piece]:
+    for tensor in itertools.islice(tensors_of(model.graph), len(model.graph.initializer), None):
+        if reference := reference_of(tensor):
+            read_in(tensor, blobs[reference])
     yield _fields(model, lambda number: number < GRAPH)
     yield from _nested(GRAPH, list(_graph(model.graph, blobs)))
     yield _fields(model, lambda number: number > GRAPH)
