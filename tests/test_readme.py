@@ -14,7 +14,7 @@ from onnxcomp.cli import main
 from tests.markdown import ROOT, blocks, commands, read, section, shell_commands, table
 
 SET_UP = "python3 -m venv .venv && "
-CHECKS = ["ruff format --check .", "ruff check .", "mypy", "pytest"]
+CHECKS = ["ruff format --check .", "ruff check .", "mypy", "pytest -n logical"]
 
 
 @pytest.fixture(scope="module")
