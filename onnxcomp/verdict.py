@@ -18,8 +18,8 @@ from onnxcomp.stages import Stage
 
 __all__ = ["Kept", "StageRunner"]
 
-WORTH_KEEPING = 1.01
-"""A lossy stage must make the model at least this much better (times faster by times smaller)."""
+WORTH_KEEPING = 1.03
+"""A lossy stage must make the model at least this much better (times faster by times smaller): less is clock noise."""
 
 MAX_WEAKER = 6
 """Weaker forms of one stage that are tried at most."""
