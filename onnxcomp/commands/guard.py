@@ -52,7 +52,7 @@ class GuardedCommand(click.Command):
                 raise
             message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
             raise _Failure(message) from error
-        except Exception as error:
+        except Exception as error:  # a bug of ours: one line for the user, the traceback with -v
             if verbose:
                 raise
             message = f"internal error ({type(error).__name__}: {error}); {_REPORT_IT}"

@@ -319,7 +319,7 @@ def _range(dtype: np.dtype[Any]) -> tuple[int, int]:
         return int(info.min), int(info.max)
     import ml_dtypes
 
-    small: Any = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
+    small: Any = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call] # ml_dtypes has no types here
     return int(small.min), int(small.max)
 
 

@@ -88,7 +88,7 @@ class Observation:
             self.observers[name].update(value)
         except OnnxcompError:
             raise
-        except Exception as error:
+        except Exception as error:  # an observer is the caller's code and may raise anything
             message = f"the observer of {name!r} failed: {tidy(error)}"
             raise RuntimeFailure(message) from error
 
