@@ -131,6 +131,7 @@ class Context:
         progress: Called with a short line on what is going on.
         deadline: When choosing by measurement must end (`time.monotonic()` seconds).
         statistics: What was measured before, by (model digest, tensor, method).
+        exact: The model before any lossy stage, so that no weight need be rounded twice; None: the model is that.
     """
 
     data: Dataset | None = None
@@ -144,6 +145,7 @@ class Context:
     progress: Callable[[str], None] = _no_progress
     deadline: float | None = None
     statistics: dict[Any, Any] = field(default_factory=dict)
+    exact: Model | None = None
 
     def excludes(self, node: gs.Node) -> bool:
         """Whether the user asked to leave this node alone."""

@@ -117,6 +117,7 @@ class StageRunner:
         if not lossless and not self.judge.deterministic and not self._force:
             reason = "the model's outputs are random, so no loss can be measured"
             return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
+        self._context.exact = kept.before[0][1] if kept.before else None
         attempts: list[Attempt] = []
         for form in itertools.islice(_forms(stage), 1 + MAX_WEAKER):
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")

@@ -11,6 +11,8 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
 from onnxcomp.quality import Quality
 from onnxcomp.runtime import KernelReport, explain
+from onnxcomp_passes._remedies import REMEDIES, Evidence
+from onnxcomp_passes._scheme import Scheme
 
 __all__ = ["MOST_RANKED", "Chooser", "costliest_first", "fewest"]
 
@@ -23,6 +25,9 @@ REPAIRS = 3
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 """Operators that ONNX Runtime fuses into a float Conv or Gemm, whose kernel may then go by their name."""
 
+HELPS = 0.97
+"""A remedy is kept where it brings the relative error of the whole model below this share."""
+
 FASTER = 1.02
 """A set of layers is preferred to another when the whole model is at least this much better with it."""
 
@@ -34,39 +39,73 @@ MIN_GAIN_MS = 1e-4
 
 
 class Chooser:
-    """Chooses the layers that run in int8.
+    """Chooses the layers that run in int8, and what is done for their accuracy.
 
     Args:
-        build: Makes the model with a set of layers in int8.
-        base: The model without int8.
-        names: The layers' names.
+        scheme: How layers are quantized.
+        names: The layers' names, in the order of the scheme's keys.
+        evidence: What remedies know of the float model.
         context: Its judge measures.
-        changes: Told why layers are returned to float.
+        changes: Told why layers are returned to float, and what was done for accuracy.
     """
 
     def __init__(
-        self, build: Callable[[Layers], Model], base: Model, names: list[str], context: Context, changes: Changes
+        self, scheme: Scheme, names: list[str], evidence: Evidence, context: Context, changes: Changes
     ) -> None:
         assert context.judge is not None
-        self._build = build
-        self._base = base
+        self._scheme = scheme
         self._names = names
+        self._evidence = evidence
         self._context = context
         self._judge: Judge = context.judge
         self._changes = changes
         self._why: dict[int, str] = {}
         self._qualities: dict[Layers, Quality] = {}
 
-    def choose(self, layers: Layers) -> Layers:
-        """The best set found among subsets of `layers`; empty if int8 is not worth it anywhere."""
+    def choose(self, layers: Layers) -> tuple[Scheme, Layers]:
+        """The best scheme and subset of `layers` found; an empty subset if int8 is not worth it anywhere."""
         chosen = self._fused(layers)
+        if chosen and not self._holds(chosen):
+            self._remedy(chosen)
+            chosen = self._fused(chosen)
         if chosen and not self._holds(chosen):
             chosen = self._within_budget(chosen)
         if chosen:
             chosen = self._without_slow(chosen)
         for index in sorted(layers - chosen):
             self._changes.leave(self._names[index], self._why.get(index, "int8 does not pay"))
-        return chosen
+        return self._scheme, chosen
+
+    @property
+    def _base(self) -> Model:
+        return self._scheme.base
+
+    def _build(self, layers: Layers) -> Model:
+        return self._scheme.build(layers, self._context)
+
+    def _remedy(self, layers: Layers) -> None:
+        """Try what may hold accuracy with these layers in int8, the cheapest first, and keep what helps."""
+        error = self._rough_error(self._build(layers))
+        for name, remedy in REMEDIES:
+            if self._context.out_of_time():
+                break
+            self._context.progress(f"for accuracy: {name}")
+            candidate = remedy(self._scheme, layers, self._evidence)
+            if candidate is None:
+                continue
+            found = self._rough_error(candidate.build(layers, self._context))
+            told = f"{name}: relative error {error:.2%} -> {found:.2%} with {len(layers)} layers in int8"
+            if found < HELPS * error:
+                self._scheme, error = candidate, found
+                self._qualities.clear()
+                self._changes.notes.append(f"{told}, kept")
+            else:
+                self._changes.notes.append(f"{told}, not kept")
+
+    def _rough_error(self, model: Model) -> float:
+        error = self._judge.rough_error(model)
+        self._judge.forget(model)
+        return error
 
     # --- kernels ----------------------------------------------------------------------------------------------------
 
@@ -125,9 +164,7 @@ class Chooser:
         for index in sorted(gains, key=lambda i: gains[i], reverse=True)[:MOST_RANKED]:
             if self._context.out_of_time():
                 break
-            model = self._build(frozenset({index}))
-            errors[index] = self._judge.rough_error(model)
-            self._judge.forget(model)
+            errors[index] = self._rough_error(self._build(frozenset({index})))
         return errors
 
     # --- speed ------------------------------------------------------------------------------------------------------

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 from onnxcomp import analysis
-from onnxcomp.calibration import Calibrator, make_calibrator
+from onnxcomp.calibration import make_calibrator
 from onnxcomp.errors import RequirementError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
+from onnxcomp.runtime.results import Observer
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._choice import Chooser
-from onnxcomp_passes._placement import find_layers, place
-from onnxcomp_passes._qdq import Ranges, insert
+from onnxcomp_passes._placement import Layer, find_layers, place
+from onnxcomp_passes._qdq import Ranges
+from onnxcomp_passes._remedies import Evidence
+from onnxcomp_passes._scheme import Scheme
 from onnxcomp_passes._stored import lift_constants
+from onnxcomp_passes._weights import LayerWeights
 
 __all__ = ["Quantize"]
+
+O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
 
 PER_CHANNEL_OPSET = 13
 """The first opset whose DequantizeLinear has an axis."""
@@ -74,9 +80,30 @@ class Quantize(Pass):
             return changes
         base.raise_opset(PER_CHANNEL_OPSET)
         layers = find_layers(base.graph, context)
+        tensors = place(base.graph, layers, base.opset).tensors
+        ranges = self._calibrate(base, list(tensors), context, changes)
+        usable = self._usable(base, layers, ranges, changes)
+        scheme = Scheme(base, rules, ranges, tuple(layer.key for layer in layers), LayerWeights(context.exact))
         names = [layer.name for layer in layers]
-        everything = place(base.graph, layers, base.opset)
-        ranges = self._calibrate(base, list(everything.tensors), context, changes)
+        chosen = usable
+        if context.judge is not None and self.choose:
+            evidence = Evidence(
+                lambda model, watches: self._observe(model, watches, context),
+                lambda model, tensors: self._calibrate(model, tensors, context, Changes()),
+                context,
+            )
+            scheme, chosen = Chooser(scheme, names, evidence, context, changes).choose(usable)
+        if not chosen:
+            return changes
+        model.become(scheme.build(chosen, context))
+        for index in sorted(chosen):
+            story = scheme.story.get(scheme.keys[index], ())
+            changes.add(names[index], "; ".join(("runs in int8", *story)))
+        changes.resolved = {"choose": False, "skip": [name for i, name in enumerate(names) if i not in chosen]}
+        return changes
+
+    def _usable(self, base: Model, layers: list[Layer], ranges: Ranges, changes: Changes) -> frozenset[int]:
+        """The layers that may run in int8, by their place."""
         usable = set()
         for index, layer in enumerate(layers):
             if layer.name in self.skip:
@@ -85,23 +112,7 @@ class Quantize(Pass):
                 usable.add(index)
             else:
                 changes.leave(layer.name, "its activations hold NaN or infinity, or nothing at all")
-
-        def build(chosen: frozenset[int]) -> Model:
-            fork = base.fork()
-            picked = [layer for index, layer in enumerate(find_layers(fork.graph, context)) if index in chosen]
-            insert(fork, place(fork.graph, picked, fork.opset, ranges), ranges, rules)
-            return fork
-
-        chosen = frozenset(usable)
-        if context.judge is not None and self.choose:
-            chosen = Chooser(build, base, names, context, changes).choose(chosen)
-        if not chosen:
-            return changes
-        model.become(build(chosen))
-        for index in sorted(chosen):
-            changes.add(names[index], "runs in int8")
-        changes.resolved = {"choose": False, "skip": [name for i, name in enumerate(names) if i not in chosen]}
-        return changes
+        return frozenset(usable)
 
     def _rules(self, context: Context) -> QuantizationRules | None:
         rules = (context.target or host_target()).rules
@@ -109,16 +120,24 @@ class Quantize(Pass):
 
     def _calibrate(self, base: Model, tensors: list[str], context: Context, changes: Changes) -> Ranges:
         """The range of each tensor over the calibration data; tensors with NaN or infinity are left out."""
-        if context.data is None or context.runtime is None or context.workdir is None:
+        if context.data is None:
             message = "the pass 'quantize' needs data; give --data"
             raise RequirementError(message)
         context.progress(f"calibrating {len(tensors)} tensors on {context.data.size} samples")
-        watches: dict[str, Calibrator] = {name: make_calibrator(self.calibration, self.percentile) for name in tensors}
-        path = context.judge.path_of(base) if context.judge else context.workdir / "calibration.onnx"
-        if context.judge is None:
-            base.save(path)
-        watches = context.runtime.observe(path, context.data.feeds, watches)
+        watches = {name: make_calibrator(self.calibration, self.percentile) for name in tensors}
+        watches = self._observe(base, watches, context)
         for name, watch in watches.items():
             if watch.nonfinite:
                 changes.leave(name, f"holds NaN or infinity ({watch.nonfinite} values)")
         return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}
+
+    @staticmethod
+    def _observe(base: Model, watches: dict[str, O], context: Context) -> dict[str, O]:
+        """Show the calibration data's activations to observers."""
+        assert context.data is not None
+        assert context.runtime is not None
+        assert context.workdir is not None
+        path = context.judge.path_of(base) if context.judge else context.workdir / "calibration.onnx"
+        if context.judge is None:
+            base.save(path)
+        return context.runtime.observe(path, context.data.feeds, watches)
