@@ -278,6 +278,10 @@ class Model:
             inputs = [info for info in converted.graph.input if info.name not in constants]
             del converted.graph.input[:]
             converted.graph.input.extend(inputs)
+        declared = {info.name: info for info in (*self.proto().graph.input, *self.proto().graph.output)}
+        for info in (*converted.graph.input, *converted.graph.output):  # the converter fills in dims that it infers
+            if info.name in declared:
+                info.CopyFrom(declared[info.name])
         converted.ir_version = max(self.ir_version, ir_version_for(version))
         fresh = Model(converted, self._blobs, self.path, external=self._external)
         fresh.metadata, fresh._sources = self.metadata, self._sources
