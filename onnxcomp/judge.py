@@ -54,8 +54,9 @@ class Budget:
         max_drop: Absolute points of the metric (0.005 is half a point), or of the expected drop without labels.
         max_error: Relative error of the worst output, where there is neither a metric nor class scores, of the part
             that depends on the input; half of it, where there is no metric, for the whole output (by default 10%, a
-            signal-to-noise ratio of 20 dB) and for the boxes of a detector. A rule of thumb, not a bound: on one anomaly detector 16% went with
-            no loss of its metric and 27% with 4 points of AUC, and the default was chosen between the two.
+            signal-to-noise ratio of 20 dB) and for the boxes of a detector. A rule of thumb, not a bound: on one
+            anomaly detector 16% went with no loss of its metric and 27% with 4 points of AUC, and the default was
+            chosen between the two.
     """
 
     max_drop: float = 0.005

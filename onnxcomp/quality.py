@@ -4,8 +4,8 @@ Three ways, the best one that the data allow:
 
 - `metric`: labels and a task metric; the drop is the difference of the metric.
 - `expected-drop`: no labels, but an output holds class scores. What the original expects to lose by the candidate's
-  choices: mean(p[own choice] - p[candidate's choice]), at each step of a sequence of them. (Counting disagreements would reject good models: near ties flip
-  without any loss.)
+  choices: mean(p[own choice] - p[candidate's choice]), at each step of a sequence of them. (Counting
+  disagreements would reject good models: near ties flip without any loss.)
   An output that mixes scores with other numbers, as detectors' do, likewise: how much average precision the candidate's
   ranking is expected to lose; see `onnxcomp.detection`.
 - `relative-error`: anything else. The root mean square of the difference over that of the *part of the output that
