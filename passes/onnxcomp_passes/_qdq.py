@@ -22,6 +22,9 @@ Ranges = dict[str, tuple[float, float]]
 REDUCED_MAX = 63
 """Weights in 7 bits: a pair of products with uint8 activations then fits 16 bits."""
 
+SOFTMAX_RANGE = (0.0, 255.0 / 256.0)
+"""A step of 1/256, and nothing of what a few samples happened to show. XNNPACK refuses another, 1/255 included."""
+
 BIAS_MAX = float(1 << 30)
 """Room in an int32 accumulator for the products besides the bias."""
 
@@ -104,7 +107,7 @@ def insert(model: Model, placement: Placement, ranges: Ranges, rules: Quantizati
         root = name
         while root in placement.grid:
             root = placement.grid[root]
-        grids[name] = Grid.covering(*ranges[root], rules.activations)
+        grids[name] = Grid.covering(*_range(placement.tensors[root], ranges), rules.activations)
     writer = _Writer(model, rules, grids)
     added: list[gs.Node] = []
     for layer in placement.layers:
@@ -115,6 +118,11 @@ def insert(model: Model, placement: Placement, ranges: Ranges, rules: Quantizati
         added += _quantize_tensor(writer, tensor, inside)
     model.graph.nodes.extend(added)
     _drop_unused_decoders(model.graph)
+
+
+def _range(tensor: gs.Tensor, ranges: Ranges) -> tuple[float, float]:
+    """The range to cover: that of a probability is known, and kernels want its step to be 1/256."""
+    return SOFTMAX_RANGE if tensor.inputs and tensor.inputs[0].op == "Softmax" else ranges[tensor.name]
 
 
 def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> list[gs.Node]:
@@ -156,14 +164,15 @@ def _quantize_weights(writer: _Writer, layer: Layer) -> list[gs.Node]:
 def _weight_codes(layer: Layer, rules: QuantizationRules) -> tuple[Array, Array]:
     """The int8 codes and the scale, taken over from the storage form where that has the same grid."""
     limit = REDUCED_MAX if rules.reduce_range else INT8_MAX
+    per_channel = rules.channel_scales(layer.node.op)
     weight = layer.weight
-    if isinstance(weight, Stored) and rules.per_channel and limit == INT8_MAX:
+    if isinstance(weight, Stored) and per_channel and limit == INT8_MAX:
         scale = value_of(weight.scale)
         if scale.ndim and scale.size == scale.shape[layer.axis] == weight.codes.shape[layer.axis]:
             return value_of(weight.codes), scale.reshape(-1)
     values = decode(weight) if isinstance(weight, Stored) else value_of(weight)
-    codes, scale = encode(values, layer.axis if rules.per_channel else None, limit=limit)
-    return codes, scale.reshape(-1) if rules.per_channel else scale.reshape(())
+    codes, scale = encode(values, layer.axis if per_channel else None, limit=limit)
+    return codes, scale.reshape(-1) if per_channel else scale.reshape(())
 
 
 def _room_for_bias(layer: Layer, codes: Array, scale: Array, bias: Array, input_scale: float) -> tuple[Array, Array]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from onnxcomp import analysis
-from onnxcomp.calibration import Calibrator, make_calibrator
-from onnxcomp.errors import RequirementError
+from onnxcomp.calibration import make_calibrator
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._choice import Chooser
-from onnxcomp_passes._placement import find_layers, place
+from onnxcomp_passes._placement import find_layers, place, rangeable
 from onnxcomp_passes._qdq import Ranges, insert
+from onnxcomp_passes._statistics import observe
 from onnxcomp_passes._stored import lift_constants
 
 __all__ = ["Quantize"]
@@ -75,13 +75,13 @@ class Quantize(Pass):
         base.raise_opset(PER_CHANNEL_OPSET)
         layers = find_layers(base.graph, context)
         names = [layer.name for layer in layers]
-        everything = place(base.graph, layers, base.opset)
-        ranges = self._calibrate(base, list(everything.tensors), context, changes)
+        wanted = place(base.graph, layers, base.opset, rules=rules).tensors
+        ranges = self._calibrate(base, wanted, context, changes)
         usable = set()
         for index, layer in enumerate(layers):
             if layer.name in self.skip:
                 continue
-            if place(base.graph, [layer], base.opset).tensors.keys() <= ranges.keys():
+            if place(base.graph, [layer], base.opset, rules=rules).tensors.keys() <= ranges.keys():
                 usable.add(index)
             else:
                 changes.leave(layer.name, "its activations hold NaN or infinity, or nothing at all")
@@ -89,7 +89,7 @@ class Quantize(Pass):
         def build(chosen: frozenset[int]) -> Model:
             fork = base.fork()
             picked = [layer for index, layer in enumerate(find_layers(fork.graph, context)) if index in chosen]
-            insert(fork, place(fork.graph, picked, fork.opset, ranges), ranges, rules)
+            insert(fork, place(fork.graph, picked, fork.opset, ranges, rules), ranges, rules)
             return fork
 
         chosen = frozenset(usable)
@@ -107,18 +107,15 @@ class Quantize(Pass):
         rules = (context.target or host_target()).rules
         return None if rules is None else replace(rules, per_channel=rules.per_channel and self.per_channel)
 
-    def _calibrate(self, base: Model, tensors: list[str], context: Context, changes: Changes) -> Ranges:
-        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out."""
-        if context.data is None or context.runtime is None or context.workdir is None:
-            message = "the pass 'quantize' needs data; give --data"
-            raise RequirementError(message)
-        context.progress(f"calibrating {len(tensors)} tensors on {context.data.size} samples")
-        watches: dict[str, Calibrator] = {name: make_calibrator(self.calibration, self.percentile) for name in tensors}
-        path = context.judge.path_of(base) if context.judge else context.workdir / "calibration.onnx"
-        if context.judge is None:
-            base.save(path)
-        watches = context.runtime.observe(path, context.data.feeds, watches)
+    def _calibrate(self, base: Model, wanted: Container[str], context: Context, changes: Changes) -> Ranges:
+        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out.
+
+        All that any target may want are calibrated at once, so that several targets need one calibration.
+        """
+        tensors = rangeable(base.graph, context, base.opset)
+        context.progress(f"calibrating {len(tensors)} tensors on {context.data.size if context.data else 0} samples")
+        watches = observe(base, {name: make_calibrator(self.calibration, self.percentile) for name in tensors}, context)
         for name, watch in watches.items():
-            if watch.nonfinite:
+            if watch.nonfinite and name in wanted:
                 changes.leave(name, f"holds NaN or infinity ({watch.nonfinite} values)")
         return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}
