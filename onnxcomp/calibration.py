@@ -113,6 +113,13 @@ class Percentile(Calibrator):
         lowest, highest = _bin(self.low, exponent), _bin(self.high, exponent)
         return lowest - (BINS - 1 - (highest - lowest)) // 2
 
+    def bins(self) -> tuple[Array, Array]:
+        """The middles of the bins that hold values, and how many each holds."""
+        if self.exponent is None:
+            return np.zeros(0), np.zeros(0, np.int64)
+        used = np.flatnonzero(self.counts)
+        return np.ldexp(used + self.first + 0.5, self.exponent), self.counts[used]
+
     def range(self) -> tuple[float, float]:
         """The edges of the bins that hold the wanted share, never beyond the extremes that were seen."""
         if self.exponent is None:

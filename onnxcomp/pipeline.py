@@ -60,7 +60,7 @@ class Shared:
     calibration, and the original's outputs.
 
     Attributes:
-        statistics: What activations look like, by model, data, tensor and method.
+        activations: What float activations look like, by model, data, tensor and method.
         references: The original's outputs, by model, data, and how they are judged.
 
     Example:
@@ -73,7 +73,7 @@ class Shared:
         [('arm64', 1), ('web', 1)]
     """
 
-    statistics: dict[Any, Any] = field(default_factory=dict, repr=False)
+    activations: dict[Any, Any] = field(default_factory=dict, repr=False)
     references: dict[Any, Reference] = field(default_factory=dict, repr=False)
 
 
@@ -196,7 +196,7 @@ def optimize(
             shared = shared or Shared()
             judge = _judge(original, parts, options, runtime, workdir, chosen_metric, classifier, file, shared)
             context = _context(options, parts["calibrate"], judge, runtime, workdir, started)
-            context.statistics = shared.statistics
+            context.activations = shared.activations
             runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
             kept, finished = _run_stages(runner, stages, options, samples)
             report = build_report(
@@ -225,7 +225,7 @@ def _run_stages(
             continue
         kept = runner.run(stage, kept)
         finished.store(index, kept)
-    return runner.confirm(kept), finished
+    return runner.confirm(kept, stages), finished
 
 
 def _target(target: str | Target | None) -> Target:

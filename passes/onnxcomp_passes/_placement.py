@@ -56,6 +56,11 @@ class Layer:
         """The node's name, or its first output's."""
         return str(self.node.name or self.node.outputs[0].name)
 
+    @property
+    def key(self) -> str:
+        """The name of its first output, which no other node has."""
+        return str(self.node.outputs[0].name)
+
 
 @dataclass(frozen=True)
 class Placement:

