@@ -325,7 +325,8 @@ class Judge:
     def macs(self, model: Model, census: Census) -> tuple[int, int]:
         """Multiply-accumulates of one run, and how many run in int8 kernels."""
         counts = self.layer_macs(model)
-        int8 = set(explain(model.proto(), census).int8)
+        wide = self.target.rules.wide if self.target.rules else None
+        int8 = set(explain(model.proto(), census, wide=wide).int8)
         return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
 
     def _run(self, path: Path, data: Dataset) -> Iterator[list[Any]]:

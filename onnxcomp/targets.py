@@ -31,6 +31,7 @@ class QuantizationRules:
         reduce_range: Whether weights must stay in 7 bits, because the kernel adds pairs of products in 16 bits, which
             saturate (x86 before VNNI).
         operators: The operators that the target has 8-bit kernels for; None: all that ONNX Runtime's CPU provider has.
+        wide: The type of 16-bit activations, where the target has kernels for them; they cannot be seen on a CPU.
         quantized_outputs: Whether a matrix product is a kernel only with a quantized output. Elsewhere it may end in
             float where no 8-bit node reads it.
 
@@ -40,16 +41,22 @@ class QuantizationRules:
         (False, True, False)
     """
 
-    activations: Literal["uint8", "int8"] = "uint8"
+    activations: Literal["uint8", "int8", "uint16"] = "uint8"
     per_channel: bool = True
     per_tensor: frozenset[str] = frozenset()
     reduce_range: bool = False
     operators: frozenset[str] | None = None
     quantized_outputs: bool = False
+    wide: Literal["uint16"] | None = None
 
     def supports(self, operator: str) -> bool:
         """Whether the target may run this operator in 8 bits."""
         return self.operators is None or operator in self.operators
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether activations have 16 bits."""
+        return self.activations == self.wide
 
     def channel_scales(self, operator: str) -> bool:
         """Whether the weight of this operator has one scale per output channel."""
@@ -145,7 +152,7 @@ TARGETS: dict[str, Target] = {
         Target(
             "qnn",
             "Qualcomm HTP",
-            QuantizationRules(per_tensor=frozenset({"Gemm", "MatMul"}), quantized_outputs=True),
+            QuantizationRules(per_tensor=frozenset({"Gemm", "MatMul"}), quantized_outputs=True, wide="uint16"),
             verify_layers=("cpu", "qnn"),
             static_shapes=True,
         ),

@@ -116,6 +116,10 @@ def test_only_x86_without_vnni_reduces_the_range():
     assert [target.name for target in TARGETS.values() if target.rules and target.rules.reduce_range] == ["x86"]
 
 
+def test_only_qualcomm_has_kernels_for_16_bit_activations():
+    assert {target.name for target in TARGETS.values() if target.rules and target.rules.wide} == {"qnn"}
+
+
 def test_coreml_has_no_kernels_for_quantized_models():
     assert TARGETS["coreml"].rules is None
 

@@ -202,6 +202,81 @@ def test_the_range_of_a_softmax_is_known(tmp_path: Path):
     assert int(value_of(quantize.inputs[2])) == 0
 
 
+# --- 16-bit activations -----------------------------------------------------------------------------------------------
+
+
+def sigmoid_model() -> onnx.ModelProto:
+    text = """g (float[N, 16] x) => (float[N, 16] y) {
+        h = Gemm(x, W, b)   s = Sigmoid(h)   y = Gemm(s, V, b) }"""
+    weights = {name: random_weights(16, 16, seed=seed) for seed, name in enumerate("WV")}
+    for name, weight in weights.items():  # on the grid of int8, so that only activations are rounded
+        weights[name] = (np.rint(127 / np.abs(weight).max() * weight) / 256).astype(np.float32)
+    return graph_model(text, weights, b=random_weights(16, scale=0.1))
+
+
+def widened(name: str) -> Result:
+    data = {"x": np.random.default_rng(0).normal(size=(SAMPLES, 16)).astype(np.float32)}
+    quantize = Quantize(choose=False, remedies=("widen-activations",))
+    return onnxcomp.optimize(
+        sigmoid_model(), data=data, target=name, passes=[quantize], budget=LOOSE, timing=False, resume=False
+    )
+
+
+@every_int8_target
+def test_activations_have_16_bits_only_where_the_target_has_kernels_for_them(name: str):
+    assert (activation_types(widened(name)) == {"uint16"}) == (name == "qnn")
+
+
+def test_16_bit_layers_count_by_the_target_s_rules_since_no_cpu_shows_them():
+    after = widened("qnn").report.after
+
+    assert not any(kernel.startswith(("QGemm", "QLinear", "MatMulInteger")) for kernel in after.kernels)
+    assert after.int8_macs == after.macs == 2 * 16 * 16
+
+
+def test_a_16_bit_sigmoid_has_the_scale_that_qnn_asks_for():
+    nodes = widened("qnn").model.graph.nodes
+    quantize = next(n for n in nodes if n.op == "QuantizeLinear" and "Sigmoid" in [m.op for m in n.inputs[0].inputs])
+
+    assert float(value_of(quantize.inputs[1])) == 1 / 65536
+    assert int(value_of(quantize.inputs[2])) == 0
+
+
+def test_16_bits_before_opset_21_are_onnx_runtime_s_own_operators():
+    result = widened("qnn")
+    domains = {n.domain for n in result.model.graph.nodes if n.op == "QuantizeLinear"}
+
+    assert result.model.opset < 21
+    assert domains == {"com.microsoft"}
+    onnx.checker.check_model(result.model.to_proto())
+
+
+def test_16_bits_are_nearer_to_the_float_model():
+    def error(result: Result) -> float:
+        return result.report.after.error or 0.0
+
+    assert error(widened("qnn")) < 0.05 * error(widened("nnapi"))  # a step is 256 times smaller; biases round too
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.5, "uint8"), (1e-6, "uint16")])
+def test_16_bits_are_tried_where_8_do_not_hold(limit: float, expected: str):
+    data = {"x": np.random.default_rng(0).normal(size=(SAMPLES, 16)).astype(np.float32)}
+    result = onnxcomp.optimize(
+        sigmoid_model(),
+        data=data,
+        target="qnn",
+        passes=[Quantize()],
+        budget=onnxcomp.Budget(max_drop=limit, max_error=limit),
+        timing=False,
+        resume=False,
+    )
+
+    told = " ".join(
+        note for stage in result.report.stages for a in stage.attempts for p in a.passes for note in p.notes
+    )
+    assert ("widen-activations" in told) == (expected == "uint16")
+
+
 # --- static shapes ----------------------------------------------------------------------------------------------------
 
 

@@ -25,8 +25,8 @@ Ranges = dict[str, tuple[float, float]]
 REDUCED_MAX = 63
 """Weights in 7 bits: a pair of products with uint8 activations then fits 16 bits."""
 
-SOFTMAX_RANGE = (0.0, 255.0 / 256.0)
-"""A step of 1/256, and nothing of what a few samples happened to show. XNNPACK refuses another, 1/255 included."""
+WIDE_OPSET = 21
+"""The first opset with 16-bit QuantizeLinear; before, ONNX Runtime's own operator of that name does."""
 
 BIAS_MAX = float(1 << 30)
 """Room in an int32 accumulator for the products besides the bias."""
@@ -50,7 +50,7 @@ class Grid:
         """
         low, high = min(low, 0.0), max(high, 0.0)
         limits = np.iinfo(dtype)
-        scale = np.float32((high - low) / 255.0)
+        scale = np.float32((high - low) / (limits.max - limits.min))
         if scale < np.finfo(np.float32).tiny:
             scale = np.float32(1.0)
         zero = np.clip(np.rint(limits.min - low / float(scale)), limits.min, limits.max)
@@ -79,10 +79,12 @@ class _Writer:
         scale = self.constant("s", np.asarray(grid.scale, np.float32))
         zero = self.constant("z", grid.zero_point)
         codes = Variable(self.model.unique_name("t.0"))
-        return [
-            Node("QuantizeLinear", "", {}, [tensor, scale, zero], [codes]),
-            Node("DequantizeLinear", "", {}, [codes, scale, zero], [result]),
-        ]
+        wide = grid.zero_point.dtype.itemsize > 1 and self.model.opset < WIDE_OPSET
+        quantize = Node("QuantizeLinear", "", {}, [tensor, scale, zero], [codes])
+        decode = Node("DequantizeLinear", "", {}, [codes, scale, zero], [result])
+        if wide:
+            quantize.domain = decode.domain = "com.microsoft"
+        return [quantize, decode]
 
     def dequantize(
         self, codes: Array, scale: Array, axis: int, *, zero_point: bool = False
@@ -104,12 +106,12 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
         placement: What runs in int8.
         scheme: How: ranges, the target's rules, rounding.
     """
-    grids = {}
+    grids, dtype = {}, scheme.rules.activations
     for name in placement.tensors:
         root = name
         while root in placement.grid:
             root = placement.grid[root]
-        grids[name] = Grid.covering(*_range(placement.tensors[root], scheme.ranges), scheme.rules.activations)
+        grids[name] = Grid.covering(*_range(placement.tensors[root], scheme.ranges, dtype), dtype)
     writer = _Writer(model, scheme, grids)
     added: list[gs.Node] = []
     for layer in placement.layers:
@@ -122,9 +124,15 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
     _drop_unused_decoders(model.graph)
 
 
-def _range(tensor: gs.Tensor, ranges: Ranges) -> tuple[float, float]:
-    """The range to cover: that of a probability is known, and kernels want its step to be 1/256."""
-    return SOFTMAX_RANGE if tensor.inputs and tensor.inputs[0].op == "Softmax" else ranges[tensor.name]
+def _range(tensor: gs.Tensor, ranges: Ranges, dtype: str) -> tuple[float, float]:
+    """The range to cover. That of a probability is known, and kernels refuse another.
+
+    XNNPACK takes a Softmax with the step 1/256 and no other, 1/255 included; QNN a 16-bit Sigmoid with 1/65536.
+    """
+    levels = float(np.iinfo(dtype).max) - np.iinfo(dtype).min + 1
+    known = {"Softmax", "Sigmoid"} if levels > 256 else {"Softmax"}
+    made_by = tensor.inputs[0].op if tensor.inputs else None
+    return (0.0, 1.0 - 1.0 / levels) if made_by in known else ranges[tensor.name]
 
 
 def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> list[gs.Node]:
