@@ -32,6 +32,7 @@ class QuantizationRules:
             saturate (x86 before VNNI).
         operators: The operators that the target has 8-bit kernels for; None: all that ONNX Runtime's CPU provider has.
         wide: The type of 16-bit activations, where the target has kernels for them; they cannot be seen on a CPU.
+        zero_points: Whether the zero point of a weight must be written out, though it is 0.
         quantized_outputs: Whether a matrix product is a kernel only with a quantized output. Elsewhere it may end in
             float where no 8-bit node reads it.
 
@@ -46,6 +47,7 @@ class QuantizationRules:
     per_tensor: frozenset[str] = frozenset()
     reduce_range: bool = False
     operators: frozenset[str] | None = None
+    zero_points: bool = False
     quantized_outputs: bool = False
     wide: Literal["uint16"] | None = None
 
@@ -132,7 +134,7 @@ TARGETS: dict[str, Target] = {
         Target(
             "xnnpack",
             "ONNX Runtime Mobile with XNNPACK",
-            QuantizationRules(activations="int8", operators=_XNNPACK_OPERATORS),
+            QuantizationRules(activations="int8", operators=_XNNPACK_OPERATORS, zero_points=True),
             verify_layers=("cpu", "android"),
             static_shapes=True,
             dynamic_batch=True,

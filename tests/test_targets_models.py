@@ -173,6 +173,12 @@ def test_every_layer_ends_in_a_quantizelinear_where_the_target_wants_it(
     assert all([reader.op for reader in readers if reader.op != "Relu"] == ["QuantizeLinear"] for readers in ends)
 
 
+def test_xnnpack_gets_its_weights_zero_points_written(results: Mapping[Any, Result]):
+    for layer in quantized_layers(results["cnn", "xnnpack"]):
+        [zero_point] = layer.node.inputs[1].inputs[0].inputs[2:]  # without it XNNPACK refuses the model
+        assert (zero_point.dtype, tuple(zero_point.shape)) == (np.int8, layer.scale.shape)
+
+
 def test_coreml_gets_small_weights_and_no_quantizelinear():
     result = optimized("mlp", "coreml", passes=None, shapes={"x": (1, 32)})
 

@@ -161,8 +161,9 @@ def _quantize_weights(writer: _Writer, layer: Layer) -> list[gs.Node]:
     values = _bias(layer, codes, scale, writer.scheme)
     if values is not None:
         codes, scale = _room_for_bias(layer, codes, scale, values, input_scale)
-    # ONNX Runtime makes a QGemm only where the weight's zero point is written out.
-    weight, node.inputs[1] = writer.dequantize(codes, scale, layer.axis, zero_point=node.op == "Gemm")
+    # ONNX Runtime makes a QGemm only where the weight's zero point is written out, and XNNPACK refuses the model.
+    written = node.op == "Gemm" or writer.scheme.rules.zero_points
+    weight, node.inputs[1] = writer.dequantize(codes, scale, layer.axis, zero_point=written)
     if values is None:
         return [weight]
     bias_scale = (input_scale * scale).astype(np.float32)
