@@ -41,6 +41,7 @@ def observe(model: Model, observers: Mapping[str, O], context: Context) -> dict[
     seen = {name: (*where, name, _method(watch)) for name, watch in observers.items()}
     missing = {name: observers[name] for name, key in seen.items() if key not in context.activations}
     if missing:
+        context.progress(f"calibrating {len(missing)} tensors on {context.data.size} samples")
         path = context.judge.path_of(model) if context.judge else context.workdir / "calibration.onnx"
         if context.judge is None:
             model.save(path)

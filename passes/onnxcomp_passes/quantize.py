@@ -148,7 +148,6 @@ class Quantize(Pass):
         All that any target may want are calibrated at once, so that several targets need one calibration.
         """
         tensors = rangeable(base.graph, context, base.opset)
-        context.progress(f"calibrating {len(tensors)} tensors on {context.data.size if context.data else 0} samples")
         watches = observe(base, {name: make_calibrator(self.calibration, self.percentile) for name in tensors}, context)
         for name, watch in watches.items():
             if watch.nonfinite and name in wanted:
