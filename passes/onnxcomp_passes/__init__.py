@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from onnxcomp_passes.quantize import Quantize
+from onnxcomp_passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp_passes.quantize_weights import QuantizeWeights
 from onnxcomp_passes.simplify import Simplify
 
-__all__ = ["Quantize", "QuantizeWeights", "Simplify"]
+__all__ = ["Quantize", "QuantizeDynamic", "QuantizeWeights", "Simplify"]
