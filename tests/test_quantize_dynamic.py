@@ -113,7 +113,7 @@ def test_gemm_keeps_its_attributes(shape: tuple[int, int, int], transposed: bool
 
 @pytest.mark.parametrize("text", ["y = MatMul(x, W)", "t = MatMul(x, W) y = Add(t, b)", "y = Gemm(x, W, b)"])
 def test_a_layer_is_one_kernel_with_its_bias(runtime: Runtime, tmp_path: Path, text: str):
-    weights = {"b": random_weights(24)} if "b" in text else {}
+    weights: dict[str, Any] = {"b": random_weights(24)} if "b" in text else {}
     model, _ = rewritten(linear(random_weights(32, 24), text, **weights))
 
     assert kernels(model, runtime, tmp_path) == {FUSED: 1}
@@ -279,7 +279,7 @@ def test_layers_beside_static_int8_are_left():
         d = DequantizeLinear(q, s, z)
         [fc] y = MatMul(d, W)
     }"""
-    scale = {"s": np.asarray(0.02, np.float32), "z": np.asarray(128, np.uint8)}
+    scale: dict[str, Any] = {"s": np.asarray(0.02, np.float32), "z": np.asarray(128, np.uint8)}
 
     _, changes = rewritten(graph_model(text, W=random_weights(24, 24), **scale))
 

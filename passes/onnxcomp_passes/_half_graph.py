@@ -57,6 +57,7 @@ class _Writer:
         self.nodes = [node for node in model.graph.nodes if id(node) in plan.ports]
         self.halves: dict[int, tuple[gs.Tensor, gs.Tensor]] = {}
         self.added: list[gs.Node] = []
+        self.bypassed: dict[int, gs.Node] = {}
         self.fixed = {id(tensor) for tensor in model.graph.outputs} | _read_by_name(model)
 
     def write(self) -> None:
@@ -73,6 +74,17 @@ class _Writer:
         if self.plan.converts_io:
             self._convert_outputs()
         self.model.graph.nodes.extend(self.added)
+        self._drop_bypassed()
+
+    def _drop_bypassed(self) -> None:
+        """Remove the Casts to float32 that nothing reads any more."""
+        for key, node in list(self.bypassed.items()):
+            if node.outputs[0].outputs or id(node.outputs[0]) in self.fixed:
+                del self.bypassed[key]
+            else:
+                node.inputs.clear()
+                node.outputs.clear()
+        self.model.graph.nodes = [node for node in self.model.graph.nodes if id(node) not in self.bypassed]
 
     def _make_half(self, node: gs.Node, index: int) -> None:
         """Let a node give float16; a Cast serves those that want float32."""
@@ -102,6 +114,7 @@ class _Writer:
         source, maker = tensor, tensor.inputs[0] if tensor.inputs else None
         if maker is not None and is_standard(maker, "Cast"):
             source = maker.inputs[0]  # no two Casts in a row
+            self.bypassed[id(maker)] = maker
             if source.dtype == np.float16:
                 return source
         half = Variable(self._fresh("h"))
