@@ -187,6 +187,17 @@ def test_an_epsilon_keeps_its_division_from_zero():
     assert np.isfinite(run(model, {"x": np.zeros((2, 24), np.float32)})[0]).all()
 
 
+def test_a_divisor_that_would_become_zero_stays_float32():
+    text = "g (float[N, 24] x) => (float[N, 24] y) { h = MatMul(x, W) [div] y = Div(h, d) }"
+    divisor = np.ones(24, np.float32)
+    divisor[5] = 1e-9
+
+    model, changes = rewritten(graph_model(text, W=random_weights(24, 24), d=divisor))
+
+    assert "0 in float16" in why(changes)["div"]
+    assert np.isfinite(run(model, {"x": random_weights(2, 24)})[0]).all()
+
+
 def test_a_mask_of_the_most_negative_float_makes_no_nan():
     """-3.4e38 would become -infinity, and a row of those NaN in the Softmax."""
     text = """g (float[N, 24] x, int64[N, 24] mask) => (float[N, 24] y) {

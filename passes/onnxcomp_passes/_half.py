@@ -28,9 +28,6 @@ HALF_MAX = float(np.finfo(np.float16).max)
 WEIGHT_ERROR = 1e-3
 """Rounding a weight to float16 makes at most 2**-11 = 0.0005 of its norm, unless part of it is in the denormals."""
 
-SCALAR_ELEMENTS = 64
-"""Constants up to this size are factors and offsets: each of their elements counts."""
-
 SUMMING = frozenset(
     {"CumSum", "Einsum", "GlobalLpPool", "LpNormalization", "LpPool", "LRN", "MeanVarianceNormalization"}
 )
@@ -232,12 +229,21 @@ def _value_refusal(
     for tensor in reads:
         if isinstance(tensor, gs.Constant) and (harm := harm_of(tensor)) is not None:
             return f"its constant {tensor.name!r} {harm}"
+    if node.op == "Div" and 1 in ports.inputs and _has_vanishing(node.inputs[1]):
+        return f"its divisor {node.inputs[1].name!r} holds values that are 0 in float16"
     for tensor in (*reads, *(node.outputs[index] for index in ports.outputs)):
         if id(tensor) in wide:
             return f"{tensor.name!r} comes of a constant that does not fit float16"
         if seen is not None and not isinstance(tensor, gs.Constant) and not seen.get(tensor.name, False):
             return f"{tensor.name!r} holds values that do not fit float16"
     return None
+
+
+def _has_vanishing(tensor: gs.Tensor) -> bool:
+    if not isinstance(tensor, gs.Constant):
+        return False
+    value = value_of(tensor)
+    return bool(np.any((value != 0) & (value.astype(np.float16) == 0)))
 
 
 def harm_of(constant: gs.Constant) -> str | None:
@@ -248,11 +254,7 @@ def harm_of(constant: gs.Constant) -> str | None:
         'loses too much below the range of float16'
         >>> harm_of(gs.Constant("half", np.array([0.5], np.float32)))
     """
-    return harm_of_value(value_of(constant).reshape(-1))
-
-
-def harm_of_value(value: Array) -> str | None:
-    """The same for a value."""
+    value = value_of(constant).reshape(-1)
     if np.isnan(value).any():
         return "holds NaN"
     value = value[np.isfinite(value)].astype(np.float64)  # infinity stays infinity
@@ -260,11 +262,8 @@ def harm_of_value(value: Array) -> str | None:
         return None
     if np.max(np.abs(value)) > HALF_MAX:
         return f"reaches {np.max(np.abs(value)):.3g}, beyond {HALF_MAX:g}"
-    error = np.abs(value.astype(np.float16).astype(np.float64) - value)
-    if value.size <= SCALAR_ELEMENTS:
-        lost = bool(np.any(error > WEIGHT_ERROR * np.abs(value)))
-    else:
-        lost = bool(np.linalg.norm(error) > WEIGHT_ERROR * np.linalg.norm(value))
+    error = value.astype(np.float16).astype(np.float64) - value
+    lost = np.linalg.norm(error) > WEIGHT_ERROR * np.linalg.norm(value)
     return "loses too much below the range of float16" if lost else None
 
 
