@@ -297,6 +297,22 @@ def test_operators_whose_schema_has_no_float16_stay_float32():
     assert ops(model) == ["Cast", "MatMul", "Cast", "Celu", "Cast", "MatMul", "Cast"]
 
 
+@pytest.mark.parametrize("reduction", ["none", "add", "max"])
+def test_scattering_is_float16_where_onnx_runtime_runs_it(reduction: str):
+    text = f"""g (float[4, 24] x) => (float[4, 24] y) {{
+        h = MatMul(x, W)
+        [put] t = ScatterElements<reduction = "{reduction}">(h, at, v)
+        y = MatMul(t, W)
+    }}"""
+    values: dict[str, Any] = {"at": np.asarray([[1]], np.int64), "v": np.ones((1, 1), np.float32)}
+    proto = graph_model(text, opset=18, W=random_weights(24, 24), **values)
+
+    model, changes = rewritten(proto)
+
+    assert ("put" in why(changes)) is (reduction != "none")
+    assert np.isfinite(run(model, {"x": random_weights(4, 24)})[0]).all()
+
+
 def test_arithmetic_on_sizes_stays_float32():
     """2049 is no float16."""
     text = """g (float[N, 2049] x) => (float[N, 24] y, int64[1] n) {

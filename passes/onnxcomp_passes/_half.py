@@ -29,7 +29,7 @@ WEIGHT_ERROR = 1e-3
 """Rounding a weight to float16 makes at most 2**-11 = 0.0005 of its norm, unless part of it is in the denormals."""
 
 SUMMING = frozenset(
-    {"CumSum", "Einsum", "GlobalLpPool", "LpNormalization", "LpPool", "LRN", "MeanVarianceNormalization"}
+    {"Attention", "CumSum", "Einsum", "GlobalLpPool", "LpNormalization", "LpPool", "LRN", "MeanVarianceNormalization"}
 )
 """Operators that sum many terms or their powers, so that their inside may overflow where input and output do not. So do
 those whose name begins with Reduce, but for the largest and the smallest."""
@@ -41,6 +41,9 @@ COORDINATES = frozenset(
 
 UNBOUNDED = frozenset({"Exp", "Pow", "Reciprocal"})
 """Operators whose result may be far larger than their input; without data nothing is known of it."""
+
+SCATTERING = frozenset({"ScatterElements", "ScatterND"})
+"""Operators that ONNX Runtime loads in float16 and then refuses to run, where they combine values."""
 
 INTEGER = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 
@@ -213,6 +216,8 @@ def _refusal(node: gs.Node, context: Context, blocked: frozenset[str], *, has_da
         return "its sums may overflow float16"
     if node.op in UNBOUNDED and not has_data:
         return "its result may overflow float16, and there are no data to tell"
+    if node.op in SCATTERING and node.attrs.get("reduction", "none") != "none":
+        return "ONNX Runtime has no float16 kernel for its reduction"
     beside = (*(t.inputs[0] for t in node.inputs if t.inputs), *(r for t in node.outputs for r in t.outputs))
     if node.op in INTEGER or any(other.op in INTEGER for other in beside):
         return "is part of int8 computation"
