@@ -29,6 +29,9 @@ FUSED_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "
 MARGIN = 0.9
 """The share of the budget that is spent on the samples that choices are made on: others lose a little more."""
 
+COMFORT = 0.5
+"""What helps accuracy at no cost in time is tried where more than this share of the budget would be spent."""
+
 HELPS = 0.97
 """A remedy is kept where it brings the relative error of the whole model below this share."""
 
@@ -75,7 +78,7 @@ class Chooser:
             changes: Told why layers are returned to float, and what was done for accuracy.
         """
         chosen = self._fused(layers)
-        if chosen and self._tried is None and not self._holds(chosen):
+        if chosen and self._tried is None and not self._holds(chosen, COMFORT):
             self._tried = self._remedy(chosen)
             chosen = self._fused(chosen)
         changes.notes += self._tried or []
@@ -102,8 +105,10 @@ class Chooser:
             if self._context.out_of_time():
                 break
             self._context.progress(f"for accuracy: {name}")
+            if name in SLOWING and self._holds(layers):
+                continue
             candidate = remedy(self._scheme, layers, self._evidence)
-            if candidate is None or (name in SLOWING and self._holds(layers)):
+            if candidate is None:
                 continue
             found = self._rough_error(candidate.build(layers, self._context))
             change = f"relative error {error:.2%} -> {found:.2%} with {len(layers)} layers in int8"
@@ -150,8 +155,8 @@ class Chooser:
             self._judge.forget(model)
         return self._qualities[layers]
 
-    def _holds(self, layers: Layers) -> bool:
-        return self._judge.allows(self._quality(layers), MARGIN * self._context.share)
+    def _holds(self, layers: Layers, share: float = MARGIN) -> bool:
+        return self._judge.allows(self._quality(layers), share * self._context.share)
 
     def _within_budget(self, layers: Layers) -> Layers:
         """Return layers to float, those with most output error per millisecond gained first, until the budget holds."""

@@ -187,8 +187,8 @@ REMEDIES: dict[str, Remedy] = {
 }
 """In the order of their cost."""
 
-SLOWING = frozenset({"widen-activations"})
-"""Not tried where the budget holds without."""
+SLOWING = frozenset({"equalize", "widen-activations"})
+"""Those that may cost time: not tried where the budget holds without."""
 
 
 def treat(scheme: Scheme, names: Iterable[str], chosen: frozenset[int], evidence: Evidence) -> Scheme:
