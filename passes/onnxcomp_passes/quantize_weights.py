@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
 from onnxcomp.errors import ModelError, OptionError, RequirementError
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
@@ -16,7 +14,7 @@ from onnxcomp.targets import host_target
 from onnxcomp.weights import Spool
 from onnxcomp_passes._choice import MOST_RANKED, costliest_first, fewest
 from onnxcomp_passes._codes import OPSET_OF_TYPE, Width
-from onnxcomp_passes._encoding import Encoder, Held, Weight, find_weights, write
+from onnxcomp_passes._encoding import Encoder, Held, Weight, find_weights, wanted, write
 from onnxcomp_passes._nbits import KERNEL
 from onnxcomp_passes._products import layer_inputs, observed
 from onnxcomp_passes._stored import lift_constants
@@ -101,11 +99,12 @@ class QuantizeWeights(Pass):
             raise RequirementError(message)
         base = model.fork()
         lift_constants(base.graph)
-        weights = self._wanted(base, context, changes)
+        weights = wanted(base, context, changes, skip=self.skip, min_elements=self.min_elements)
         stored_bits = self._prepare(base, context, changes) if weights else None
         if stored_bits is None:
             return changes
-        weights = self._wanted(base, context, Changes())  # raising the opset makes new objects
+        names = {weight.name for weight in weights}
+        weights = [weight for weight in find_weights(base) if weight.name in names]  # raising the opset makes new ones
         width = Width(self.bits, self.symmetric)
         encoder = Encoder(width, stored_bits, self.block, self.per_channel, self.method, Spool())
         held = self._encode_all(base, weights, encoder, context, changes)
@@ -123,30 +122,6 @@ class QuantizeWeights(Pass):
         return changes
 
     # --- before -------------------------------------------------------------------------------------------------------
-
-    def _wanted(self, base: Model, context: Context, changes: Changes) -> list[Weight]:
-        """The weights that are not refused, judged without reading them."""
-        outputs = {tensor.name for tensor in base.graph.outputs}
-        wanted = []
-        for weight in find_weights(base):
-            reason = self._refusal(weight, context, outputs)
-            if reason is None:
-                wanted.append(weight)
-            else:
-                changes.leave(weight.name, reason)
-        return wanted
-
-    def _refusal(self, weight: Weight, context: Context, outputs: set[str]) -> str | None:
-        constant = weight.constant
-        if context.excludes(weight.node) or weight.name in self.skip:
-            return "excluded"
-        if constant.dtype != np.float32:
-            return f"is {constant.dtype}, not float32" if np.issubdtype(constant.dtype, np.floating) else "not a float"
-        if int(np.prod(weight.shape)) < self.min_elements:
-            return f"has fewer than {self.min_elements} elements"
-        if weight.name in outputs:
-            return "is a graph output"
-        return None
 
     def _prepare(self, base: Model, context: Context, changes: Changes) -> int | None:
         """Raise the opset as far as the form and the type of the codes need; the bits of that type, or None."""
