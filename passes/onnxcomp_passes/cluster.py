@@ -21,7 +21,8 @@ Array = np.ndarray[Any, Any]
 ROUNDS = 100
 """Of Lloyd's algorithm; from its start it settles in some tens."""
 
-START_BINS = 1024
+START_RUNS = 512
+"""Of sorted values, whose best clustering is the start: more than twice the largest codebook."""
 
 
 @register
@@ -87,8 +88,8 @@ class Cluster(Pass):
 def codebook(values: Array, size: int, *, keep_zeros: bool = True) -> Array:
     """The values that stand for all others with least squared error, by Lloyd's algorithm on sorted values.
 
-    Lloyd 1982, "Least Squares Quantization in PCM", section V, method I; it starts with codebook values as dense as the
-    cube root of the weights' density, which is the best for many values (Panter & Dite 1951).
+    Lloyd 1982, "Least Squares Quantization in PCM", section V, method I. It starts from the best clustering of runs of
+    values, so that neither outliers nor chance mislead it.
 
     Args:
         values: Finite float32 values of any shape.
@@ -109,12 +110,10 @@ def codebook(values: Array, size: int, *, keep_zeros: bool = True) -> Array:
     pinned = keep_zeros and bool(np.any(distinct == 0))
     if pinned:
         ordered = ordered[ordered != 0]
-    centres = _start(ordered, size)
+    centres = np.sort(np.append(_start(ordered, size - 1), 0.0)) if pinned else _start(ordered, size)
     zero = int(np.argmin(np.abs(centres))) if pinned else None
     sums = np.concatenate([[0.0], np.cumsum(ordered, dtype=np.float64)])
     for _ in range(ROUNDS):
-        if zero is not None:
-            centres[zero] = 0.0
         edges = np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2)
         edges = np.concatenate([[0], edges, [ordered.size]])
         counts = np.diff(edges)
@@ -128,14 +127,31 @@ def codebook(values: Array, size: int, *, keep_zeros: bool = True) -> Array:
 
 
 def _start(ordered: Array, size: int) -> Array:
-    """Values spread as the cube root of the density, measured in bins of equally many weights."""
-    places = np.linspace(0, ordered.size - 1, min(START_BINS, ordered.size) + 1).astype(np.int64)
-    edges = ordered[places].astype(np.float64)
-    share = np.cumsum(
-        np.concatenate([[0.0], np.diff(edges) ** (2 / 3)])
-    )  # density is 1 / width: width * density**(1/3)
-    wanted_share = (np.arange(size) + 0.5) / size * share[-1]
-    return np.asarray(np.interp(wanted_share, share, edges))
+    """The best codebook for runs of equally many sorted values, by dynamic programming.
+
+    Wang & Song 2011, "Ckmeans.1d.dp: Optimal k-means Clustering in One Dimension by Dynamic Programming", the R
+    Journal 3(2), here over the runs in the place of single values.
+    """
+    places = np.unique(np.linspace(0, ordered.size, START_RUNS + 1).astype(np.int64))
+    middle = ordered[ordered.size // 2]
+    values = ordered.astype(np.float64) - middle
+    sums = np.concatenate([[0.0], np.cumsum(values)])[places]
+    squares = np.concatenate([[0.0], np.cumsum(values * values)])[places]
+    counts = (places[None, :] - places[:, None]).astype(np.float64)
+    totals = sums[None, :] - sums[:, None]
+    costs = squares[None, :] - squares[:, None] - totals**2 / np.maximum(counts, 1)
+    costs[counts <= 0] = np.inf  # costs[i, j]: of one cluster of the runs from i to before j
+    least = costs[0]
+    cuts = []
+    for _ in range(1, min(size, places.size - 1)):
+        through = least[:, None] + costs
+        cuts.append(np.argmin(through, axis=0))
+        least = np.min(through, axis=0)
+    ends = [places.size - 1]
+    for cut in reversed(cuts):
+        ends.append(int(cut[ends[-1]]))
+    edges = np.array([0, *ends[::-1]])
+    return np.asarray(np.diff(sums[edges]) / np.diff(places[edges]) + middle)
 
 
 def _nearest(values: Array, centres: Array) -> Array:
