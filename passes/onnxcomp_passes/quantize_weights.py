@@ -116,6 +116,10 @@ class QuantizeWeights(Pass):
         for weight in weights:
             if weight.name in held:
                 changes.add(weight.name, self._told(weight, held[weight.name], stored_bits))
+        others = sum(form.method != self.method for form in held.values())
+        if others:
+            noun = "weight is" if others == 1 else "weights are"
+            changes.notes.append(f"gptq is for MatMul and Gemm: {others} other {noun} rounded to nearest")
         if stored_bits > self.bits and any(not form.compute for form in held.values()):
             changes.notes.append(f"codes of {self.bits} bits are held in {stored_bits}: nothing packs them yet")
         model.become(self._built(base, held))

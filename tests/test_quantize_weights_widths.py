@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import numpy_helper
+
+from onnxcomp.errors import OptionError
+from onnxcomp.model import Model
+from onnxcomp.passes import Changes, Context
+from onnxcomp.runtime import Runtime
+from onnxcomp.targets import find_target
+from onnxcomp_passes import QuantizeWeights
+from onnxcomp_passes._codes import Width, group, nearest, pack
+from tests.models import (
+    assert_same_outputs,
+    graph_model,
+    matmul_model,
+    mlp_model,
+    ops,
+    random_inputs,
+    random_weights,
+    run,
+)
+from tests.test_quantize_weights import KINDS, kind_model
+
+Array = np.ndarray[Any, Any]
+
+HALF_STEP = 0.5 + 1e-4
+"""Of a scale: rounding to nearest, and float32 rounding of quotient and product."""
+
+INT8_INPUT = 0.03
+"""Relative: MatMulNBits rounds each input row to 8 bits, half a step of 1/127 of its peak, some 0.6% (44 dB) for normal
+values; five times that."""
+
+NEWEST = 25
+"""The first opset that has all the types."""
+
+WIDTHS = [(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)]
+every_width = pytest.mark.parametrize(("bits", "symmetric"), WIDTHS)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with Runtime() as running:
+        yield running
+
+
+def stored(source: onnx.ModelProto | Model, context: Context | None = None, **options: Any) -> tuple[Model, Changes]:
+    """Apply the pass."""
+    model = Model.load(source)
+    changes = QuantizeWeights(**options).rewrite(model, context or Context())
+    onnx.checker.check_model(model.to_proto(), full_check=True)
+    return model, changes
+
+
+def left(changes: Changes) -> dict[str, str]:
+    return {item.where: item.why for item in changes.left}
+
+
+def value(model: Model, name: str) -> Array:
+    """An inner tensor as ONNX Runtime computes it, with its optimizations off."""
+    proto = model.to_proto()
+    del proto.graph.output[:]
+    proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    return np.asarray(run(proto, random_inputs(model.to_proto()))[0])
+
+
+def tensor_types(model: Model) -> dict[str, int]:
+    """The number of initializers by element type."""
+    kinds = [onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.to_proto().graph.initializer]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def relative(wanted: Array, got: Array) -> float:
+    return float(np.linalg.norm(wanted - got) / np.linalg.norm(wanted))
+
+
+# --- codes ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    weight=hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3).map(lambda n: 16 * n), st.integers(1, 5)),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1.0, 1.0, width=32) | st.just(0.0),
+    ),
+    width=st.sampled_from(WIDTHS),
+    form=st.sampled_from(["block", "channel", "tensor"]),
+)
+def test_no_value_is_off_by_more_than_half_a_scale(weight: Array, width: tuple[int, bool], form: str):
+    grouping = group(weight.shape, 1 if form == "channel" else None, 0, 16 if form == "block" else 0)
+    made = nearest(weight, grouping, Width(*width))
+
+    values = made.decode().reshape(weight.shape).astype(np.float64)
+    scale = np.broadcast_to(made.scale, grouping.shape).reshape(weight.shape).astype(np.float64)
+
+    assert np.all(made.scale >= np.finfo(np.float32).tiny)
+    assert made.codes.min() >= Width(*width).low
+    assert made.codes.max() <= Width(*width).high
+    # Two float32 roundings of code times scale, and of the zero point's place: 255 * 6e-8 each.
+    assert np.all(np.abs(values - weight) <= HALF_STEP * scale)
+    np.testing.assert_array_equal(values[weight == 0], 0)
+
+
+@given(
+    codes=hnp.arrays(np.int8, st.integers(1, 70), elements=st.integers(-2, 1)),
+    stored_bits=st.sampled_from([2, 4, 8]),
+    symmetric=st.booleans(),
+)
+def test_codes_are_packed_as_onnx_reads_them(codes: Array, stored_bits: int, symmetric: bool):
+    codes = codes if symmetric else (codes + 2).astype(np.uint8)
+    kind = Width(stored_bits, symmetric).onnx_type(stored_bits)
+
+    tensor = onnx.helper.make_tensor("t", kind, codes.shape, pack(codes, stored_bits), raw=True)
+
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor).astype(int), codes)
+
+
+def test_channels_of_denormals_and_of_one_value_decode():
+    weight = random_weights(32, 4)
+    weight[:, 1] = 1e-40
+    weight[:, 2] = -0.75
+
+    for symmetric in (True, False):
+        made = nearest(weight, group(weight.shape, 1), Width(4, symmetric))
+        assert made.scale[0, 1] == 1.0
+        np.testing.assert_array_equal(made.decode()[:, 1], 0)
+        np.testing.assert_allclose(made.decode()[:, 2], -0.75, rtol=1e-6)
+
+
+# --- the form "load" --------------------------------------------------------------------------------------------------
+
+
+@every_width
+def test_every_width_is_decoded_at_load(bits: int, symmetric: bool, runtime: Runtime, tmp_path: Path):
+    weight = random_weights(64, 48)
+    context = Context(runtime=runtime, workdir=tmp_path)
+
+    model, changes = stored(matmul_model(weight), context, bits=bits, symmetric=symmetric, max_opset=NEWEST)
+    model.save(tmp_path / "after.onnx")
+
+    assert changes.count == 1, left(changes)
+    assert runtime.census(tmp_path / "after.onnx").counts() == {"MatMul": 1}
+    peak = np.abs(weight).max(axis=0) if symmetric else weight.max(axis=0) - weight.min(axis=0)
+    step = peak / Width(bits, symmetric).high
+    assert np.all(np.abs(value(model, "W") - weight) <= HALF_STEP * step)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_weight_is_stored_in_blocks_where_they_fit(
+    kind: str, symmetric: bool, runtime: Runtime, tmp_path: Path
+):
+    proto, weights = kind_model(kind)
+    context = Context(runtime=runtime, workdir=tmp_path)
+
+    model, changes = stored(proto, context, bits=4, block=16, symmetric=symmetric, max_opset=21)
+
+    assert changes.count, left(changes)
+    plain = Model.load(proto)
+    for change in changes.changed:
+        found = value(model, change.where)
+        assert relative(weights[change.where], found) < 0.15
+        plain.set_weight(change.where, found)
+    assert_same_outputs(plain, model, random_inputs(proto), exact=True)
+
+
+def test_blocks_hold_off_an_outlier():
+    weight = random_weights(256, 48)
+    weight[7] *= 100
+
+    whole, blocks = (value(stored(matmul_model(weight), bits=4, block=block)[0], "W") for block in (0, 32))
+
+    others = np.arange(256) // 32 != 0
+    assert relative(weight[others], blocks[others]) < 0.15 < relative(weight[others], whole[others])
+
+
+def test_codes_take_the_smallest_type_that_the_opset_has():
+    proto = matmul_model(random_weights(64, 48))
+
+    assert tensor_types(stored(proto, bits=4)[0]) == {"FLOAT": 1, "INT8": 1}
+    assert tensor_types(stored(proto, bits=3, max_opset=21)[0]) == {"FLOAT": 1, "INT4": 1}
+    assert tensor_types(stored(proto, bits=2, max_opset=21)[0]) == {"FLOAT": 1, "INT4": 1}
+    assert tensor_types(stored(proto, bits=2, max_opset=25)[0]) == {"FLOAT": 1, "INT2": 1}
+    assert tensor_types(stored(proto, bits=5, max_opset=25, symmetric=False)[0]) == {"FLOAT": 2, "UINT8": 1}
+
+
+def test_the_opset_stays_where_no_type_needs_another():
+    proto = matmul_model(random_weights(64, 48))
+
+    assert stored(proto, bits=4)[0].opset == 17
+    assert stored(proto, bits=8, max_opset=25)[0].opset == 17
+    model, _ = stored(proto, bits=4, max_opset=25)
+    assert (model.opset, model.ir_version) == (21, 10)
+
+
+@pytest.mark.parametrize("opset", [7, 11, 13, 17, 21, 23, 25])
+def test_works_from_opset_7_to_the_newest(opset: int):
+    text = "g (float[N, 64] x) => (float[N, 48] y) { h = MatMul(x, W) y = Relu(h) }"
+    proto = graph_model(text, opset=opset, ir_version=3 if opset < 9 else 10, W=random_weights(64, 48))
+    if proto.ir_version < 4:
+        proto.graph.input.append(onnx.helper.make_tensor_value_info("W", onnx.TensorProto.FLOAT, [64, 48]))
+
+    model, changes = stored(proto, bits=4, block=32, symmetric=False)
+
+    assert changes.count == 1
+    assert model.opset == opset
+    assert relative(run(proto, feeds := {"x": random_weights(3, 64)})[0], run(model, feeds)[0]) < 0.15
+
+
+def test_says_which_codes_are_held_in_more_bits_than_they_need():
+    _, changes = stored(matmul_model(random_weights(64, 48)), bits=6)
+
+    assert changes.changed[0].what == "64x48 float32 stored as int6 (held in 8 bits)"
+    assert changes.notes == ["codes of 6 bits are held in 8: nothing packs them yet"]
+
+
+# --- the form "compute" -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [0, 16, 32, 128])
+@every_width
+def test_the_kernel_computes_every_width(bits: int, symmetric: bool, block: int, runtime: Runtime, tmp_path: Path):
+    weight = random_weights(256, 48)
+    context = Context(runtime=runtime, workdir=tmp_path)
+    options: Any = {"bits": bits, "symmetric": symmetric, "block": block, "max_opset": NEWEST}
+
+    model, changes = stored(matmul_model(weight), context, form="compute", **options)
+    model.save(tmp_path / "after.onnx")
+
+    assert changes.count == 1
+    assert runtime.census(tmp_path / "after.onnx").counts() == {"MatMulNBits": 1}
+    feeds = {"X": random_weights(4, 256, seed=9)}
+    plain, _ = stored(matmul_model(weight), **options)
+    np.testing.assert_array_equal(value(model, "W"), value(plain, "W"))
+    assert relative(feeds["X"] @ value(model, "W"), run(model, feeds, optimized=True)[0]) < INT8_INPUT
+
+
+@pytest.mark.parametrize("trans_b", [0, 1])
+@pytest.mark.parametrize("bias", ["", ", b"])
+def test_a_gemm_is_computed_too(trans_b: int, bias: str, runtime: Runtime, tmp_path: Path):
+    weight = random_weights(*((48, 100) if trans_b else (100, 48)))
+    text = f"g (float[N, 100] x) => (float[N, 48] y) {{ y = Gemm<transB = {trans_b}>(x, W{bias}) }}"
+    proto = graph_model(text, {"W": weight, **({"b": random_weights(48)} if bias else {})})
+    context = Context(runtime=runtime, workdir=tmp_path)
+
+    model, changes = stored(proto, context, bits=8, block=32, form="compute", max_opset=21)
+    model.save(tmp_path / "after.onnx")
+
+    assert changes.changed[0].what.endswith("float32 stored as int8 in blocks of 32, computed by MatMulNBits")
+    assert runtime.census(tmp_path / "after.onnx").counts() == {"MatMulNBits": 1}
+    feeds = {"x": random_weights(4, 100, seed=9)}
+    for optimized in (False, True):
+        assert relative(run(proto, feeds)[0], run(model, feeds, optimized=optimized)[0]) < INT8_INPUT
+
+
+def test_a_last_block_may_be_short():
+    weight = random_weights(100, 48)
+
+    model, changes = stored(matmul_model(weight), bits=8, block=32, form="compute", max_opset=21)
+
+    assert changes.count == 1
+    assert relative(weight, value(model, "W")) < 0.01
+
+
+SQUARE = "g (float[64, 64] x) => (float[A, B] y)"
+
+NO_KERNEL = {
+    "conv": ("g (float[N, 16, 8, 8] x) => (float[N, 16, C, D] y)", "y = Conv(x, V)"),
+    "gather": ("g (int64[N] x) => (float[N, 64] y)", "y = Gather(W, x)"),
+    "shared": (SQUARE, "h = MatMul(x, W) y = MatMul(h, W)"),
+    "relu": (SQUARE, "h = MatMul(x, W) y = Relu(h)"),
+    "bias and clip": (SQUARE, "h = MatMul(x, W) a = Add(h, b) r = Clip(a) y = MatMul(r, R)"),
+    "alpha": (SQUARE, "y = Gemm<alpha = 0.5>(x, W)"),
+    "left operand": (SQUARE, "y = MatMul(W, x)"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_KERNEL)
+def test_what_the_kernel_does_not_take_is_stored_to_be_decoded_at_load(kind: str, runtime: Runtime, tmp_path: Path):
+    interface, body = NO_KERNEL[kind]
+    proto = graph_model(f"{interface} {{ {body} }}")
+    read = {name for node in proto.graph.node for name in node.input}
+    for name, shape in {"W": (64, 64), "V": (16, 16, 3, 3), "b": (64,), "R": (64, 64)}.items():
+        if name in read:
+            proto.graph.initializer.append(numpy_helper.from_array(random_weights(*shape), name))
+    context = Context(runtime=runtime, workdir=tmp_path)
+
+    model, changes = stored(proto, context, bits=4, block=16, form="compute", max_opset=21)
+    model.save(tmp_path / "after.onnx")
+
+    first = changes.changed[0]
+    assert first.where in {"W", "V"}
+    assert "MatMulNBits" not in first.what
+    assert "DequantizeLinear" not in runtime.census(tmp_path / "after.onnx").counts()
+
+
+def test_a_decoding_that_is_seen_to_run_gives_way_to_the_form_load(tmp_path: Path):
+    class StubRuntime:
+        """Makes no MatMulNBits, but folds."""
+
+        def census(self, path: Path) -> Any:
+            fused = "DequantizeLinear" in ops(onnx.load(path))
+            with Runtime() as runtime:
+                return runtime.census(path, optimize=not fused)
+
+    runtime: Any = StubRuntime()
+
+    model, changes = stored(
+        mlp_model((24, 48, 24)), Context(runtime=runtime, workdir=tmp_path), form="compute", max_opset=21
+    )
+
+    assert changes.count == 2
+    assert "DequantizeLinear" not in ops(model)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"), [({"block": 32}, 21), ({"block": 32, "bits": 4}, 21), ({"block": 16, "bits": 2}, 21)]
+)
+def test_a_target_whose_runtime_is_too_old_is_refused_with_the_reason(options: dict[str, Any], needed: int):
+    model = matmul_model(random_weights(64, 48))
+    context = Context(target=find_target("x86-vnni"))
+
+    _, changes = stored(model, context, form="compute", **options)
+
+    assert changes.count == 0
+    why = f"needs opset {needed}; x86-vnni is made for ONNX Runtime 1.16, opset 19: allow it with max_opset={needed}"
+    assert left(changes) == {"the model": why}
+
+
+def test_whole_columns_of_8_bits_need_no_newer_opset_than_13():
+    model, changes = stored(matmul_model(random_weights(64, 48)), form="compute")
+
+    assert (changes.count, model.opset, ops(model)) == (1, 17, ["DequantizeLinear", "MatMul"])
+
+
+def test_a_model_with_functions_keeps_its_opset_and_says_so():
+    proto = matmul_model(random_weights(64, 48)).to_proto()
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    relu = [onnx.helper.make_node("Relu", ["a"], ["b"])]
+    proto.functions.append(onnx.helper.make_function("own", "f", ["a"], ["b"], relu, opsets))
+
+    _, refused = stored(proto, bits=4, block=32, form="compute", max_opset=21)
+    model, changes = stored(proto, bits=4, block=32, max_opset=21)
+
+    assert left(refused) == {"the model": "opset 17 cannot be raised to 21: the model has functions of its own"}
+    assert (changes.count, model.opset, tensor_types(model)) == (1, 17, {"FLOAT": 1, "INT8": 1, "INT64": 1})
+
+
+# --- options and what is there already --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 8, 24, 48])
+def test_refuses_blocks_that_no_kernel_has(block: int):
+    message = f"quantize-weights: block must be 0 or a power of two from 16 on, got {block}"
+
+    with pytest.raises(OptionError, match=message):
+        QuantizeWeights(block=block)
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_refuses_widths_out_of_range(bits: int):
+    with pytest.raises(OptionError, match=f"quantize-weights: bits must be from 2 to 8, got {bits}"):
+        QuantizeWeights(bits=bits)
+
+
+@pytest.mark.parametrize("form", ["load", "compute"])
+def test_a_second_time_changes_nothing(form: str):
+    model, first = stored(mlp_model((64, 48, 64)), bits=4, block=16, form=form, max_opset=21)
+    digest = model.digest
+
+    _, again = stored(model, bits=4, block=16, form=form, max_opset=21)
+
+    assert (first.count, again.count, model.digest) == (2, 0, digest)
+
+
+def test_weights_that_are_quantized_already_are_left():
+    text = """g (float[N, 64] x) => (float[N, 48] y) { w = DequantizeLinear<axis = 1>(W8, scale) y = MatMul(x, w) }"""
+    codes = np.random.default_rng(0).integers(-127, 128, (64, 48)).astype(np.int8)
+    proto = graph_model(text, W8=codes, scale=np.full(48, 0.01, np.float32))
+
+    model, changes = stored(proto, bits=4, form="compute", block=16, max_opset=21)
+
+    assert (changes.count, model.to_proto()) == (0, proto)
+
+
+def test_one_element_weights_and_vectors_are_left():
+    text = "g (float[N, 1] x) => (float[N, 1] y, float[N] z) { y = MatMul(x, W) z = MatMul(x, v) }"
+    proto = graph_model(text, W=random_weights(1, 1), v=random_weights(1))
+
+    _, changes = stored(proto, bits=4, block=16, min_elements=1)
+
+    assert (changes.count, sorted(left(changes))) == (0, ["W", "v"])
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "block": 32, "form": "compute", "max_opset": 21}])
+def test_what_is_measured_is_what_a_fresh_process_computes(options: dict[str, Any], tmp_path: Path):
+    """W8 and W4 round trip: the model in memory, and its file in a worker that never saw it."""
+    proto = mlp_model((64, 96, 32))
+    feed = random_inputs(proto)
+    model, changes = stored(proto, **options)
+    here = run(model, feed, optimized=True)
+
+    model.save(tmp_path / "model.onnx")
+    with Runtime() as fresh:
+        there = next(iter(fresh.run(tmp_path / "model.onnx", [feed])))
+
+    assert changes.count == 2
+    np.testing.assert_array_equal(there[0], here[0])
+    assert Model.load(tmp_path / "model.onnx").digest == model.digest
+
+
+def test_no_weight_stays_in_memory(tmp_path: Path):
+    """Codes and scales are in a file until they are asked for, and survive the temporary folder."""
+    model, _ = stored(matmul_model(random_weights(256, 256)), bits=4, block=32, max_opset=21)
+
+    kinds = {type(constant._values.blob).__name__ for constant in model.constants() if constant._values.nbytes > 255}
+    copy = model.fork()
+    digest = model.digest
+    del model
+
+    assert kinds == {"SpooledBlob"}
+    assert copy.digest == digest
+    copy.save(tmp_path / "model.onnx")
+    assert Model.load(tmp_path / "model.onnx").digest == digest
