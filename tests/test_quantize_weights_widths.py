@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
+from onnxcomp.data import input_specs, open_data
 from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import find_target
-from onnxcomp_passes import QuantizeWeights
+from onnxcomp_passes import Quantize, QuantizeWeights
 from onnxcomp_passes._codes import Width, group, nearest, pack
 from tests.models import (
     assert_same_outputs,
@@ -432,3 +433,36 @@ def test_no_weight_stays_in_memory(tmp_path: Path):
     assert copy.digest == digest
     copy.save(tmp_path / "model.onnx")
     assert Model.load(tmp_path / "model.onnx").digest == digest
+
+
+# --- int8 compute on top ----------------------------------------------------------------------------------------------
+
+
+def test_quantize_takes_over_codes_of_fewer_bits(runtime: Runtime, tmp_path: Path):
+    proto = mlp_model((64, 48, 24))
+    model, _ = stored(proto, bits=5)
+    codes = {constant.values.tobytes() for constant in model.fork().constants() if constant.dtype == np.int8}
+    x = random_weights(32, 64, seed=3)
+    before = run(model, {"x": x})[0]
+
+    context = Context(data=open_data({"x": x}, input_specs(proto)), runtime=runtime, workdir=tmp_path)
+    changes = Quantize().rewrite(model, context)
+
+    assert changes.count == 2
+    after = {constant.values.tobytes() for constant in model.fork().constants() if constant.dtype == np.int8}
+    assert codes <= after
+    assert relative(before, run(model, {"x": x}, optimized=True)[0]) < 0.05
+
+
+@pytest.mark.parametrize("options", [{"symmetric": False}, {"block": 16}, {"bits": 4, "max_opset": 21}])
+def test_quantize_leaves_other_storage_forms_as_they_are(options: dict[str, Any], runtime: Runtime, tmp_path: Path):
+    proto = mlp_model((64, 48, 32))
+    model, _ = stored(proto, **options)
+    digest = model.digest
+    x = random_weights(32, 64, seed=3)
+
+    context = Context(data=open_data({"x": x}, input_specs(proto)), runtime=runtime, workdir=tmp_path)
+    changes = Quantize().rewrite(model, context)
+
+    assert (changes.count, model.digest) == (0, digest)
+    assert set(left(changes).values()) == {"its weight is not constant"}
