@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from onnxcomp_passes import Quantize, QuantizeWeights
 from onnxcomp_passes._codes import Width, group, nearest, pack
 from tests.models import (
     assert_same_outputs,
+    external_model,
     graph_model,
     matmul_model,
     mlp_model,
@@ -201,6 +204,12 @@ def test_the_opset_stays_where_no_type_needs_another():
     assert stored(proto, bits=8, max_opset=25)[0].opset == 17
     model, _ = stored(proto, bits=4, max_opset=25)
     assert (model.opset, model.ir_version) == (21, 10)
+
+
+def test_says_that_the_opset_was_raised():
+    _, changes = stored(matmul_model(random_weights(64, 48)), bits=4, max_opset=21)
+
+    assert changes.notes == ["the opset is 21, was 17: the first that has such integers"]
 
 
 @pytest.mark.parametrize("opset", [7, 11, 13, 17, 21, 23, 25])
@@ -418,6 +427,40 @@ def test_what_is_measured_is_what_a_fresh_process_computes(options: dict[str, An
     assert changes.count == 2
     np.testing.assert_array_equal(there[0], here[0])
     assert Model.load(tmp_path / "model.onnx").digest == model.digest
+
+
+MEASURE = """
+import sys
+from onnxcomp.model import Model
+from onnxcomp.passes import Context
+from onnxcomp_passes import QuantizeWeights
+
+def peak_mb():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+before = peak_mb()
+model = Model.load(sys.argv[1])
+changes = QuantizeWeights(bits=4, block=32, form="compute", max_opset=21).rewrite(model, Context())
+model.save(sys.argv[2])
+print(changes.count, peak_mb() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_a_model_needs_memory_for_its_largest_weights_only(tmp_path: Path):
+    path = external_model(tmp_path, layers=16, size=1536)
+    weight_mb = 1536 * 1536 * 4 / 2**20
+
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "after.onnx")],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.split()
+
+    assert int(output[0]) == 16
+    assert float(output[1]) < 5 * weight_mb  # the weight, its codes, and what Python takes for itself
 
 
 def test_no_weight_stays_in_memory(tmp_path: Path):

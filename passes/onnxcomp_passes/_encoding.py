@@ -63,6 +63,12 @@ class Held:
     block: int
     method: str
 
+    @property
+    def nodes(self) -> int:
+        """How many operands, and so about how many nodes, decode it."""
+        zero = self.encoded.zero is not None
+        return 1 + zero if self.compute else 2 + zero + bool(self.block)
+
 
 def find_weights(model: Model) -> list[Weight]:
     """The constants of the main graph that feed a weight input, in the order of the nodes."""

@@ -21,8 +21,8 @@ from onnxcomp_passes._stored import lift_constants
 
 __all__ = ["QuantizeWeights"]
 
-NODE_OVERHEAD_BYTES = 160
-"""What the nodes and the extra initializers of one stored weight add to the file, about."""
+NODE_OVERHEAD_BYTES = 80
+"""What a node and its extra initializer add to the file, about."""
 
 PER_CHANNEL_OPSET = 13
 BLOCK_OPSET = 21
@@ -46,7 +46,7 @@ class QuantizeWeights(Pass):
     at the same speed and from a file a quarter the size. In the form "compute" it makes a MatMulNBits of the two nodes:
     codes stay packed in memory and are decoded in the kernel, which rounds its input to 8 bits; weights of other
     operators than MatMul and Gemm, and those that several nodes read, are stored in the form "load". Codes take the
-    smallest type of 2, 4 or 8 bits that the opset has.
+    smallest type of 2, 4 or 8 bits that the opset has. Memory is needed for one weight at a time.
 
     Left alone: weights that are not float32, that are too small for the nodes to pay, that hold NaN or infinity,
     that live in a subgraph, that are a graph output, and whatever ONNX Runtime is seen not to fold.
@@ -122,6 +122,8 @@ class QuantizeWeights(Pass):
             changes.notes.append(f"gptq is for MatMul and Gemm: {others} other {noun} rounded to nearest")
         if stored_bits > self.bits and any(not form.compute for form in held.values()):
             changes.notes.append(f"codes of {self.bits} bits are held in {stored_bits}: nothing packs them yet")
+        if base.opset != model.opset:
+            changes.notes.append(f"the opset is {base.opset}, was {model.opset}: the first that has such integers")
         model.become(self._built(base, held))
         return changes
 
@@ -163,9 +165,9 @@ class QuantizeWeights(Pass):
                 form = encoder.encode(weight, compute=compute, products=products.get(weight.name))
                 if form is None:
                     changes.leave(weight.name, "holds NaN or infinity")
-                elif form.encoded.nbytes + NODE_OVERHEAD_BYTES >= weight.constant._values.nbytes:
-                    what = f"int{self.bits} codes, scales and " + ("a node" if compute else "two nodes")
-                    changes.leave(weight.name, f"too small for {what} to be smaller")
+                elif form.encoded.nbytes + NODE_OVERHEAD_BYTES * form.nodes >= weight.constant._values.nbytes:
+                    nodes = {1: "a node", 2: "two nodes"}.get(form.nodes, f"{form.nodes} nodes")
+                    changes.leave(weight.name, f"too small for int{self.bits} codes, scales and {nodes} to be smaller")
                 else:
                     held[weight.name] = form
         return held
