@@ -269,7 +269,8 @@ class Model:
             message = f"opset {self.opset} cannot be raised to {version}: the model has functions of its own"
             raise ModelError(message)
         try:
-            converted = version_converter.convert_version(self.proto(), version)  # large weights stay stubs
+            structure = self.proto()  # large weights stay stubs
+            converted = version_converter.convert_version(structure, version)
         except (RuntimeError, ValueError, IndexError, EncodeError) as error:
             message = f"opset {self.opset} cannot be raised to {version}: {str(error).splitlines()[0]}"
             raise ModelError(message) from error
@@ -278,6 +279,10 @@ class Model:
             inputs = [info for info in converted.graph.input if info.name not in constants]
             del converted.graph.input[:]
             converted.graph.input.extend(inputs)
+        for side in ("input", "output"):  # the converter infers shapes, and would narrow the declared ones
+            declared = {info.name: info for info in getattr(structure.graph, side)}
+            for info in getattr(converted.graph, side):
+                info.CopyFrom(declared.get(info.name, info))
         converted.ir_version = max(self.ir_version, ir_version_for(version))
         fresh = Model(converted, self._blobs, self.path, external=self._external)
         fresh.metadata, fresh._sources = self.metadata, self._sources

@@ -317,3 +317,14 @@ def test_raising_the_opset_does_not_read_large_weights(tmp_path, monkeypatch):
     assert_same_outputs(tmp_path / "model.onnx", model, random_inputs(model))
     model.save(tmp_path / "after.onnx")
     assert Model.load(tmp_path / "after.onnx").digest == model.digest
+
+
+def test_raising_the_opset_keeps_what_inputs_and_outputs_declare():
+    proto = graph_model("g (float[N, 4] x) => (float[M, K] y) { y = MatMul(x, W) }", W=random_weights(4, 6))
+    proto.graph.output[0].doc_string = "scores"
+    model = Model.load(proto)
+
+    model.raise_opset(21)
+
+    assert list(model.proto().graph.output) == list(proto.graph.output)
+    assert list(model.proto().graph.input) == list(proto.graph.input)
