@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxcomp.model import Model, spooled, value_of
+from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context
+from onnxcomp.structure import spooled
 from onnxcomp.weights import LazyWeight, Spool
 from onnxcomp_passes._codes import Codes, Grouping, Width, group, nearest, pack
 from onnxcomp_passes._gptq import gptq

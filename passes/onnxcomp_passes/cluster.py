@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from onnxcomp.model import Model, spooled, value_of
+from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context, Pass, option, register
+from onnxcomp.structure import spooled
 from onnxcomp.weights import Spool
 from onnxcomp_passes._encoding import wanted
 from onnxcomp_passes._stored import lift_constants, output_channel_axis
