@@ -11,9 +11,10 @@ from google.protobuf.message import DecodeError, Message
 from onnx import helper
 
 from onnxcomp.errors import ModelError
-from onnxcomp.weights import Blob, external_blob
+from onnxcomp.weights import Blob, LazyWeight, Spool, external_blob
 
 __all__ = [
+    "LAZY_FROM_BYTES",
     "check_text",
     "import_domains",
     "ir_version_for",
@@ -24,9 +25,13 @@ __all__ = [
     "read_structure",
     "reference_of",
     "small_tensors",
+    "spooled",
     "stub",
     "tensors_of",
 ]
+
+LAZY_FROM_BYTES = 256
+"""Tensors of at least this size become lazy; smaller ones (shapes, scalars) stay in the structure for analysis."""
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -51,6 +56,24 @@ def reference_of(tensor: onnx.TensorProto) -> str:
     """The reference of a stub, or an empty string."""
     entries = tensor.external_data
     return entries[1].value if len(entries) == 2 and entries[0].value == REFERENCE else ""
+
+
+def spooled(data: bytes, onnx_dtype: int, dims: Iterable[int], spool: Spool) -> LazyWeight:
+    """A new weight whose bytes go to a temporary file, for `gs.Constant(name, ...)`.
+
+    Args:
+        data: The bytes as ONNX stores them (2- and 4-bit types packed).
+        onnx_dtype: The element type.
+        dims: The shape.
+        spool: Where large data go; small ones stay in the structure.
+    """
+    tensor = onnx.TensorProto(data_type=onnx_dtype, dims=dims)
+    if len(data) < LAZY_FROM_BYTES:
+        tensor.raw_data = data
+        return LazyWeight(tensor, None)
+    blob = spool.add(data)
+    stub(tensor, blob, {})
+    return LazyWeight(tensor, blob)
 
 
 def small_tensors(structure: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
