@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Self, TypeVar
 
+import numpy as np
+
 from onnxcomp import analysis
-from onnxcomp.calibration import make_calibrator
+from onnxcomp.calibration import METHODS, make_calibrator
 from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
@@ -27,6 +30,9 @@ O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
 
 PER_CHANNEL_OPSET = 13
 """The first opset whose DequantizeLinear has an axis."""
+
+OBSERVED_ROWS = 8
+"""Samples that are run together to see their activations, at most: more need more memory and are no faster."""
 
 
 @register
@@ -55,7 +61,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     requires: ClassVar[frozenset[str]] = frozenset({"data"})
 
-    calibration: str = option("minmax", "How ranges are found.", choices=("minmax", "percentile"))
+    calibration: str = option("minmax", "How ranges are found.", choices=METHODS)
     percentile: float = option(99.99, "Share of values covered, in percent, for 'percentile'.", minimum=50, maximum=100)
     per_channel: bool = option(True, "One weight scale per output channel, where the target has such kernels.")
     choose: bool = option(True, "Return layers to float by measurement; false quantizes every layer that can be.")
@@ -145,11 +151,16 @@ class Quantize(Pass):
             message = "the pass 'quantize' needs data; give --data"
             raise RequirementError(message)
         context.progress(f"calibrating {len(tensors)} tensors on {context.data.size} samples")
-        watches = {name: make_calibrator(self.calibration, self.percentile) for name in tensors}
+        rules = self._rules(context) or QuantizationRules()
+        levels = np.iinfo(rules.activations).max - np.iinfo(rules.activations).min + 1
+        watches = {name: make_calibrator(self.calibration, self.percentile, levels=levels) for name in tensors}
         watches = self._observe(base, watches, context)
+        makers = {tensor.name: node for node in base.graph.nodes for tensor in node.outputs}
         for name, watch in watches.items():
             if watch.nonfinite:
-                changes.leave(name, f"holds NaN or infinity ({watch.nonfinite} values)")
+                maker = makers.get(name)
+                source = f"made by the {maker.op} {(maker.name or name)!r}" if maker else "given as a graph input"
+                changes.leave(name, f"{source}, holds NaN or infinity ({watch.nonfinite} values)")
         return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}
 
     @staticmethod
@@ -161,4 +172,5 @@ class Quantize(Pass):
         path = context.judge.path_of(base) if context.judge else context.workdir / "calibration.onnx"
         if context.judge is None:
             base.save(path)
-        return context.runtime.observe(path, context.data.feeds, watches)
+        rows = min(OBSERVED_ROWS, context.data.batch_size)
+        return context.runtime.observe(path, partial(context.data.feeds, rows), watches)
