@@ -11,8 +11,9 @@ import onnx
 from onnxcomp.errors import OnnxcompError, RuntimeFailure
 from onnxcomp.runtime.results import Array, Feed, Observer
 from onnxcomp.runtime.sessions import Sessions, tidy
+from onnxcomp.skeleton import load_skeleton
 
-GROUP_BYTES = 256 << 20
+GROUP_BYTES = 128 << 20
 _BYTES_PER_ELEMENT = 4  # nearly all activations are float32, and the limit is not a sharp one
 
 
@@ -34,7 +35,7 @@ class Observation:
         self._path = path
         self._optimize = optimize
         self.observers = observers
-        model = onnx.load(path, load_external_data=False)
+        model = load_skeleton(path)
         made = {tensor.name for tensor in model.graph.initializer}
         made.update(tensor.values.name for tensor in model.graph.sparse_initializer)
         # An initializer that is a graph input too is a default: what the run uses is seen as an output.
