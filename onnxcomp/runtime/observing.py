@@ -156,19 +156,14 @@ class Tensors:
         if unknown:
             message = f"cannot observe {unknown[0]!r}: the main graph has no tensor of that name"
             raise RuntimeFailure(message)
-        self._measuring: Any = self._make_measuring(model) if self._names else None
 
     def measure(self, feed: Feed) -> dict[str, int]:
-        """The bytes of each tensor in one run; none for a graph input, which is in memory anyway.
-
-        Can be asked once: what it needs is let go.
-        """
+        """The bytes of each tensor in one run; none for a graph input, which is in memory anyway."""
         sizes = dict.fromkeys(self._inputs, 0)
         if self._names:
-            shapes = self._measuring.run(None, feed)[-len(self._names) :]
+            shapes = self._make_measuring().run(None, feed)[-len(self._names) :]
             for name, shape in zip(self._names, shapes, strict=True):
                 sizes[name] = math.prod(shape.tolist()) * _BYTES_PER_ELEMENT
-            self._measuring = None
         return sizes
 
     def values(self, names: tuple[str, ...], feed: Feed) -> list[Array]:
@@ -195,8 +190,9 @@ class Tensors:
             self._session = names, session
         return self._session[1]
 
-    def _make_measuring(self, model: onnx.ModelProto) -> Any:
+    def _make_measuring(self) -> Any:
         """Make a session whose last outputs are the shapes of the tensors, so that it need keep none of them."""
+        model = onnx.load(self._path, load_external_data=False)
         taken = {name for node in model.graph.node for name in node.output}
         prefix = "shape"
         while any(name.startswith(prefix) for name in taken):
