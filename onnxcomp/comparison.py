@@ -17,7 +17,7 @@ from onnxcomp.analysis import count_parameters, deflated_bytes, mac_counts
 from onnxcomp.data import Dataset, ImageOptions, InputSpec, generate, input_specs, open_data
 from onnxcomp.errors import DataError, ModelError, OptionError
 from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
-from onnxcomp.layers import layer_errors
+from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.ledger import Figures
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
@@ -350,7 +350,8 @@ def _layers(
     original, new = (
         ModelLayers(model, runtime.census(path), shapes) for model, path in zip(models, paths, strict=True)
     )
-    return layer_rows(original, new, layer_errors(runtime, paths[0], paths[1], samples.feeds))
+    tensors = original.results(tensor_pairs(models[0].proto(), models[1].proto()))
+    return layer_rows(original, new, layer_errors(runtime, paths[0], paths[1], samples.feeds, tensors))
 
 
 def _warnings(samples: Dataset, reference: Reference, target: Target) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -95,7 +95,11 @@ class ModelLayers:
             if len(row.shape) > 1 and row.elements > weights.get(row.node, ((), 0, 0))[2]:
                 weights[row.node] = row.shape, row.bytes, row.elements
         view = GraphView(proto.graph)
-        traced = [node for node in traced_nodes(proto, shapes) if node.node.op_type in LAYER_OPERATORS]
+        traced = [
+            node
+            for node in traced_nodes(proto, shapes)
+            if node.node.op_type in LAYER_OPERATORS and any(node.node.output)
+        ]
         chains = {layer.name: tuple(_chain(view, layer.node)) for layer in traced}
         kernels = _kernels(census, chains)
         self.by_name: dict[str, _Layer] = {}
@@ -105,7 +109,7 @@ class ModelLayers:
             self.by_name[layer.name] = _Layer(
                 op=layer.node.op_type,
                 tensors=chains[layer.name],
-                output_shape=layer.shapes[len(layer.node.input)],
+                output_shape=layer.shapes[len(layer.node.input) + list(map(bool, layer.node.output)).index(True)],
                 weight_shape=shape,
                 weight_bytes=size,
                 kernel=kernels.get(layer.name),
@@ -113,6 +117,11 @@ class ModelLayers:
             )
             for tensor in chains[layer.name]:
                 self.by_tensor.setdefault(tensor, layer.name)
+
+    def results(self, known: Container[str]) -> list[str]:
+        """The tensor that stands for each layer: the first of `known` among its output and those behind it."""
+        firsts = (next((name for name in layer.tensors if name in known), None) for layer in self.by_name.values())
+        return list(dict.fromkeys(name for name in firsts if name is not None))
 
 
 def layer_rows(original: ModelLayers, new: ModelLayers, errors: Mapping[str, TensorError]) -> list[LayerRow]:
@@ -182,7 +191,7 @@ def _partners(original: ModelLayers, new: ModelLayers) -> Iterator[tuple[str, st
 
 def _chain(view: GraphView, node: onnx.NodeProto) -> Iterator[str]:
     """A node's output and what the nodes behind it that a rewrite or a kernel takes in make of it."""
-    name = node.output[0]
+    name = next(filter(None, node.output))
     while True:
         yield name
         readers = view.readers.get(name, [])

@@ -145,7 +145,7 @@ class GraphView:
         self.makers = {name: node for node in graph.node for name in node.output if name}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in graph.node:
-            for name in {*node.input, *_captured(node)}:
+            for name in {*node.input, *_captured(node)} - {""}:
                 self.readers[name].append(node)
         self.constants = {tensor.name for tensor in graph.initializer}
         self.constants.update(tensor.values.name for tensor in graph.sparse_initializer)
