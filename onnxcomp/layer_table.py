@@ -22,6 +22,9 @@ __all__ = ["LayerRow", "ModelLayers", "layer_rows"]
 KERNELS = ("Conv", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention", "Einsum")
 """What the names of kernels that compute a layer hold."""
 
+FUSED = frozenset({"Add", "Mul", "Div", "Sigmoid", "HardSigmoid", "Tanh", "LeakyRelu", "Elu"})
+"""What a kernel may compute besides, as well as what a rewrite merges: residuals, scales, activations."""
+
 BLOCKED = "_nchwc"
 """ONNX Runtime names a convolution in its blocked layout after the tensor that it writes, with this behind."""
 
@@ -101,7 +104,7 @@ class ModelLayers:
             if node.node.op_type in LAYER_OPERATORS and any(node.node.output)
         ]
         chains = {layer.name: tuple(_chain(view, layer.node)) for layer in traced}
-        kernels = _kernels(census, chains)
+        kernels = _kernels(census, {layer.name: tuple(_chain(view, layer.node, FUSED)) for layer in traced})
         self.by_name: dict[str, _Layer] = {}
         self.by_tensor: dict[str, str] = {}
         for layer in traced:
@@ -189,13 +192,15 @@ def _partners(original: ModelLayers, new: ModelLayers) -> Iterator[tuple[str, st
             yield name, found
 
 
-def _chain(view: GraphView, node: onnx.NodeProto) -> Iterator[str]:
-    """A node's output and what the nodes behind it that a rewrite or a kernel takes in make of it."""
+def _chain(view: GraphView, node: onnx.NodeProto, fused: Container[str] = ()) -> Iterator[str]:
+    """A node's output, and what the nodes that alone read it make of it: those that a rewrite merges, and `fused`."""
     name = next(filter(None, node.output))
     while True:
         yield name
         readers = view.readers.get(name, [])
-        if len(readers) != 1 or not readers[0].output or not _is_merged(view, readers[0]):
+        if len(readers) != 1 or not readers[0].output:
+            return
+        if readers[0].op_type not in fused and not _is_merged(view, readers[0]):
             return
         name = readers[0].output[0]
 
