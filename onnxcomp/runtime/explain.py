@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ _BIAS_SCALE_TOLERANCE = 0.01  # ONNX Runtime takes 1.1 % and refuses 2 %
 _CLIP_TOLERANCE = 1e-3  # of one quantization step
 _CLIPS = frozenset({"Relu", "Clip"})
 # ONNX Runtime adds these to a node's name when it makes the kernel from it.
-_KERNEL_SUFFIX = re.compile(r"(_token_\d+|/MatMulAddFusion)$")
+_KERNEL_AFFIX = re.compile(r"(_token_\d+|/MatMulAddFusion|/MatMulScaleFusion/)$|^fused ")
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,21 @@ def explain(model: onnx.ModelProto, census: Census, *, wide: str | None = None) 
     return KernelReport(tuple(int8), tuple(missed))
 
 
+def kernel_source(kernel: str, names: Container[str]) -> str:
+    """The node that a kernel is named after, if that is one of `names`; else what is left of the kernel's name.
+
+    >>> kernel_source("fused c1_token_3", {"c1"})
+    'c1'
+    """
+    name = kernel
+    while name not in names and (shorter := _KERNEL_AFFIX.sub("", name)) != name:
+        name = shorter
+    return name
+
+
 def _fused(names: set[str], kernels: Iterable[str]) -> set[str]:
     """The names that a kernel is named after."""
-    found = set()
-    for kernel in kernels:
-        name = kernel
-        while name not in names and (shorter := _KERNEL_SUFFIX.sub("", name)) != name:
-            name = shorter
-        found.add(name)
-    return found & names
+    return {kernel_source(kernel, names) for kernel in kernels} & names
 
 
 def _miss(node: _Quantized, *, fused: bool) -> tuple[str, str] | None:
