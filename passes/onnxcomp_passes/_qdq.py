@@ -17,7 +17,7 @@ from onnxcomp_passes._weights import input_mean_error
 if TYPE_CHECKING:
     from onnxcomp_passes._scheme import Scheme
 
-__all__ = ["Grid", "Ranges", "insert"]
+__all__ = ["Grid", "Ranges", "drop_unused_decoders", "insert", "weight_codes"]
 
 Array = np.ndarray[Any, Any]
 Ranges = dict[str, tuple[float, float]]
@@ -121,7 +121,7 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
     for tensor in placement.tensors.values():
         added += _quantize_tensor(writer, tensor, inside)
     model.graph.nodes.extend(added)
-    _drop_unused_decoders(model.graph)
+    drop_unused_decoders(model.graph)
 
 
 def _range(tensor: gs.Tensor, ranges: Ranges, dtype: str) -> tuple[float, float]:
@@ -157,7 +157,7 @@ def _quantize_weights(writer: _Writer, layer: Layer) -> list[gs.Node]:
     node = layer.node
     source = node.inputs[0].name
     input_scale = float(writer.grids[source].scale)
-    codes, scale = _weight_codes(layer, writer.scheme)
+    codes, scale = weight_codes(layer, writer.scheme)
     values = _bias(layer, codes, scale, writer.scheme)
     if values is not None:
         codes, scale = _room_for_bias(layer, codes, scale, values, input_scale)
@@ -192,7 +192,7 @@ def _bias(layer: Layer, codes: Array, scale: Array, scheme: Scheme) -> Array | N
     return -error if values is None else values - error
 
 
-def _weight_codes(layer: Layer, scheme: Scheme) -> tuple[Array, Array]:
+def weight_codes(layer: Layer, scheme: Scheme) -> tuple[Array, Array]:
     """The int8 codes and the scale, taken over from the storage form where that has the same grid."""
     rules = scheme.rules
     limit = REDUCED_MAX if rules.reduce_range else INT8_MAX
@@ -233,7 +233,7 @@ def _remove(graph: gs.Graph, nodes: tuple[gs.Node, ...]) -> None:
     graph.nodes = [node for node in graph.nodes if id(node) not in gone]
 
 
-def _drop_unused_decoders(graph: gs.Graph) -> None:
+def drop_unused_decoders(graph: gs.Graph) -> None:
     """Remove storage-form decoders whose weight nobody reads any more."""
     outputs = {id(tensor) for tensor in graph.outputs}
     for op in ("Mul", "Cast"):
