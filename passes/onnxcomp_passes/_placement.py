@@ -5,29 +5,20 @@ The rules are those of ONNX Runtime's CPU provider, found by running: see docs/h
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.model import value_of
 from onnxcomp.passes import Changes, Context
+from onnxcomp_passes._companions import SAME_GRID, clip_low, data_inputs, is_supported
 from onnxcomp_passes._stored import Stored, find_stored
 
 __all__ = ["Layer", "Placement", "find_layers", "place"]
 
-SAME_GRID = frozenset({"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "DepthToSpace"})
-"""Operators that only move values: output and input share scale and zero point, and the runtime drops the Q/DQ."""
-
-COMPANIONS = SAME_GRID | {"Add", "Mul", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "Concat"}
-"""Operators that are worth int8 between two int8 layers, since they spare a way to float and back."""
-
 FLOAT_OUTPUT = frozenset({"Gemm", "MatMul"})
 """Operators whose int8 kernels can write float: no output scale is needed where no int8 node reads the result."""
-
-MAXPOOL_INT8_OPSET = 12
 
 
 @dataclass(frozen=True)
@@ -130,53 +121,64 @@ def _axis(node: gs.Node) -> int:
     return 0 if node.op == "Gemm" and node.attrs.get("transB", 0) else 1
 
 
-def place(graph: gs.Graph, layers: Iterable[Layer], opset: int, known: Container[str] | None = None) -> Placement:
+def place(
+    graph: gs.Graph,
+    layers: Iterable[Layer],
+    opset: int,
+    known: Container[str] | None = None,
+    leave: Container[str] = frozenset(),
+) -> Placement:
     """Decide what runs in int8 around the given layers.
 
     An operator between two layers follows them into int8 when all its data come from int8 nodes and an int8 node reads
     its result; elsewhere the way back to float would cost more than it spares.
 
     Args:
-        graph: The graph; it is not changed.
+        graph: The graph, its nodes in topological order; it is not changed.
         layers: The layers to run in int8.
         opset: Of the default operator set.
         known: The tensors that have a range; operators on others do not follow. None: all.
+        leave: Operators that do not follow, by the name of the node or of its first output.
     """
     chosen = tuple(layers)
-    core = {id(layer.node) for layer in chosen}
     outputs = {id(tensor) for tensor in graph.outputs}
-    final, absorbed = _final_outputs(graph, chosen, outputs)
-    companions = _companions(graph, core, final, outputs, opset, known)
+    results, absorbed = _results((layer.node for layer in chosen), outputs)
+    core = set(results)
+    reached, more, clips = _reach(graph, results, outputs, opset, known, leave)
+    results |= more
+    companions = _useful(reached, results, core)
     inside = core | {id(node) for node in companions}
-    for node in companions:
-        clip = _redundant_clip(node, outputs)
-        final[id(node)] = node.outputs[0] if clip is None else clip.outputs[0]
-        absorbed += [] if clip is None else [clip]
+    absorbed |= {key: clip for key, clip in clips.items() if key in inside}
     tensors: dict[str, gs.Tensor] = {}
     for node in graph.nodes:
         if id(node) not in inside:
             continue
-        for tensor in _data_inputs(node):
+        for tensor in data_inputs(node):
             tensors[tensor.name] = tensor
-        result = final[id(node)]
-        if node.op not in FLOAT_OUTPUT or any(id(reader) in inside for reader in result.outputs):
-            tensors[result.name] = result
-    grid = {final[id(n)].name: n.inputs[0].name for n in companions if n.op in SAME_GRID}
-    gone = tuple(clip for clip in absorbed if clip.outputs[0].name in tensors)
+        for result in results[id(node)]:
+            if node.op not in FLOAT_OUTPUT or any(id(reader) in inside for reader in result.outputs):
+                tensors[result.name] = result
+    grid = {
+        result.name: node.inputs[0].name for node in companions if node.op in SAME_GRID for result in results[id(node)]
+    }
+    gone = tuple(clip for clip in absorbed.values() if clip.outputs[0].name in tensors)
     return Placement(chosen, tuple(companions), tensors, gone, grid)
 
 
-def _final_outputs(
-    graph: gs.Graph, layers: Iterable[Layer], outputs: set[int]
-) -> tuple[dict[int, gs.Tensor], list[gs.Node]]:
-    """Each layer's result: its output, or that of the Relu or Clip behind it that quantization makes redundant."""
-    final: dict[int, gs.Tensor] = {}
-    absorbed = []
-    for layer in layers:
-        clip = _redundant_clip(layer.node, outputs)
-        absorbed += [] if clip is None else [clip]
-        final[id(layer.node)] = layer.node.outputs[0] if clip is None else clip.outputs[0]
-    return final, absorbed
+Results = dict[int, tuple[gs.Tensor, ...]]
+"""A node's id -> its results: its outputs, or that of the Relu or Clip behind it that quantization makes redundant."""
+
+
+def _results(nodes: Iterable[gs.Node], outputs: set[int]) -> tuple[Results, dict[int, gs.Node]]:
+    """The results of nodes, and the Relu and Clip nodes that are redundant behind them, by the id of the node."""
+    results: Results = {}
+    absorbed = {}
+    for node in nodes:
+        clip = _redundant_clip(node, outputs)
+        results[id(node)] = tuple(node.outputs) if clip is None else (clip.outputs[0],)
+        if clip is not None:
+            absorbed[id(node)] = clip
+    return results, absorbed
 
 
 def _redundant_clip(node: gs.Node, outputs: set[int]) -> gs.Node | None:
@@ -188,68 +190,47 @@ def _redundant_clip(node: gs.Node, outputs: set[int]) -> gs.Node | None:
     if node.op in SAME_GRID or len(tensor.outputs) != 1 or id(tensor) in outputs:
         return None
     reader = tensor.outputs[0]
-    if reader.op == "Relu":
-        return reader
-    if reader.op != "Clip" or any(t.name and not isinstance(t, gs.Constant) for t in reader.inputs[1:]):
+    if reader.domain:
         return None
-    return reader if _clip_low(reader) == 0.0 else None
+    return reader if reader.op == "Relu" or (reader.op == "Clip" and clip_low(reader) == 0.0) else None
 
 
-def _clip_low(node: gs.Node) -> float:
-    if "min" in node.attrs:
-        return float(node.attrs["min"])
-    low = node.inputs[1] if len(node.inputs) > 1 else None
-    return float(value_of(low)) if isinstance(low, gs.Constant) else -np.inf
-
-
-def _companions(
+def _reach(
     graph: gs.Graph,
-    core: set[int],
-    final: dict[int, gs.Tensor],
+    results: Results,
     outputs: set[int],
     opset: int,
     known: Container[str] | None,
-) -> list[gs.Node]:
-    """The operators between int8 nodes: reached from int8 on all sides, and read by int8 further on."""
-    int8 = {id(tensor) for tensor in final.values() if known is None or tensor.name in known}
+    leave: Container[str],
+) -> tuple[list[gs.Node], Results, dict[int, gs.Node]]:
+    """The operators that are reached from int8 on all sides, with their results and what these absorb."""
+    int8 = {id(t) for tensors in results.values() for t in tensors if known is None or t.name in known}
     reached: list[gs.Node] = []
-    results: dict[int, gs.Tensor] = {}
+    found: Results = {}
+    absorbed: dict[int, gs.Node] = {}
     for node in graph.nodes:
-        data = list(_data_inputs(node))
-        if node.op in COMPANIONS and _supported(node, opset) and data and all(id(t) in int8 for t in data):
-            clip = _redundant_clip(node, outputs)
-            result = node.outputs[0] if clip is None else clip.outputs[0]
-            if known is not None and result.name not in known:
-                continue
+        if id(node) in results or not is_supported(node, opset):
+            continue
+        data = list(data_inputs(node))
+        if not data or not all(id(tensor) in int8 for tensor in data):
+            continue
+        if node.name in leave or node.outputs[0].name in leave:
+            continue
+        own, clips = _results((node,), outputs)
+        if known is None or all(tensor.name in known for tensor in own[id(node)]):
             reached.append(node)
-            results[id(node)] = result
-            int8.add(id(result))
+            found |= own
+            absorbed |= clips
+            int8.update(id(tensor) for tensor in own[id(node)])
+    return reached, found, absorbed
+
+
+def _useful(reached: list[gs.Node], results: Results, core: set[int]) -> list[gs.Node]:
+    """Those of the operators that an int8 node reads further on."""
     useful = set(core)
     kept = []
     for node in reversed(reached):
-        if any(id(reader) in useful for reader in results[id(node)].outputs):
+        if any(id(reader) in useful for result in results[id(node)] for reader in result.outputs):
             useful.add(id(node))
             kept.append(node)
     return kept[::-1]
-
-
-def _supported(node: gs.Node, opset: int) -> bool:
-    """Whether the int8 form of an operator exists for these attributes."""
-    if node.domain or len(node.outputs) != 1:
-        return False
-    if node.op == "MaxPool":
-        return opset >= MAXPOOL_INT8_OPSET
-    if node.op == "Resize":
-        return bool(node.attrs.get("mode", "nearest") == "nearest")
-    if node.op in {"Add", "Mul"}:
-        return not any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
-    return True
-
-
-def _data_inputs(node: gs.Node) -> Iterator[gs.Tensor]:
-    """The inputs that carry data, not weights, shapes or bounds."""
-    several: Any = {"Add", "Mul", "Concat"}
-    count = len(node.inputs) if node.op in several else 1
-    for tensor in node.inputs[:count]:
-        if not isinstance(tensor, gs.Constant):
-            yield tensor

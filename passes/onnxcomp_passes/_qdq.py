@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
+from onnxcomp_passes._companions import adapt
 from onnxcomp_passes._placement import Layer, Placement
 from onnxcomp_passes._stored import INT8_MAX, Stored, encode
 from onnxcomp_passes._weights import input_mean_error
@@ -92,6 +93,20 @@ class _Writer:
             inputs.append(self.constant("z", np.zeros(scale.shape, codes.dtype)))
         return Node("DequantizeLinear", "", attrs, inputs, [result]), result
 
+    def of_constant(self, value: Array) -> tuple[gs.Node, gs.Tensor]:
+        """A DequantizeLinear of a float constant, as codes of the activations' type over its own range."""
+        grid = Grid.covering(float(np.min(value)), float(np.max(value)), self.scheme.rules.activations)
+        limits = np.iinfo(grid.zero_point.dtype)
+        codes = np.clip(np.rint(value / grid.scale) + int(grid.zero_point), limits.min, limits.max)
+        constant = self.constant("q", codes.astype(grid.zero_point.dtype))
+        return self.of_codes(constant, np.asarray(grid.scale), self.constant("z", grid.zero_point))
+
+    def of_codes(self, codes: gs.Tensor, scale: Array, zero_point: gs.Tensor) -> tuple[gs.Node, gs.Tensor]:
+        """A DequantizeLinear of codes that are there, with a scale of its own."""
+        result = Variable(self.model.unique_name("d.0"))
+        inputs = [codes, self.constant("s", np.asarray(scale, np.float32)), zero_point]
+        return Node("DequantizeLinear", "", {}, inputs, [result]), result
+
 
 def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
     """Write the placement into the model that it was made for.
@@ -115,6 +130,8 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
     inside = {id(layer.node) for layer in placement.layers} | {id(node) for node in placement.companions}
     for tensor in placement.tensors.values():
         added += _quantize_tensor(writer, tensor, inside)
+    for node in placement.companions:
+        added += adapt(node, writer)
     model.graph.nodes.extend(added)
     _drop_unused_decoders(model.graph)
 
@@ -125,7 +142,8 @@ def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> li
     if tensor.inputs and id(tensor.inputs[0]) in inside:
         producer = tensor.inputs[0]
         raw = Variable(writer.model.unique_name("f.0"))
-        producer.outputs[0] = raw
+        index = next(index for index, output in enumerate(producer.outputs) if output is tensor)
+        producer.outputs[index] = raw
         return writer.pair(raw, tensor, grid)
     result = Variable(writer.model.unique_name("d.0"))
     for reader in list(tensor.outputs):

@@ -13,6 +13,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.runtime.results import Observer
 from onnxcomp.targets import QuantizationRules, host_target
+from onnxcomp_passes._canonical import canonicalize
 from onnxcomp_passes._choice import Chooser
 from onnxcomp_passes._placement import Layer, find_layers, place
 from onnxcomp_passes._qdq import Ranges
@@ -79,6 +80,7 @@ class Quantize(Pass):
         if not any(layer.name not in self.skip for layer in find_layers(base.graph, context, changes)):
             return changes
         base.raise_opset(PER_CHANNEL_OPSET)
+        canonicalize(base, context)
         layers = find_layers(base.graph, context)
         tensors = place(base.graph, layers, base.opset).tensors
         ranges = self._calibrate(base, list(tensors), context, changes)

@@ -1,0 +1,252 @@
+"""Says a float model with the operators that int8 kernels and ONNX Runtime's fusions know; it computes the same.
+
+::
+
+    HardSwish(x)                                   Mul(x, HardSigmoid(x))
+    Div(Clip(Add(x, 3), 0, 6), 6)                  HardSigmoid(x)
+    Div(Mul(x, Clip(Add(x, 3), 0, 6)), 6)          Mul(x, HardSigmoid(x))
+    ReduceMean(x), over the pixels                 GlobalAveragePool(x)
+    Relu(MaxPool(x))                               MaxPool(Relu(x))
+    Add(constant, x)                               Add(x, constant)
+    Add(MatMul(x, W), bias)                        Gemm(x, W, bias), with a Reshape on both sides of more axes
+
+The last is what ONNX Runtime makes of the two nodes where it knows the shape of x; a float bias then costs the MatMul
+its int8 kernel. Where it does not know the shape, the two stay: behind an int8 MatMul that writes float it fuses the
+bias with the Gelu or LayerNormalization that follows, if the constant comes second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcomp.graph_io import Node, Variable
+from onnxcomp.model import Model, value_of
+from onnxcomp.passes import Context
+from onnxcomp_passes._companions import clip_low
+from onnxcomp_passes._shapes import KnownTensors, infer_known
+from onnxcomp_passes._stored import find_stored
+
+__all__ = ["canonicalize"]
+
+Array = np.ndarray[Any, Any]
+
+PIXELS = [2, 3]
+CLOSE = 1e-4
+"""Relative: constants are exported with five digits, such as 0.16667 for 1 / 6."""
+
+
+def canonicalize(model: Model, context: Context) -> None:
+    """Rewrite the main graph of a model in place; excluded nodes stay as they are.
+
+    Args:
+        model: Of operator set 13 or later.
+        context: Says which nodes are excluded.
+    """
+    work = _Rewriter(model, context)
+    for node in list(model.graph.nodes):
+        if node.outputs and not node.domain and not context.excludes(node):
+            work.rewrite(node)
+    work.finish()
+
+
+class _Rewriter:
+    """One model while it is rewritten."""
+
+    def __init__(self, model: Model, context: Context) -> None:
+        self._model = model
+        self._context = context
+        self._known: KnownTensors = infer_known(model)
+        self._outputs = {id(tensor) for tensor in model.graph.outputs}
+        self._before: dict[int, list[gs.Node]] = {}
+        self._after: dict[int, list[gs.Node]] = {}
+        self._gone: set[int] = set()
+
+    def rewrite(self, node: gs.Node) -> None:
+        """Apply the rule for a node's operator."""
+        if id(node) in self._gone:
+            return
+        if node.op == "HardSwish":
+            self._gate(node, node.inputs[0], 1 / 6, 0.5)
+        elif node.op in {"Div", "Mul"}:
+            self._hard_sigmoid(node)
+        elif node.op == "ReduceMean":
+            self._mean_of_pixels(node)
+        elif node.op == "Relu":
+            self._relu_first(node)
+        elif node.op == "Add":
+            self._add(node)
+
+    def finish(self) -> None:
+        """Put the new nodes into the graph, in topological order, and take those out that nothing needs."""
+        nodes = []
+        for node in self._model.graph.nodes:
+            nodes += [*self._before.get(id(node), ()), node, *self._after.get(id(node), ())]
+        for node in nodes:
+            if id(node) in self._gone:
+                node.inputs.clear()
+                node.outputs.clear()
+        self._model.graph.nodes = [node for node in nodes if id(node) not in self._gone]
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def _maker(self, tensor: gs.Tensor, *ops: str) -> gs.Node | None:
+        """The node that writes a tensor for one reader alone, if it is one of these operators."""
+        if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or id(tensor) in self._outputs:
+            return None
+        maker = tensor.inputs[0]
+        usable = maker.op in ops and not maker.domain and len(maker.outputs) == 1 and not self._context.excludes(maker)
+        return maker if usable else None
+
+    def _dims(self, tensor: gs.Tensor) -> tuple[int | str, ...] | None:
+        found = self._known.get(id(tensor))
+        return found[1].dims if found else None
+
+    @staticmethod
+    def _scalar(tensor: gs.Tensor | None) -> float | None:
+        if not isinstance(tensor, gs.Constant) or tensor.dtype != np.float32 or int(np.prod(tensor.shape)) != 1:
+            return None
+        return float(value_of(tensor).item())
+
+    def _split(self, node: gs.Node) -> tuple[gs.Tensor, gs.Tensor] | None:
+        """The computed and the constant operand of a node with one of each."""
+        if len(node.inputs) != 2:
+            return None
+        first, second = node.inputs
+        if isinstance(second, gs.Constant) and not isinstance(first, gs.Constant):
+            return first, second
+        if isinstance(first, gs.Constant) and not isinstance(second, gs.Constant) and node.op != "Div":
+            return second, first
+        return None
+
+    # --- hard sigmoids ------------------------------------------------------------------------------------------------
+
+    def _gate(self, node: gs.Node, x: gs.Tensor, alpha: float, beta: float, data: gs.Tensor | None = None) -> None:
+        """Make of a node Mul(data, HardSigmoid(x))."""
+        result = Variable(self._model.unique_name("h.0"), dtype=np.float32)
+        gate = Node("HardSigmoid", self._model.unique_name("gate.0"), {"alpha": alpha, "beta": beta}, [x], [result])
+        self._before.setdefault(id(node), []).append(gate)
+        node.op, node.attrs = "Mul", {}
+        node.inputs.clear()
+        node.inputs.extend([x if data is None else data, result])
+
+    def _hard_sigmoid(self, node: gs.Node) -> None:
+        """Of Div(Clip(Add(x, 3), 0, 6), 6), or of the same with a Mul by x before the Div."""
+        parts = self._split(node)
+        factor = None if parts is None else self._scalar(parts[1])
+        if parts is None or not factor:
+            return
+        factor = 1 / factor if node.op == "Div" else factor
+        product = self._maker(parts[0], "Mul")
+        for source in [parts[0]] if product is None else list(product.inputs):
+            found = self._clipped_sum(source, factor)
+            if found is None:
+                continue
+            x, beta, nodes = found
+            if product is None:
+                node.op, node.attrs = "HardSigmoid", {"alpha": factor, "beta": beta}
+                node.inputs.clear()
+                node.inputs.append(x)
+            else:
+                data = next((tensor for tensor in product.inputs if tensor is not source), source)
+                self._gate(node, x, factor, beta, data)
+                nodes = [*nodes, product]
+            self._gone.update(map(id, nodes))
+            return
+
+    def _clipped_sum(self, tensor: gs.Tensor, factor: float) -> tuple[gs.Tensor, float, list[gs.Node]] | None:
+        """Of Clip(Add(x, c), 0, 1 / factor): x and factor * c, and the two nodes."""
+        clip = self._maker(tensor, "Clip")
+        if clip is None or clip_low(clip) != 0.0:
+            return None
+        high = clip.attrs.get("max", self._scalar(clip.inputs[2]) if len(clip.inputs) > 2 else None)
+        total = self._maker(clip.inputs[0], "Add")
+        parts = None if total is None else self._split(total)
+        if high is None or total is None or parts is None or abs(high * factor - 1) > CLOSE:
+            return None
+        offset = self._scalar(parts[1])
+        return None if offset is None else (parts[0], offset * factor, [clip, total])
+
+    # --- pooling ------------------------------------------------------------------------------------------------------
+
+    def _mean_of_pixels(self, node: gs.Node) -> None:
+        axes = node.attrs.get("axes")
+        if axes is None and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
+            axes = value_of(node.inputs[1]).reshape(-1).tolist()
+        x = node.inputs[0]
+        known = self._known.get(id(x))
+        dims = None if known is None else known[1].dims
+        if axes is None or dims is None or len(dims) != 4 or known is None or known[1].dtype != np.float32:
+            return
+        if sorted(axis % 4 for axis in axes) != PIXELS:
+            return
+        keeps = node.attrs.get("keepdims", 1)
+        node.op, node.attrs = "GlobalAveragePool", {}
+        while len(node.inputs) > 1:
+            node.inputs.pop()
+        if not keeps:
+            pooled, result = Variable(self._model.unique_name("p.0"), dtype=np.float32), node.outputs[0]
+            node.outputs[0] = pooled
+            flat = Node("Flatten", self._model.unique_name("flatten.0"), {"axis": 1}, [pooled], [result])
+            self._after.setdefault(id(node), []).append(flat)
+
+    def _relu_first(self, node: gs.Node) -> None:
+        """Swap a Relu with the MaxPool before it, where it then is right behind a layer."""
+        pool = self._maker(node.inputs[0], "MaxPool")
+        if pool is None or self._maker(pool.inputs[0], "Conv", "Add") is None:
+            return
+        x, middle, result = pool.inputs[0], node.inputs[0], node.outputs[0]
+        node.outputs.clear()
+        pool.outputs[0] = result
+        node.inputs[0], pool.inputs[0] = x, middle
+        node.outputs.append(middle)
+        self._before.setdefault(id(pool), []).append(node)
+        self._model.graph.nodes.remove(node)
+
+    # --- biases -------------------------------------------------------------------------------------------------------
+
+    def _add(self, node: gs.Node) -> None:
+        parts = self._split(node)
+        if parts is None:
+            return
+        if node.inputs[0] is not parts[0]:
+            node.inputs.reverse()
+        product = self._maker(node.inputs[0], "MatMul")
+        if product is not None:
+            self._gemm(node, product)
+
+    def _gemm(self, node: gs.Node, product: gs.Node) -> None:
+        """Make a Gemm of a MatMul and the Add of its bias."""
+        x, weight = product.inputs
+        bias = node.inputs[1]
+        dims, shape = self._dims(x), self._dims(weight)
+        constant = isinstance(weight, gs.Constant) or find_stored(weight) is not None
+        if not constant or dims is None or shape is None or len(shape) != 2 or isinstance(x, gs.Constant):
+            return
+        if len(dims) < 2 or (len(dims) > 2 and not all(isinstance(dim, int) for dim in dims)):
+            return
+        if bias.dtype != np.float32 or tuple(bias.shape) != (shape[1],):
+            return
+        result = node.outputs[0]
+        source, target = x, result
+        if len(dims) > 2:
+            source = self._reshaped(product, x, [-1, int(dims[-1])])
+            target = Variable(self._model.unique_name("g.0"), dtype=np.float32)
+            node.outputs[0] = target
+            back = np.asarray([*dims[:-1], shape[1]], np.int64)
+            inputs = [target, gs.Constant(self._model.unique_name("n.0"), back)]
+            name = self._model.unique_name("reshape.0")
+            self._after.setdefault(id(node), []).append(Node("Reshape", name, {}, inputs, [result]))
+        node.op, node.name, node.attrs = "Gemm", product.name, {}
+        node.inputs.clear()
+        node.inputs.extend([source, weight, bias])
+        self._gone.add(id(product))
+
+    def _reshaped(self, before: gs.Node, x: gs.Tensor, shape: list[int]) -> gs.Tensor:
+        flat = Variable(self._model.unique_name("g.0"), dtype=np.float32)
+        inputs = [x, gs.Constant(self._model.unique_name("n.0"), np.asarray(shape, np.int64))]
+        node = Node("Reshape", self._model.unique_name("reshape.0"), {}, inputs, [flat])
+        self._before.setdefault(id(before), []).append(node)
+        return flat
