@@ -42,6 +42,10 @@ GENERATED_ERROR = 0.5
 unrelated outputs differ by 1.4, while rounding to 8 bits moved a real classifier by 0.2 on inputs out of its range."""
 
 
+WHOLE_OUTPUT = 0.5
+"""The share of `Budget.max_error` that a whole output may be off by, its constant part included."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a result may cost.
@@ -49,8 +53,9 @@ class Budget:
     Attributes:
         max_drop: Absolute points of the metric (0.005 is half a point), or of the expected drop without labels.
         max_error: Relative error of the worst output, where there is neither a metric nor class scores, of the part
-            that depends on the input. A rule of thumb, not a bound: on one anomaly detector 16% went with no loss of
-            its metric and 27% with 4 points of AUC, and the default was chosen between the two.
+            that depends on the input; half of it for the whole output (by default 10%, a signal-to-noise ratio of
+            20 dB) and for the boxes of a detector. A rule of thumb, not a bound: on one anomaly detector 16% went with
+            no loss of its metric and 27% with 4 points of AUC, and the default was chosen between the two.
     """
 
     max_drop: float = 0.005
@@ -69,10 +74,13 @@ class Budget:
             return False
         if quality.drop is not None and quality.drop > self.max_drop * share:
             return False
-        if quality.drop is not None and not quality.guessed:
+        if quality.drop is not None and not quality.guessed and not quality.detection:
             return True
-        limit = (GENERATED_ERROR if generated else self.max_error) * share
-        return quality.error <= max(limit, rounding)
+        if generated:
+            return quality.error <= max(GENERATED_ERROR * share, rounding)
+        whole = self.max_error * WHOLE_OUTPUT * share
+        part = whole if quality.detection else self.max_error * share
+        return quality.error <= max(part, rounding) and quality.plain_error <= max(whole, rounding)
 
 
 @dataclass(frozen=True)
@@ -222,8 +230,12 @@ class Judge:
         return self._reference.compare(self._run(self.path_of(model), self._select), self._select)
 
     def rough_error(self, model: Model) -> float:
-        """The relative error on a few samples: cheap, to rank candidates by."""
-        return self._few_reference.compare(self._run(self.path_of(model), self._few), self._few).error
+        """The relative error on a few samples: cheap, to rank candidates by.
+
+        Of a detector, the scores' or the boxes', whichever is larger: its drop rests on few places.
+        """
+        quality = self._few_reference.compare(self._run(self.path_of(model), self._few), self._few)
+        return max(quality.error, quality.score_error or 0.0)
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""

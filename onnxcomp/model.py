@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Union
@@ -32,10 +32,10 @@ from onnxcomp.structure import (
     stub,
     tensors_of,
 )
-from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, check_tensor, external_blob
+from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, Spool, check_tensor, external_blob
 from onnxcomp.wire import model_bytes, write_model
 
-__all__ = ["Model", "ModelSource", "model_files", "value_of"]
+__all__ = ["Model", "ModelSource", "model_files", "spooled", "value_of"]
 
 Array = np.ndarray[Any, Any]
 ModelSource = Union[str, Path, onnx.ModelProto, "Model"]
@@ -269,7 +269,7 @@ class Model:
             message = f"opset {self.opset} cannot be raised to {version}: the model has functions of its own"
             raise ModelError(message)
         try:
-            converted = version_converter.convert_version(self.to_proto(), version)
+            converted = version_converter.convert_version(self.proto(), version)  # large weights stay stubs
         except (RuntimeError, ValueError, IndexError, EncodeError) as error:
             message = f"opset {self.opset} cannot be raised to {version}: {str(error).splitlines()[0]}"
             raise ModelError(message) from error
@@ -279,8 +279,8 @@ class Model:
             del converted.graph.input[:]
             converted.graph.input.extend(inputs)
         converted.ir_version = max(self.ir_version, ir_version_for(version))
-        fresh = Model._from_proto(converted, self.path)
-        fresh.metadata, fresh._external, fresh._sources = self.metadata, self._external, self._sources
+        fresh = Model(converted, self._blobs, self.path, external=self._external)
+        fresh.metadata, fresh._sources = self.metadata, self._sources
         self.become(fresh)
 
     # --- writing --------------------------------------------------------------------------------------------------
@@ -364,6 +364,8 @@ class Model:
         """The TensorProto of a constant: a stub for lazy and for large ones."""
         value = constant._values
         if isinstance(value, LazyValues):
+            if isinstance(value, LazyWeight) and value.blob is not None:
+                self._blobs.setdefault(reference_of(value.tensor), value.blob)  # a pass may have made it
             tensor = onnx.TensorProto()
             tensor.CopyFrom(value.tensor)
             if constant.name:
@@ -375,6 +377,24 @@ class Model:
             constant._values = LazyWeight(tensor, self._blobs[reference_of(tensor)])
             return self._dump(constant)
         return tensor
+
+
+def spooled(data: bytes, onnx_dtype: int, dims: Iterable[int], spool: Spool) -> LazyWeight:
+    """A new weight whose bytes go to a temporary file, for `gs.Constant(name, ...)`.
+
+    Args:
+        data: The bytes as ONNX stores them (2- and 4-bit types packed).
+        onnx_dtype: The element type.
+        dims: The shape.
+        spool: Where large data go; small ones stay in the structure.
+    """
+    tensor = onnx.TensorProto(data_type=onnx_dtype, dims=dims)
+    if len(data) < LAZY_FROM_BYTES:
+        tensor.raw_data = data
+        return LazyWeight(tensor, None)
+    blob = spool.add(data)
+    stub(tensor, blob, {})
+    return LazyWeight(tensor, blob)
 
 
 def value_of(constant: gs.Constant) -> Array:

@@ -132,6 +132,8 @@ class Context:
         deadline: When choosing by measurement must end (`time.monotonic()` seconds).
         statistics: What was measured before, by (model digest, tensor, method).
         exact: The model before any lossy stage, so that no weight need be rounded twice; None: the model is that.
+        share: The part of the budget to choose within: less than all where an earlier choice did not hold on the
+            samples kept for confirmation.
     """
 
     data: Dataset | None = None
@@ -146,6 +148,7 @@ class Context:
     deadline: float | None = None
     statistics: dict[Any, Any] = field(default_factory=dict)
     exact: Model | None = None
+    share: float = 1.0
 
     def excludes(self, node: gs.Node) -> bool:
         """Whether the user asked to leave this node alone."""

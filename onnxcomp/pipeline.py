@@ -190,7 +190,7 @@ def _run_stages(
             continue
         kept = runner.run(stage, kept)
         finished.store(index, kept)
-    return runner.confirm(kept), finished
+    return runner.confirm(kept, stages), finished
 
 
 def _target(target: str | Target | None) -> Target:

@@ -10,6 +10,8 @@ import hashlib
 import math
 import os
 import stat
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +33,8 @@ __all__ = [
     "FileBlob",
     "LazyWeight",
     "SparseWeight",
+    "Spool",
+    "SpooledBlob",
     "check_tensor",
     "external_blob",
     "numpy_dtype",
@@ -177,6 +181,68 @@ class FileBlob(Blob):
         if not self.nbytes:
             return b""
         return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
+
+
+class Spool:
+    """A temporary file that takes the bytes of new weights, so that they need no memory.
+
+    The file has no name; its space is freed when the last blob in it is let go.
+
+    Example:
+        >>> spool = Spool()
+        >>> first, second = spool.add(b"abc"), spool.add(b"de")
+        >>> bytes(second.buffer()), first.nbytes
+        (b'de', 3)
+    """
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile(prefix="onnxcomp-")  # noqa: SIM115 - closed by the finalizer
+        self._end = 0
+        weakref.finalize(self, self.file.close)
+
+    def add(self, data: bytes) -> Blob:
+        """Append bytes.
+
+        Raises:
+            OutputError: The temporary folder has no room.
+        """
+        offset = self._end
+        try:
+            self.file.write(data)
+            self.file.flush()
+        except OSError as error:
+            message = f"{tempfile.gettempdir()}: new weights cannot be written ({error.strerror}); set TMPDIR"
+            raise OutputError(message) from error
+        self._end += len(data)
+        return SpooledBlob(self, offset, len(data))
+
+
+class SpooledBlob(Blob):
+    """A range of a spool."""
+
+    def __init__(self, spool: Spool, offset: int, nbytes: int) -> None:
+        self._spool = spool
+        self.offset = offset
+        self.nbytes = nbytes
+
+    @property
+    def key(self) -> str:
+        """The place in the spool: nothing is written there twice."""
+        return f"spool {id(self._spool)}:{self.offset}:{self.nbytes}"
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the range in pieces, by plain reads."""
+        place, end = self.offset, self.offset + self.nbytes
+        while place < end:
+            chunk = os.pread(self._spool.file.fileno(), min(CHUNK_BYTES, end - place), place)
+            place += len(chunk)
+            yield chunk
+
+    def buffer(self) -> Any:
+        """The range as a read-only memory map."""
+        if not self.nbytes:
+            return b""
+        return np.memmap(self._spool.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
 
 
 class LazyWeight(LazyValues):  # type: ignore[misc] # graphsurgeon has no type information

@@ -15,7 +15,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
 from onnxcomp.runtime import Runtime
 from onnxcomp_passes import QuantizeWeights
-from onnxcomp_passes._stored import decode, encode, find_stored, output_channel_axis, restore
+from onnxcomp_passes._stored import decode, encode, find_stored, output_channel_axis
 from tests.models import (
     assert_same_outputs,
     graph_model,
@@ -223,18 +223,6 @@ def test_small_and_large_channels_keep_their_own_precision():
 
     error = np.linalg.norm(decoded(model)[0] - weight, axis=0) / np.linalg.norm(weight, axis=0)
     assert error.max() < 0.01
-
-
-def test_a_stored_weight_can_be_put_back():
-    model, _ = stored(matmul_model(random_weights(16, 20)))
-    values, _ = decoded(model)
-    form = find_stored(model.graph.nodes[-1].inputs[1])
-    assert form is not None
-
-    restore(form, model.graph)
-
-    assert ops(model) == ["MatMul"]
-    np.testing.assert_array_equal(model.weight("W"), values)
 
 
 def test_bias_and_what_is_no_weight_have_no_channel_axis():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -25,6 +26,9 @@ REPAIRS = 3
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 """Operators that ONNX Runtime fuses into a float Conv or Gemm, whose kernel may then go by their name."""
 
+MARGIN = 0.9
+"""The share of the budget that is spent on the samples that choices are made on: others lose a little more."""
+
 HELPS = 0.97
 """A remedy is kept where it brings the relative error of the whole model below this share."""
 
@@ -46,35 +50,42 @@ class Chooser:
         names: The layers' names, in the order of the scheme's keys.
         evidence: What remedies know of the float model.
         context: Its judge measures.
-        changes: Told why layers are returned to float, and what was done for accuracy.
     """
 
-    def __init__(
-        self, scheme: Scheme, names: list[str], evidence: Evidence, context: Context, changes: Changes
-    ) -> None:
+    def __init__(self, scheme: Scheme, names: list[str], evidence: Evidence, context: Context) -> None:
         assert context.judge is not None
         self._scheme = scheme
         self._names = names
         self._evidence = evidence
         self._context = context
         self._judge: Judge = context.judge
-        self._changes = changes
         self._why: dict[int, str] = {}
         self._qualities: dict[Layers, Quality] = {}
+        self._tried: list[str] | None = None
+        self._kept: list[str] = []
+        self._order: dict[Layers, tuple[list[int], dict[int, float]]] = {}
 
-    def choose(self, layers: Layers) -> tuple[Scheme, Layers]:
-        """The best scheme and subset of `layers` found; an empty subset if int8 is not worth it anywhere."""
+    def choose(self, layers: Layers, changes: Changes) -> tuple[Layers, tuple[str, ...]]:
+        """The best subset of `layers` found, empty if int8 is not worth it anywhere; and the remedies that helped.
+
+        Called again with a smaller `Context.share`, it goes on from what it has measured.
+
+        Args:
+            layers: What may run in int8.
+            changes: Told why layers are returned to float, and what was done for accuracy.
+        """
         chosen = self._fused(layers)
-        if chosen and not self._holds(chosen):
-            self._remedy(chosen)
+        if chosen and self._tried is None and not self._holds(chosen):
+            self._tried = self._remedy(chosen)
             chosen = self._fused(chosen)
+        changes.notes += self._tried or []
         if chosen and not self._holds(chosen):
             chosen = self._within_budget(chosen)
         if chosen:
             chosen = self._without_slow(chosen)
         for index in sorted(layers - chosen):
-            self._changes.leave(self._names[index], self._why.get(index, "int8 does not pay"))
-        return self._scheme, chosen
+            changes.leave(self._names[index], self._why.get(index, "int8 does not pay"))
+        return chosen, tuple(self._kept)
 
     @property
     def _base(self) -> Model:
@@ -83,10 +94,11 @@ class Chooser:
     def _build(self, layers: Layers) -> Model:
         return self._scheme.build(layers, self._context)
 
-    def _remedy(self, layers: Layers) -> None:
+    def _remedy(self, layers: Layers) -> list[str]:
         """Try what may hold accuracy with these layers in int8, the cheapest first, and keep what helps."""
+        told = []
         error = self._rough_error(self._build(layers))
-        for name, remedy in REMEDIES:
+        for name, remedy in REMEDIES.items():
             if self._context.out_of_time():
                 break
             self._context.progress(f"for accuracy: {name}")
@@ -94,13 +106,14 @@ class Chooser:
             if candidate is None:
                 continue
             found = self._rough_error(candidate.build(layers, self._context))
-            told = f"{name}: relative error {error:.2%} -> {found:.2%} with {len(layers)} layers in int8"
-            if found < HELPS * error:
+            change = f"relative error {error:.2%} -> {found:.2%} with {len(layers)} layers in int8"
+            helps = found < HELPS * error
+            told.append(f"{name}: {change}, {'kept' if helps else 'not kept'}")
+            if helps:
                 self._scheme, error = candidate, found
+                self._kept.append(name)
                 self._qualities.clear()
-                self._changes.notes.append(f"{told}, kept")
-            else:
-                self._changes.notes.append(f"{told}, not kept")
+        return told
 
     def _rough_error(self, model: Model) -> float:
         error = self._judge.rough_error(model)
@@ -138,15 +151,13 @@ class Chooser:
         return self._qualities[layers]
 
     def _holds(self, layers: Layers) -> bool:
-        return self._judge.allows(self._quality(layers))
+        return self._judge.allows(self._quality(layers), MARGIN * self._context.share)
 
     def _within_budget(self, layers: Layers) -> Layers:
         """Return layers to float, those with most output error per millisecond gained first, until the budget holds."""
-        self._context.progress(f"ranking {len(layers)} layers by error and time")
-        times = self._times(self._base) if self._judge.timed else self._judge.layer_macs(self._base)
-        gains = {index: max(times.get(self._names[index], 0.0), MIN_GAIN_MS) for index in sorted(layers)}
-        errors = self._errors(gains)
-        order = costliest_first(gains, errors)
+        if layers not in self._order:
+            self._order[layers] = self._rank(layers)
+        order, errors = self._order[layers]
 
         def holds(count: int) -> bool:
             self._context.progress(f"trying {len(order) - count} of {len(order)} layers in int8")
@@ -158,13 +169,27 @@ class Chooser:
             self._why[index] = f"costs too much accuracy{alone}"
         return frozenset(order[count:])
 
+    def _rank(self, layers: Layers) -> tuple[list[int], dict[int, float]]:
+        """Layers by error per millisecond gained, worst first, and the errors that were measured."""
+        self._context.progress(f"ranking {len(layers)} layers by error and time")
+        times = self._times(self._base) if self._judge.timed else self._judge.layer_macs(self._base)
+        gains = {index: max(times.get(self._names[index], 0.0), MIN_GAIN_MS) for index in sorted(layers)}
+        errors = self._errors(gains)
+        return costliest_first(gains, errors), errors
+
     def _errors(self, gains: dict[int, float]) -> dict[int, float]:
-        """The output error of each layer alone in int8, for the layers that gain most."""
+        """The output error that each layer alone adds in int8, for the layers that gain most.
+
+        What the float model is off by already (its weights may be stored small) is not the layer's; independent errors
+        add up as squares.
+        """
         errors = {}
+        before = self._judge.rough_error(self._base)
         for index in sorted(gains, key=lambda i: gains[i], reverse=True)[:MOST_RANKED]:
             if self._context.out_of_time():
                 break
-            errors[index] = self._rough_error(self._build(frozenset({index})))
+            found = self._rough_error(self._build(frozenset({index})))
+            errors[index] = math.sqrt(max(0.0, found**2 - before**2))
         return errors
 
     # --- speed ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from onnxcomp_passes._scheme import Scheme
 from onnxcomp_passes._stored import INT8_MAX
 from onnxcomp_passes._weights import times_input_channel
 
-__all__ = ["REMEDIES", "Evidence", "Remedy"]
+__all__ = ["REMEDIES", "Evidence", "Remedy", "treat"]
 
 Array = np.ndarray[Any, Any]
 
@@ -160,13 +160,20 @@ def _best_steps(layer: Layer, weight: Array, rms: Array, limit: int) -> Array | 
     return np.asarray(steps[best, np.arange(steps.shape[1])])
 
 
-REMEDIES: tuple[tuple[str, Remedy], ...] = (
+REMEDIES: dict[str, Remedy] = {
     # Free at run time; one more pass over the data.
-    ("ranges fitted", fit_ranges),
+    "fit-ranges": fit_ranges,
     # Mostly folded into weights; a Mul where nothing takes the factors over.
-    ("channels equalized", equalize_channels),
+    "equalize": equalize_channels,
     # Both closed form, from the same statistics.
-    ("weights rounded for the least output error", round_weights),
-    ("biases corrected", correct_biases),
-)
+    "round-weights": round_weights,
+    "correct-biases": correct_biases,
+}
 """In the order of their cost."""
+
+
+def treat(scheme: Scheme, names: Iterable[str], chosen: frozenset[int], evidence: Evidence) -> Scheme:
+    """Apply some remedies, one after the other, to the layers that run in int8."""
+    for name in names:
+        scheme = REMEDIES[name](scheme, chosen, evidence) or scheme
+    return scheme

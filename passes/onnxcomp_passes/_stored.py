@@ -1,11 +1,12 @@
-"""The storage form of a weight: an int8 initializer, decoded at load by Cast and Mul.
+"""The storage form of a weight: an integer initializer, decoded at load.
 
 ::
 
     W_int8 -> Cast -> Mul(scale) -> W
+    W_uint8 -> Cast -> Sub(zero) -> Mul(scale) -> Reshape -> W      with zero points and blocks
 
-ONNX Runtime folds the two nodes when it makes a session, so inference runs on the float weight as before. A
-DequantizeLinear in their place would not be folded. Other passes recognise the form and take the integers over.
+ONNX Runtime folds these nodes when it makes a session, so inference runs on the float weight as before. A
+DequantizeLinear in their place would not be folded. Other passes recognise the first form and take the integers over.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
+from onnxcomp.weights import LazyWeight
+from onnxcomp_passes._codes import Width, group, nearest
 
 __all__ = [
+    "Encoded",
     "Stored",
+    "decode",
     "encode",
     "find_stored",
     "lift_constants",
     "output_channel_axis",
-    "restore",
+    "redirect",
+    "reduction_axis",
     "store",
     "weight_inputs",
 ]
@@ -67,6 +73,26 @@ class Stored:
         return self.mul.inputs[1]
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A weight in integers, ready to be written into a graph; large parts are in a file.
+
+    Attributes:
+        codes: The codes, in the shape of their groups.
+        scale: float32, shaped to broadcast over the codes.
+        zero: float32 zero points, shaped as the scale; None: 0.
+    """
+
+    codes: LazyWeight
+    scale: LazyWeight
+    zero: LazyWeight | None
+
+    @property
+    def nbytes(self) -> int:
+        """What the parts add to a file."""
+        return sum(part.nbytes for part in (self.codes, self.scale, self.zero) if part is not None)
+
+
 def weight_inputs(node: gs.Node) -> tuple[int, ...]:
     """Which inputs of a node may hold a weight."""
     return WEIGHT_INPUTS.get(node.op, ()) if not node.domain else ()
@@ -94,6 +120,26 @@ def output_channel_axis(node: gs.Node, index: int, rank: int) -> int | None:
     return None
 
 
+def reduction_axis(node: gs.Node, index: int, rank: int) -> int | None:
+    """The axis of a weight that products are summed over, which blocks lie along; a table's columns.
+
+    Returns:
+        The axis; for a Conv 1, where all axes behind it are seen as one. None where there is none.
+    """
+    if node.op == "Conv":
+        return 1
+    if node.op == "ConvTranspose":
+        return 0
+    if node.op == "Gemm":
+        channel = output_channel_axis(node, index, rank)
+        return None if channel is None else 1 - channel
+    if node.op == "MatMul":
+        return max(rank - 2, 0) if index else rank - 1
+    if node.op == "Gather":
+        return rank - 1 if rank > 1 else None
+    return 2 if node.op in {"LSTM", "GRU", "RNN"} else None
+
+
 def encode(weight: Array, axis: int | None, *, limit: int = INT8_MAX) -> tuple[Array, Array]:
     """Round a weight to symmetric int8, to nearest.
 
@@ -110,12 +156,8 @@ def encode(weight: Array, axis: int | None, *, limit: int = INT8_MAX) -> tuple[A
         >>> codes.tolist(), scale.shape
         ([[127, -64], [0, 127]], (1, 2))
     """
-    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
-    peak = np.max(np.abs(weight), axis=others, keepdims=True, initial=0.0)
-    scale = (peak / limit).astype(np.float32)
-    scale[scale < np.finfo(np.float32).tiny] = 1.0
-    codes = np.clip(np.rint(weight / scale), -limit, limit).astype(np.int8)
-    return codes, scale
+    made = nearest(weight, group(weight.shape, axis), Width(limit.bit_length() + 1))
+    return made.codes, made.scale
 
 
 def lift_constants(graph: gs.Graph) -> None:
@@ -127,13 +169,13 @@ def lift_constants(graph: gs.Graph) -> None:
         if node.op != "Constant" or node.domain or not isinstance(value, gs.Constant) or id(node.outputs[0]) in outputs:
             continue
         tensor = node.outputs[0]
-        _redirect(tensor, gs.Constant(tensor.name, value._values))
+        redirect(tensor, gs.Constant(tensor.name, value._values))
         node.outputs.clear()
         lifted.add(id(node))
     graph.nodes = [node for node in graph.nodes if id(node) not in lifted]
 
 
-def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
     """Let the readers of one tensor read another."""
     for reader in list(old.outputs):
         for index, tensor in enumerate(reader.inputs):
@@ -155,31 +197,28 @@ def find_stored(tensor: gs.Tensor) -> Stored | None:
     return Stored(casts[0], mul)
 
 
-def store(model: Model, graph: gs.Graph, constant: gs.Constant, codes: Array, scale: Array) -> Stored:
+def store(model: Model, graph: gs.Graph, constant: gs.Constant, encoded: Encoded) -> None:
     """Put a constant into its storage form; its readers keep reading a tensor of the same name.
 
     The names in between are short: in small models they would otherwise weigh as much as a small weight.
     """
-    name = constant.name
-    q, s, c = (model.unique_name(f"{letter}.0") for letter in ("q", "s", "c"))
-    whole, between = Variable(name), Variable(c)
-    cast = Node("Cast", "", {"to": int(onnx.TensorProto.FLOAT)}, [gs.Constant(q, codes)], [between])
-    mul = Node("Mul", "", {}, [between, gs.Constant(s, scale)], [whole])
-    _redirect(constant, whole)
-    graph.nodes[:0] = [cast, mul]
-    return Stored(cast, mul)
 
+    def fresh(letter: str) -> str:
+        return model.unique_name(f"{letter}.0")
 
-def restore(stored: Stored, graph: gs.Graph) -> gs.Constant:
-    """Undo `store`: put the decoded float weight back as an initializer."""
-    tensor = stored.mul.outputs[0]
-    constant = gs.Constant(tensor.name, decode(stored))
-    _redirect(tensor, constant)
-    for node in (stored.mul, stored.cast):
-        node.inputs.clear()
-        node.outputs.clear()
-        graph.nodes.remove(node)
-    return constant
+    steps = [("Cast", gs.Constant(fresh("q"), encoded.codes), {"to": int(onnx.TensorProto.FLOAT)})]
+    if encoded.zero is not None:
+        steps.append(("Sub", gs.Constant(fresh("z"), encoded.zero), {}))
+    steps.append(("Mul", gs.Constant(fresh("s"), encoded.scale), {}))
+    if list(encoded.codes.shape) != list(constant.shape):
+        steps.append(("Reshape", gs.Constant(fresh("r"), np.asarray(constant.shape, np.int64)), {}))
+    nodes: list[gs.Node] = []
+    for op, operand, attrs in steps:
+        inputs = [*nodes[-1].outputs, operand] if nodes else [operand]
+        result = Variable(constant.name if len(nodes) == len(steps) - 1 else fresh("c"))
+        nodes.append(Node(op, "", attrs, inputs, [result]))
+    redirect(constant, nodes[-1].outputs[0])
+    graph.nodes[:0] = nodes
 
 
 def decode(stored: Stored) -> Array:
