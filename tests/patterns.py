@@ -58,7 +58,9 @@ def tokens(body: str, *, width: int = 32, out: int = 32, **constants: Any) -> on
     return pattern(text, **constants)
 
 
-GELU_ERF = """{o}d = Div({i}, root) {o}e = Erf({o}d) {o}p = Add({o}e, one) {o}m = Mul({i}, {o}p) {o} = Mul({o}m, half)"""
+GELU_ERF = (
+    """{o}d = Div({i}, root) {o}e = Erf({o}d) {o}p = Add({o}e, one) {o}m = Mul({i}, {o}p) {o} = Mul({o}m, half)"""
+)
 GELU = {"root": np.float32(2**0.5), "one": 1.0, "half": 0.5}
 LAYER_NORM = """{o}u = ReduceMean<axes = [-1]>({i}) {o}s = Sub({i}, {o}u) {o}q = Pow({o}s, two)
     {o}v = ReduceMean<axes = [-1]>({o}q) {o}w = Add({o}v, eps) {o}r = Sqrt({o}w) {o}n = Div({o}s, {o}r)

@@ -12,7 +12,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
 from onnxcomp.quality import Quality
 from onnxcomp.runtime import KernelReport, explain
-from onnxcomp_passes._remedies import REMEDIES, Evidence
+from onnxcomp_passes._remedies import REMEDIES, SLOWING, Evidence
 from onnxcomp_passes._scheme import Scheme
 
 __all__ = ["MOST_RANKED", "Chooser", "costliest_first", "fewest"]
@@ -103,7 +103,7 @@ class Chooser:
                 break
             self._context.progress(f"for accuracy: {name}")
             candidate = remedy(self._scheme, layers, self._evidence)
-            if candidate is None:
+            if candidate is None or (name in SLOWING and self._holds(layers)):
                 continue
             found = self._rough_error(candidate.build(layers, self._context))
             change = f"relative error {error:.2%} -> {found:.2%} with {len(layers)} layers in int8"
@@ -125,7 +125,7 @@ class Chooser:
     def _report(self, layers: Layers) -> KernelReport:
         model = self._build(layers)
         census = self._judge.runtime.census(self._judge.path_of(model))
-        return explain(model.proto(), census)
+        return explain(model.proto(), census, wide=self._scheme.rules.wide)
 
     def _fused(self, layers: Layers) -> Layers:
         """Without the layers that ONNX Runtime would not run in int8."""

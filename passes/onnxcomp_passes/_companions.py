@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.model import value_of
 
-__all__ = ["SAME_GRID", "Decoders", "adapt", "clip_low", "data_inputs", "is_supported"]
+__all__ = ["SAME_GRID", "Decoders", "adapt", "clip_low", "data_inputs", "is_adapted", "is_supported"]
 
 Array = np.ndarray[Any, Any]
 
@@ -82,6 +82,13 @@ def is_supported(node: gs.Node, opset: int) -> bool:
         return False
     check = _CHECKS.get(node.op)
     return check is None or check(node, opset)
+
+
+def is_adapted(node: gs.Node) -> bool:
+    """Whether `adapt` says a node with other operators, which is meant for ONNX Runtime's CPU kernels."""
+    if node.op in {"Add", "Mul"}:
+        return any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
+    return node.op in {"Relu", "Clip", "HardSigmoid"}
 
 
 def data_inputs(node: gs.Node) -> Iterator[gs.Tensor]:

@@ -5,20 +5,27 @@ The rules are those of ONNX Runtime's CPU provider, found by running: see docs/h
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.passes import Changes, Context
-from onnxcomp_passes._companions import SAME_GRID, clip_low, data_inputs, is_supported
+from onnxcomp.targets import QuantizationRules, host_target
+from onnxcomp_passes._companions import SAME_GRID, clip_low, data_inputs, is_adapted, is_supported
 from onnxcomp_passes._stored import Stored, find_stored
 
-__all__ = ["Layer", "Placement", "find_layers", "place"]
+__all__ = ["Layer", "Placement", "find_layers", "place", "rangeable"]
 
 FLOAT_OUTPUT = frozenset({"Gemm", "MatMul"})
 """Operators whose int8 kernels can write float: no output scale is needed where no int8 node reads the result."""
+
+ANY = QuantizationRules()
+"""No target's restrictions."""
+
+WIDEST = QuantizationRules(quantized_outputs=True)
+"""Wants a range of every tensor that any target wants one of."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,27 @@ class Placement:
 
 
 def find_layers(graph: gs.Graph, context: Context, changes: Changes | None = None) -> list[Layer]:
-    """All layers of the main graph that int8 kernels exist for; says why others are left alone."""
+    """All layers of the main graph that the target has int8 kernels for; says why others are left alone."""
+    target = context.target or host_target()
+    return _layers(graph, context, target.rules or ANY, target.name, changes)
+
+
+def rangeable(graph: gs.Graph, context: Context, opset: int) -> list[str]:
+    """The tensors that any target may want a range of: one calibration then serves them all."""
+    return list(place(graph, _layers(graph, context, WIDEST), opset, rules=WIDEST).tensors)
+
+
+def _layers(
+    graph: gs.Graph, context: Context, rules: QuantizationRules, target: str = "", changes: Changes | None = None
+) -> list[Layer]:
     layers = []
     for node in graph.nodes:
         if node.op not in {"Conv", "Gemm", "MatMul", "ConvTranspose"} or node.domain:
             continue
         weight = _weight(node)
         reason = "excluded" if context.excludes(node) else _refusal(node, weight)
+        if reason is None and not rules.supports(node.op):
+            reason = f"{target} has no int8 {node.op}"
         if reason is None and weight is not None:
             layers.append(Layer(node, weight, _axis(node)))
         elif changes is not None:
@@ -126,6 +147,7 @@ def place(
     layers: Iterable[Layer],
     opset: int,
     known: Container[str] | None = None,
+    rules: QuantizationRules = ANY,
     leave: Container[str] = frozenset(),
 ) -> Placement:
     """Decide what runs in int8 around the given layers.
@@ -138,13 +160,14 @@ def place(
         layers: The layers to run in int8.
         opset: Of the default operator set.
         known: The tensors that have a range; operators on others do not follow. None: all.
+        rules: The target's: operators that it has no int8 kernel for do not follow.
         leave: Operators that do not follow, by the name of the node or of its first output.
     """
     chosen = tuple(layers)
     outputs = {id(tensor) for tensor in graph.outputs}
     results, absorbed = _results((layer.node for layer in chosen), outputs)
     core = set(results)
-    reached, more, clips = _reach(graph, results, outputs, opset, known, leave)
+    reached, more, clips = _reach(graph, results, outputs, known, lambda node: _may_follow(node, opset, rules, leave))
     results |= more
     companions = _useful(reached, results, core)
     inside = core | {id(node) for node in companions}
@@ -155,8 +178,9 @@ def place(
             continue
         for tensor in data_inputs(node):
             tensors[tensor.name] = tensor
+        may_be_float = node.op in FLOAT_OUTPUT and not rules.quantized_outputs
         for result in results[id(node)]:
-            if node.op not in FLOAT_OUTPUT or any(id(reader) in inside for reader in result.outputs):
+            if not may_be_float or any(id(reader) in inside for reader in result.outputs):
                 tensors[result.name] = result
     grid = {
         result.name: node.inputs[0].name for node in companions if node.op in SAME_GRID for result in results[id(node)]
@@ -199,9 +223,8 @@ def _reach(
     graph: gs.Graph,
     results: Results,
     outputs: set[int],
-    opset: int,
     known: Container[str] | None,
-    leave: Container[str],
+    may_follow: Callable[[gs.Node], bool],
 ) -> tuple[list[gs.Node], Results, dict[int, gs.Node]]:
     """The operators that are reached from int8 on all sides, with their results and what these absorb."""
     int8 = {id(t) for tensors in results.values() for t in tensors if known is None or t.name in known}
@@ -209,12 +232,10 @@ def _reach(
     found: Results = {}
     absorbed: dict[int, gs.Node] = {}
     for node in graph.nodes:
-        if id(node) in results or not is_supported(node, opset):
+        if id(node) in results or not may_follow(node):
             continue
         data = list(data_inputs(node))
         if not data or not all(id(tensor) in int8 for tensor in data):
-            continue
-        if node.name in leave or node.outputs[0].name in leave:
             continue
         own, clips = _results((node,), outputs)
         if known is None or all(tensor.name in known for tensor in own[id(node)]):
@@ -223,6 +244,12 @@ def _reach(
             absorbed |= clips
             int8.update(id(tensor) for tensor in own[id(node)])
     return reached, found, absorbed
+
+
+def _may_follow(node: gs.Node, opset: int, rules: QuantizationRules, leave: Container[str]) -> bool:
+    if not is_supported(node, opset) or not rules.supports(node.op) or (is_adapted(node) and not rules.cpu):
+        return False
+    return node.name not in leave and node.outputs[0].name not in leave
 
 
 def _useful(reached: list[gs.Node], results: Results, core: set[int]) -> list[gs.Node]:

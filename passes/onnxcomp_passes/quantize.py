@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, TypeVar
 
 from onnxcomp import analysis
 from onnxcomp.calibration import make_calibrator
-from onnxcomp.errors import OptionError, RequirementError
+from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.runtime.results import Observer
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._canonical import canonicalize
 from onnxcomp_passes._choice import Chooser
-from onnxcomp_passes._placement import Layer, find_layers, place
+from onnxcomp_passes._placement import Layer, find_layers, place, rangeable
 from onnxcomp_passes._qdq import Ranges
 from onnxcomp_passes._remedies import REMEDIES, Evidence, treat
 from onnxcomp_passes._scheme import Scheme
+from onnxcomp_passes._statistics import observe
 from onnxcomp_passes._stored import lift_constants
 from onnxcomp_passes._weights import LayerWeights
 
@@ -97,13 +98,13 @@ class Quantize(Pass):
         base.raise_opset(PER_CHANNEL_OPSET)
         canonicalize(base, context)
         layers = find_layers(base.graph, context)
-        tensors = place(base.graph, layers, base.opset).tensors
-        ranges = self._calibrate(base, list(tensors), context, changes)
-        usable = self._usable(base, layers, ranges, changes)
+        wanted = place(base.graph, layers, base.opset, rules=rules).tensors
+        ranges = self._calibrate(base, wanted, context, changes)
+        usable = self._usable(base, layers, ranges, rules, changes)
         names = [layer.name for layer in layers]
         scheme = Scheme(base, rules, ranges, tuple(layer.key for layer in layers), LayerWeights(context.exact))
         evidence = Evidence(
-            lambda model, watches: self._observe(model, watches, context),
+            lambda model, watches: observe(model, watches, context),
             lambda model, tensors: self._calibrate(model, tensors, context, Changes()),
             context,
         )
@@ -125,13 +126,15 @@ class Quantize(Pass):
         changes.resolved = {"choose": False, "skip": skipped, "remedies": list(remedies)}
         return changes
 
-    def _usable(self, base: Model, layers: list[Layer], ranges: Ranges, changes: Changes) -> frozenset[int]:
+    def _usable(
+        self, base: Model, layers: list[Layer], ranges: Ranges, rules: QuantizationRules, changes: Changes
+    ) -> frozenset[int]:
         """The layers that may run in int8, by their place."""
         usable = set()
         for index, layer in enumerate(layers):
             if layer.name in self.skip:
                 continue
-            if place(base.graph, [layer], base.opset).tensors.keys() <= ranges.keys():
+            if place(base.graph, [layer], base.opset, rules=rules).tensors.keys() <= ranges.keys():
                 usable.add(index)
             else:
                 changes.leave(layer.name, "its activations hold NaN or infinity, or nothing at all")
@@ -141,26 +144,15 @@ class Quantize(Pass):
         rules = (context.target or host_target()).rules
         return None if rules is None else replace(rules, per_channel=rules.per_channel and self.per_channel)
 
-    def _calibrate(self, base: Model, tensors: list[str], context: Context, changes: Changes) -> Ranges:
-        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out."""
-        if context.data is None:
-            message = "the pass 'quantize' needs data; give --data"
-            raise RequirementError(message)
-        context.progress(f"calibrating {len(tensors)} tensors on {context.data.size} samples")
-        watches = {name: make_calibrator(self.calibration, self.percentile) for name in tensors}
-        watches = self._observe(base, watches, context)
+    def _calibrate(self, base: Model, wanted: Container[str], context: Context, changes: Changes) -> Ranges:
+        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out.
+
+        All that any target may want are calibrated at once, so that several targets need one calibration.
+        """
+        tensors = rangeable(base.graph, context, base.opset)
+        context.progress(f"calibrating {len(tensors)} tensors on {context.data.size if context.data else 0} samples")
+        watches = observe(base, {name: make_calibrator(self.calibration, self.percentile) for name in tensors}, context)
         for name, watch in watches.items():
-            if watch.nonfinite:
+            if watch.nonfinite and name in wanted:
                 changes.leave(name, f"holds NaN or infinity ({watch.nonfinite} values)")
         return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}
-
-    @staticmethod
-    def _observe(base: Model, watches: dict[str, O], context: Context) -> dict[str, O]:
-        """Show the calibration data's activations to observers."""
-        assert context.data is not None
-        assert context.runtime is not None
-        assert context.workdir is not None
-        path = context.judge.path_of(base) if context.judge else context.workdir / "calibration.onnx"
-        if context.judge is None:
-            base.save(path)
-        return context.runtime.observe(path, context.data.feeds, watches)
