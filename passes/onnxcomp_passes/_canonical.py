@@ -6,13 +6,16 @@
     Div(Clip(Add(x, 3), 0, 6), 6)                  HardSigmoid(x)
     Div(Mul(x, Clip(Add(x, 3), 0, 6)), 6)          Mul(x, HardSigmoid(x))
     ReduceMean(x), over the pixels                 GlobalAveragePool(x)
+    AveragePool(x), over all pixels                GlobalAveragePool(x)
+    AveragePool(x), right behind a convolution     Conv(x, 1 / size of the window), depthwise
     Relu(MaxPool(x))                               MaxPool(Relu(x))
     Add(constant, x)                               Add(x, constant)
     Add(MatMul(x, W), bias)                        Gemm(x, W, bias), with a Reshape on both sides of more axes
 
-The last is what ONNX Runtime makes of the two nodes where it knows the shape of x; a float bias then costs the MatMul
-its int8 kernel. Where it does not know the shape, the two stay: behind an int8 MatMul that writes float it fuses the
-bias with the Gelu or LayerNormalization that follows, if the constant comes second.
+ONNX Runtime's int8 AveragePool takes ten times as long as such a Conv; its weight is exact in int8. The last is what
+ONNX Runtime makes of the two nodes where it knows the shape of x; a float bias then costs the MatMul its int8 kernel.
+Where it does not know the shape, the two stay: behind an int8 MatMul that writes float it fuses the bias with the Gelu
+or LayerNormalization that follows, if the constant comes second.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ __all__ = ["canonicalize"]
 Array = np.ndarray[Any, Any]
 
 PIXELS = [2, 3]
+
+BEFORE_POOL = frozenset({"Conv", "Add", "Concat", "MaxPool", "Mul"})
+"""What makes the input of an AveragePool that is worth a Conv, with or without a Relu in between."""
+
 CLOSE = 1e-4
 """Relative: constants are exported with five digits, such as 0.16667 for 1 / 6."""
 
@@ -74,6 +81,8 @@ class _Rewriter:
             self._hard_sigmoid(node)
         elif node.op == "ReduceMean":
             self._mean_of_pixels(node)
+        elif node.op == "AveragePool":
+            self._average(node)
         elif node.op == "Relu":
             self._relu_first(node)
         elif node.op == "Add":
@@ -192,6 +201,44 @@ class _Rewriter:
             flat = Node("Flatten", self._model.unique_name("flatten.0"), {"axis": 1}, [pooled], [result])
             self._after.setdefault(id(node), []).append(flat)
 
+    def _average(self, node: gs.Node) -> None:
+        """Make something else of an AveragePool over images: ONNX Runtime's int8 kernel for it is slow."""
+        window, dims = node.attrs.get("kernel_shape", []), self._dims(node.inputs[0])
+        pads, strides = node.attrs.get("pads", [0] * 4), node.attrs.get("strides", [1, 1])
+        odd = node.attrs.get("ceil_mode", 0) or any(step != 1 for step in node.attrs.get("dilations", []))
+        if dims is None or len(dims) != 4 or len(window) != 2 or odd:
+            return
+        if node.attrs.get("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}:
+            return
+        if not any(pads) and list(dims[2:]) == list(window):
+            node.op, node.attrs = "GlobalAveragePool", {}
+            return
+        makers = node.inputs[0].inputs
+        behind = makers[0].inputs[0].inputs if makers and makers[0].op in {"Relu", "Clip"} else makers
+        channels, *sizes = dims[1:]
+        uneven = any(pads) and not node.attrs.get("count_include_pad", 0)
+        if not isinstance(channels, int) or not behind or behind[0].op not in BEFORE_POOL:
+            return
+        if uneven:  # as if the padding counted, and then larger where it was
+            if not all(isinstance(size, int) for size in sizes):
+                return
+            counts = [_counts(int(sizes[i]), window[i], strides[i], pads[i], pads[i + 2]) for i in range(2)]
+            share = np.outer(*counts) / (window[0] * window[1])
+            pooled, result = Variable(self._model.unique_name("p.0"), dtype=np.float32), node.outputs[0]
+            node.outputs[0] = pooled
+            factors = gs.Constant(self._model.unique_name("k.0"), (1 / share).astype(np.float32)[None, None])
+            name = self._model.unique_name("pool.0")
+            self._after.setdefault(id(node), []).append(Node("Mul", name, {}, [pooled, factors], [result]))
+        weight = np.full((channels, 1, *window), 1 / (window[0] * window[1]), np.float32)
+        node.op = "Conv"
+        node.attrs = {
+            "group": channels,
+            "kernel_shape": list(window),
+            "pads": list(pads),
+            "strides": list(strides),
+        }
+        node.inputs.append(gs.Constant(self._model.unique_name("w.0"), weight))
+
     def _relu_first(self, node: gs.Node) -> None:
         """Swap a Relu with the MaxPool before it, where it then is right behind a layer."""
         pool = self._maker(node.inputs[0], "MaxPool")
@@ -250,3 +297,9 @@ class _Rewriter:
         node = Node("Reshape", self._model.unique_name("reshape.0"), {}, inputs, [flat])
         self._before.setdefault(id(before), []).append(node)
         return flat
+
+
+def _counts(size: int, window: int, stride: int, before: int, after: int) -> Array:
+    """How many pixels each window covers along one axis, padding not counted."""
+    starts = np.arange((size + before + after - window) // stride + 1) * stride - before
+    return np.minimum(starts + window, size) - np.maximum(starts, 0)

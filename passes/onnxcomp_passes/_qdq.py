@@ -12,7 +12,9 @@ from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
 from onnxcomp_passes._companions import adapt
 from onnxcomp_passes._placement import Layer, Placement
+from onnxcomp_passes._shapes import infer_known
 from onnxcomp_passes._stored import INT8_MAX, Stored, encode
+from onnxcomp_passes._upsample import Repeats, as_gathers, repeats
 from onnxcomp_passes._weights import input_mean_error
 
 if TYPE_CHECKING:
@@ -128,6 +130,7 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
             root = placement.grid[root]
         grids[name] = Grid.covering(*_range(placement.tensors[root], scheme.ranges, dtype), dtype)
     writer = _Writer(model, scheme, grids)
+    upsampling = _upsampling(model, placement, scheme)
     added: list[gs.Node] = []
     for layer in placement.layers:
         added += _quantize_weights(writer, layer)
@@ -136,9 +139,18 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
     for tensor in placement.tensors.values():
         added += _quantize_tensor(writer, tensor, inside)
     for node in placement.companions:
-        added += adapt(node, writer)
+        factors = upsampling.get(id(node))
+        added += adapt(node, writer) if factors is None else as_gathers(model, node, factors)
     model.graph.nodes.extend(added)
     _drop_unused_decoders(model.graph)
+
+
+def _upsampling(model: Model, placement: Placement, scheme: Scheme) -> dict[int, Repeats]:
+    """The companions that repeat pixels, by the id of the node; none where other kernels than the CPU's run them."""
+    resizes = [node for node in placement.companions if node.op == "Resize" and scheme.rules.cpu]
+    known = infer_known(model) if resizes else {}
+    found = {id(node): repeats(node, known) for node in resizes}
+    return {key: factors for key, factors in found.items() if factors is not None}
 
 
 def _range(tensor: gs.Tensor, ranges: Ranges, dtype: str) -> tuple[float, float]:
