@@ -28,6 +28,7 @@ import onnx_graphsurgeon as gs
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Context
+from onnxcomp.shapes import traced_nodes
 from onnxcomp_passes._companions import clip_low
 from onnxcomp_passes._shapes import KnownTensors, infer_known
 from onnxcomp_passes._stored import find_stored
@@ -66,6 +67,7 @@ class _Rewriter:
         self._model = model
         self._context = context
         self._known: KnownTensors = infer_known(model)
+        self._traced = _static_shapes(model)
         self._outputs = {id(tensor) for tensor in model.graph.outputs}
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
@@ -110,8 +112,11 @@ class _Rewriter:
         return maker if usable else None
 
     def _dims(self, tensor: gs.Tensor) -> tuple[int | str, ...] | None:
+        if isinstance(tensor, gs.Constant):
+            return tuple(tensor.shape)
         found = self._known.get(id(tensor))
-        return found[1].dims if found else None
+        dims = found[1].dims if found else None
+        return self._traced.get(tensor.name, dims)
 
     @staticmethod
     def _scalar(tensor: gs.Tensor | None) -> float | None:
@@ -185,8 +190,7 @@ class _Rewriter:
         if axes is None and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
             axes = value_of(node.inputs[1]).reshape(-1).tolist()
         x = node.inputs[0]
-        known = self._known.get(id(x))
-        dims = None if known is None else known[1].dims
+        known, dims = self._known.get(id(x)), self._dims(x)
         if axes is None or dims is None or len(dims) != 4 or known is None or known[1].dtype != np.float32:
             return
         if sorted(axis % 4 for axis in axes) != PIXELS:
@@ -297,6 +301,19 @@ class _Rewriter:
         node = Node("Reshape", self._model.unique_name("reshape.0"), {}, inputs, [flat])
         self._before.setdefault(id(before), []).append(node)
         return flat
+
+
+def _static_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors where those of all inputs are fixed: ONNX Runtime then computes shapes too."""
+    dims = [dim for tensor in model.graph.inputs for dim in (tensor.shape if tensor.shape is not None else [None])]
+    if not all(isinstance(dim, int) and dim > 0 for dim in dims):
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for traced in traced_nodes(model.proto(), {}):
+        for name, shape in zip((*traced.node.input, *traced.node.output), traced.shapes, strict=True):
+            if name and shape is not None:
+                shapes.setdefault(name, shape)
+    return shapes
 
 
 def _counts(size: int, window: int, stride: int, before: int, after: int) -> Array:

@@ -122,7 +122,7 @@ def _constants_fit(node: gs.Node, opset: int) -> bool:
         return False
     if node.op == "Add":  # the bias of a MatMul fuses with what comes behind it in float
         return not data.inputs or data.inputs[0].op != "MatMul"
-    sizes = np.abs(value[value != 0])
+    sizes = np.abs(value[value != 0].astype(np.float64))
     return bool(sizes.size and sizes.max() <= WIDEST_FACTORS * sizes.min())
 
 
