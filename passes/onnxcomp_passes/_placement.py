@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.graph_io import subgraphs, walk
 from onnxcomp.passes import Changes, Context
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._companions import SAME_GRID, clip_low, data_inputs, is_adapted, is_supported
 from onnxcomp_passes._stored import Stored, find_stored
 
 __all__ = ["Layer", "Placement", "find_layers", "place", "rangeable"]
+
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 FLOAT_OUTPUT = frozenset({"Gemm", "MatMul"})
 """Operators whose int8 kernels can write float: no output scale is needed where no int8 node reads the result."""
@@ -88,7 +91,9 @@ def _layers(
 ) -> list[Layer]:
     layers = []
     for node in graph.nodes:
-        if node.op not in {"Conv", "Gemm", "MatMul", "ConvTranspose"} or node.domain:
+        if changes is not None:
+            _leave_inner(node, changes)
+        if node.op not in LAYERS or node.domain:
             continue
         weight = _weight(node)
         reason = "excluded" if context.excludes(node) else _refusal(node, weight)
@@ -99,6 +104,18 @@ def _layers(
         elif changes is not None:
             changes.leave(node.name or node.outputs[0].name, reason or "has no constant weight")
     return layers
+
+
+def _leave_inner(node: gs.Node, changes: Changes) -> None:
+    """Say why layers in the bodies of If, Loop and Scan stay float."""
+    for body in subgraphs(node):
+        for graph in walk(body):
+            for inner in graph.nodes:
+                if inner.op in LAYERS and not inner.domain:
+                    changes.leave(
+                        inner.name or inner.outputs[0].name,
+                        f"is in a body of the {node.op} {node.name or node.outputs[0].name}; bodies stay float",
+                    )
 
 
 def _weight(node: gs.Node) -> gs.Constant | Stored | None:
@@ -112,8 +129,10 @@ def _refusal(node: gs.Node, weight: gs.Constant | Stored | None) -> str | None:
     """Why a node cannot run in int8, or None."""
     if node.op == "ConvTranspose":
         return "ONNX Runtime has no int8 ConvTranspose"
+    if len(node.inputs) < 2:
+        return "it has no weight"
     if weight is None:
-        return "its weight is not constant"
+        return _no_weight(node.inputs[1])
     if isinstance(node.inputs[0], gs.Constant):
         return "its data input is constant"
     if isinstance(weight, gs.Constant) and weight.dtype != np.float32:
@@ -129,6 +148,16 @@ def _refusal(node: gs.Node, weight: gs.Constant | Stored | None) -> str | None:
     if node.op == "Gemm" and bias is not None and (node.attrs.get("beta", 1.0) != 1.0 or len(bias.shape) != 1):
         return "beta is not 1 or its bias is not one value per output"
     return None
+
+
+def _no_weight(tensor: gs.Tensor) -> str:
+    """Why a tensor is no weight."""
+    if not tensor.inputs:
+        return f"its weight {tensor.name!r} is a graph input"
+    if tensor.inputs[0].op == "DequantizeLinear":
+        return "its weight is quantized already"
+    # Attention: rounding both operands takes as long as an int8 kernel saves, from 50 to 256 tokens.
+    return "both its operands are computed: rounding them costs what int8 gains"
 
 
 def _bias(node: gs.Node) -> gs.Tensor | None:

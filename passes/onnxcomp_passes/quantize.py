@@ -30,6 +30,9 @@ O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
 PER_CHANNEL_OPSET = 13
 """The first opset whose DequantizeLinear has an axis."""
 
+MARK = "onnxcomp.quantize"
+"""The metadata entry of models that this pass quantized."""
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +91,14 @@ class Quantize(Pass):
         if rules is None:
             changes.leave("the model", "the target has no int8 kernels for Q/DQ models")
             return changes
-        if analysis.is_quantized(model):
+        if MARK in model.metadata:  # what is left in float there was left for a reason
             changes.leave("the model", "is already quantized")
             return changes
         base = model.fork()
         lift_constants(base.graph)
         if not any(layer.name not in self.skip for layer in find_layers(base.graph, context, changes)):
+            if analysis.is_quantized(model):
+                changes.leave("the model", "is already quantized")
             return changes
         base.raise_opset(PER_CHANNEL_OPSET)
         canonicalize(base, context)
@@ -119,6 +124,7 @@ class Quantize(Pass):
             return changes
         scheme = treat(scheme, remedies, chosen, evidence)
         model.become(scheme.build(chosen, context))
+        model.metadata[MARK] = "int8"
         for index in sorted(chosen):
             story = scheme.story.get(scheme.keys[index], ())
             changes.add(names[index], "; ".join(("runs in int8", *story)))
