@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,13 @@ from onnxcomp_passes._weights import input_mean_error
 if TYPE_CHECKING:
     from onnxcomp_passes._scheme import Scheme
 
-__all__ = ["Grid", "Ranges", "insert"]
+__all__ = ["Grid", "Ranges", "insert", "is_written_by_us"]
 
 Array = np.ndarray[Any, Any]
 Ranges = dict[str, tuple[float, float]]
+
+CODES = "t"
+"""Names of quantized activations begin with it; a dot and a number follow."""
 
 REDUCED_MAX = 63
 """Weights in 7 bits: a pair of products with uint8 activations then fits 16 bits."""
@@ -81,7 +85,7 @@ class _Writer:
         """QuantizeLinear and DequantizeLinear from `tensor` to `result`."""
         scale = self.constant("s", np.asarray(grid.scale, np.float32))
         zero = self.constant("z", grid.zero_point)
-        codes = Variable(self.model.unique_name("t.0"))
+        codes = Variable(self.model.unique_name(f"{CODES}.0"))
         wide = grid.zero_point.dtype.itemsize > 1 and self.model.opset < WIDE_OPSET
         quantize = Node("QuantizeLinear", "", {}, [tensor, scale, zero], [codes])
         decode = Node("DequantizeLinear", "", {}, [codes, scale, zero], [result])
@@ -113,6 +117,12 @@ class _Writer:
         result = Variable(self.model.unique_name("d.0"))
         inputs = [codes, self.constant("s", np.asarray(scale, np.float32)), zero_point]
         return Node("DequantizeLinear", "", {}, inputs, [result]), result
+
+
+def is_written_by_us(model: Model) -> bool:
+    """Whether `insert` wrote the pairs of a model: it is told by the names of the codes."""
+    own = re.compile(rf"{CODES}\.0(_\d+)?")
+    return any(node.op == "QuantizeLinear" and own.fullmatch(node.outputs[0].name) for node in model.graph.nodes)
 
 
 def insert(model: Model, placement: Placement, scheme: Scheme) -> None:

@@ -16,7 +16,7 @@ from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._canonical import canonicalize
 from onnxcomp_passes._choice import Chooser
 from onnxcomp_passes._placement import Layer, find_layers, place, rangeable
-from onnxcomp_passes._qdq import Ranges
+from onnxcomp_passes._qdq import Ranges, is_written_by_us
 from onnxcomp_passes._remedies import REMEDIES, Evidence, treat
 from onnxcomp_passes._scheme import Scheme
 from onnxcomp_passes._statistics import observe
@@ -29,9 +29,6 @@ O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
 
 PER_CHANNEL_OPSET = 13
 """The first opset whose DequantizeLinear has an axis."""
-
-MARK = "onnxcomp.quantize"
-"""The metadata entry of models that this pass quantized."""
 
 
 @register
@@ -91,7 +88,7 @@ class Quantize(Pass):
         if rules is None:
             changes.leave("the model", "the target has no int8 kernels for Q/DQ models")
             return changes
-        if MARK in model.metadata:  # what is left in float there was left for a reason
+        if is_written_by_us(model):  # what is left in float there was left for a reason
             changes.leave("the model", "is already quantized")
             return changes
         base = model.fork()
@@ -124,7 +121,6 @@ class Quantize(Pass):
             return changes
         scheme = treat(scheme, remedies, chosen, evidence)
         model.become(scheme.build(chosen, context))
-        model.metadata[MARK] = "int8"
         for index in sorted(chosen):
             story = scheme.story.get(scheme.keys[index], ())
             changes.add(names[index], "; ".join(("runs in int8", *story)))
