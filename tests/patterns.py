@@ -35,7 +35,7 @@ def _weights(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _kind(value: Any) -> Any:
-    return np.asarray(value).dtype if isinstance(value, np.ndarray) else np.float32
+    return value.dtype if isinstance(value, np.ndarray | np.generic) else np.float32
 
 
 def image(body: str, *, inputs: int = 3, **constants: Any) -> onnx.ModelProto:
@@ -61,7 +61,7 @@ def tokens(body: str, *, width: int = 32, out: int = 32, **constants: Any) -> on
 GELU_ERF = (
     """{o}d = Div({i}, root) {o}e = Erf({o}d) {o}p = Add({o}e, one) {o}m = Mul({i}, {o}p) {o} = Mul({o}m, half)"""
 )
-GELU = {"root": np.float32(2**0.5), "one": 1.0, "half": 0.5}
+GELU: dict[str, Any] = {"root": np.float32(2**0.5), "one": 1.0, "half": 0.5}
 LAYER_NORM = """{o}u = ReduceMean<axes = [-1]>({i}) {o}s = Sub({i}, {o}u) {o}q = Pow({o}s, two)
     {o}v = ReduceMean<axes = [-1]>({o}q) {o}w = Add({o}v, eps) {o}r = Sqrt({o}w) {o}n = Div({o}s, {o}r)
     {o}g = Mul({o}n, gamma) {o} = Add({o}g, beta)"""

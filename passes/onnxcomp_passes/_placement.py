@@ -207,7 +207,10 @@ def place(
             continue
         for tensor in data_inputs(node):
             tensors[tensor.name] = tensor
-        may_be_float = node.op in FLOAT_OUTPUT and not rules.quantized_outputs
+        clip = absorbed.get(id(node))
+        # ONNX Runtime looks for a Q behind a Relu or Clip that others read, and leaves all in float without.
+        clipped = clip is not None and len(clip.outputs[0].outputs) > 0
+        may_be_float = node.op in FLOAT_OUTPUT and not rules.quantized_outputs and not clipped
         for result in results[id(node)]:
             if not may_be_float or any(id(reader) in inside for reader in result.outputs):
                 tensors[result.name] = result
