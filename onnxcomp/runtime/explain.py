@@ -314,6 +314,14 @@ def _clip_not_redundant(node: _Quantized) -> str | None:
     )
 
 
+def _clip_without_q(node: _Quantized) -> str | None:
+    if node.clip is None or node.quantize is not None:
+        return None
+    readers = sorted({reader.op_type for reader in node.view.readers[node.clip.output[0]]})
+    where = ", ".join(readers) or "nothing"
+    return f"its {node.clip.op_type} goes to {where}; behind a {node.clip.op_type} it needs a QuantizeLinear there"
+
+
 def _clip_range(clip: onnx.NodeProto, view: _View) -> tuple[float, float]:
     if clip.op_type == "Relu":
         return 0.0, float("inf")
@@ -404,6 +412,7 @@ _RULES: tuple[tuple[str, Callable[[_Quantized], str | None], bool], ...] = (
     ("two-readers", _two_readers, False),
     ("no-output-q", _no_output_q, False),
     ("clip-not-redundant", _clip_not_redundant, False),
+    ("clip-without-q", _clip_without_q, False),
     ("type-mismatch", _type_mismatch, False),
     ("gemm-beta", _gemm_beta, False),
     ("gemm-zero-point", _gemm_zero_point, False),

@@ -14,9 +14,10 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.runtime.results import Observer
 from onnxcomp.targets import QuantizationRules, host_target
+from onnxcomp_passes._canonical import canonicalize
 from onnxcomp_passes._choice import Chooser
 from onnxcomp_passes._placement import Layer, find_layers, place, rangeable
-from onnxcomp_passes._qdq import Ranges
+from onnxcomp_passes._qdq import Ranges, is_written_by_us
 from onnxcomp_passes._remedies import REMEDIES, Evidence, treat
 from onnxcomp_passes._scheme import Scheme
 from onnxcomp_passes._statistics import observe
@@ -88,14 +89,17 @@ class Quantize(Pass):
         if rules is None:
             changes.leave("the model", "the target has no int8 kernels for Q/DQ models")
             return changes
-        if analysis.is_quantized(model):
+        if is_written_by_us(model):  # what is left in float there was left for a reason
             changes.leave("the model", "is already quantized")
             return changes
         base = model.fork()
         lift_constants(base.graph)
         if not any(layer.name not in self.skip for layer in find_layers(base.graph, context, changes)):
+            if analysis.is_quantized(model):
+                changes.leave("the model", "is already quantized")
             return changes
         base.raise_opset(PER_CHANNEL_OPSET)
+        canonicalize(base, context)
         layers = find_layers(base.graph, context)
         wanted = place(base.graph, layers, base.opset, rules=rules).tensors
         ranges = self._calibrate(base, wanted, context, changes)
