@@ -50,7 +50,7 @@ def test_runs_that_hold_no_numbers_are_counted_and_left_out(bad: float):
 def test_scalars_and_other_numbers_of_channels_are_ignored():
     moments = ChannelMoments(1)
     moments.update(np.ones((2, 3), np.float32))
-    moments.update(np.float32(7.0))
+    moments.update(np.array(7.0, np.float32))
     moments.update(np.full((2, 4), 9.0, np.float32))
 
     assert moments.peak().tolist() == [1.0, 1.0, 1.0]
