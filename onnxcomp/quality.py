@@ -4,8 +4,10 @@ Three ways, the best one that the data allow:
 
 - `metric`: labels and a task metric; the drop is the difference of the metric.
 - `expected-drop`: no labels, but an output holds class scores. What the original expects to lose by the candidate's
-  choices: mean(p[own choice] - p[candidate's choice]). (Counting disagreements would reject good models: near ties flip
-  without any loss.)
+  choices: mean(p[own choice] - p[candidate's choice]), at each step of a sequence of them. (Counting
+  disagreements would reject good models: near ties flip without any loss.)
+  An output that mixes scores with other numbers, as detectors' do, likewise: how much average precision the candidate's
+  ranking is expected to lose; see `onnxcomp.detection`.
 - `relative-error`: anything else. The root mean square of the difference over that of the *part of the output that
   depends on the input* (the output minus its mean over the samples), the worst output counts. A large constant part, as
   in spectra in decibels or in box coordinates, would otherwise hide the damage: an anomaly detector that lost 4 points
@@ -23,6 +25,7 @@ import numpy as np
 
 from onnxcomp import metrics
 from onnxcomp.data import Batch, Dataset
+from onnxcomp.detection import MixedOutput, find_mixed
 from onnxcomp.errors import DataError
 from onnxcomp.metrics import Metric
 
@@ -52,7 +55,8 @@ class Quality:
         kind: How the drop was measured.
         drop: The drop.
         interval: Its paired 95% interval.
-        error: The relative error of the worst output; see the module.
+        error: The relative error of the worst output; see the module. Of an output that is in part scores, that of the
+            rest, counted by the scores beside it.
         plain_error: The same without taking the mean out: what "equal to rounding" is about.
         sqnr_db: The signal-to-noise ratio of the worst output.
         agreement: How often the top class is the same.
@@ -60,6 +64,8 @@ class Quality:
         samples: How many samples were compared.
         guessed: That the outputs are class scores was only guessed from confident logits: the relative error must be
             inside its budget too.
+        score_error: Where an output holds other numbers beside its scores, the scores' relative error. The drop is
+            theirs then, and `error` that of the others, which have a budget of their own.
     """
 
     kind: Literal["metric", "expected-drop", "relative-error"]
@@ -72,6 +78,12 @@ class Quality:
     metric: float | None
     samples: int
     guessed: bool = False
+    score_error: float | None = None
+
+    @property
+    def detection(self) -> bool:
+        """Whether the drop is that of a detector's scores."""
+        return self.score_error is not None and self.kind == "expected-drop"
 
 
 class Reference:
@@ -110,16 +122,30 @@ class Reference:
         elements = sum(array[:1].size if array.ndim else 1 for array in inputs)
         self._guessed = False
         self._classes = None if classifier is False or data.generated else self._class_output(elements, classifier)
+        self._mixed = None if self._classes is not None or data.generated else self._mixed_output()
 
     def _class_output(self, elements: int, declared: bool | None) -> int | None:
         """Which output holds class scores."""
         for index in range(_width(self._runs)):
             whole = _joined(self._runs, index)
-            if whole is not None and whole.ndim == 2 and whole.dtype.kind == "f" and whole.shape[1] > 1:
+            if whole is None or whole.dtype.kind != "f" or whole.shape[-1] < 2:
+                continue
+            if whole.ndim == 3 and metrics.looks_like_classifier(_rows(whole), elements) == "probabilities":
+                return index
+            if whole.ndim == 2:
                 looks = metrics.looks_like_classifier(whole, elements)
                 if declared or looks:
                     self._guessed = not declared and looks != "probabilities"
                     return index
+        return None
+
+    def _mixed_output(self) -> tuple[int, MixedOutput] | None:
+        """The first output that mixes scores with other numbers."""
+        for index in range(_width(self._runs)):
+            whole = _joined(self._runs, index)
+            found = None if whole is None else find_mixed(whole)
+            if found is not None:
+                return index, found
         return None
 
     @property
@@ -127,7 +153,7 @@ class Reference:
         """How the drop of candidates is measured."""
         if self._labels is not None:
             return "metric"
-        return "relative-error" if self._classes is None else "expected-drop"
+        return "relative-error" if self._classes is None and self._mixed is None else "expected-drop"
 
     def metric_value(self) -> float | None:
         """The original's own metric value."""
@@ -147,15 +173,24 @@ class Reference:
             for _, batch, arrays in zip(range(self.batches), data.batches(), outputs, strict=False)
         ]
         plain, centred = self._errors(runs)
-        agreement = drop = value = interval = None
+        agreement = drop = value = interval = score_error = None
         if self._classes is not None:
             teacher, student = _joined(self._runs, self._classes), _joined(runs, self._classes)
             if teacher is not None and student is not None and teacher.shape == student.shape:
-                lost = metrics.expected_drop(teacher, student)
-                agreement = float((teacher.argmax(axis=1) == student.argmax(axis=1)).mean())
+                places = metrics.expected_drop(_rows(teacher), _rows(student))
+                lost = places.reshape(len(teacher), -1).mean(axis=1)
+                agreement = float((teacher.argmax(axis=-1) == student.argmax(axis=-1)).mean())
                 drop, interval = float(lost.mean()), _mean_interval(lost, self._seed)
             else:
                 drop, interval = math.inf, (math.inf, math.inf)
+        if self._mixed is not None:
+            index, mixed = self._mixed
+            teacher, student = _joined(self._runs, index), _joined(runs, index)
+            if teacher is not None and student is not None and teacher.shape == student.shape:
+                drop, interval = mixed.drop(teacher, student, self._seed)
+                score_error = mixed.score_error(teacher, student)
+            else:
+                drop, interval, score_error = math.inf, (math.inf, math.inf), math.inf
         if self._metric is not None and self._labels is not None:
             value, drop, interval = self._metric_drop(self._metric, runs, self._labels)
         return Quality(
@@ -169,6 +204,7 @@ class Reference:
             metric=value,
             samples=self.samples,
             guessed=self._guessed and self.kind == "expected-drop",
+            score_error=score_error,
         )
 
     def _metric_drop(
@@ -201,6 +237,10 @@ class Reference:
                 continue
             one = relative_error(pairs, centred=False)
             plain = max(plain, one)
+            if self._mixed is not None and self._mixed[0] == index:
+                teacher, student = (np.concatenate(part) for part in zip(*pairs, strict=True))
+                centred = max(centred, self._mixed[1].error(teacher, student))
+                continue
             use_mean = self._centred and self.samples >= CENTRED_FROM_SAMPLES
             centred = max(centred, relative_error(pairs, centred=True) if use_mean else one)
         return plain, centred
@@ -282,6 +322,11 @@ def _count(runs: Runs, data: Dataset) -> int:
 def _width(runs: Runs) -> int:
     """The largest number of outputs of a run: sequences may be longer in one than in another."""
     return max(map(len, runs), default=0)
+
+
+def _rows(scores: Array) -> Array:
+    """Class scores as one row a decision: a sequence model takes one at each step."""
+    return scores.reshape(-1, scores.shape[-1])
 
 
 def _joined(runs: Runs, index: int) -> Array | None:

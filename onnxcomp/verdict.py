@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from onnxcomp.errors import ModelError, RuntimeFailure
@@ -20,6 +20,10 @@ __all__ = ["Kept", "StageRunner"]
 
 WORTH_KEEPING = 1.03
 """A lossy stage must make the model at least this much better (times faster by times smaller): less is clock noise."""
+
+LESS = 0.5
+LEAST_SHARE = 0.25
+"""A stage that does not hold on other samples chooses again within half of the budget, then within a quarter."""
 
 MAX_WEAKER = 6
 """Weaker forms of one stage that are tried at most."""
@@ -135,18 +139,37 @@ class StageRunner:
         last = attempts[-1]
         return kept.with_entry(StageEntry(stage.name, "dropped", last.reason, time.monotonic() - started, attempts))
 
-    def confirm(self, kept: Kept) -> Kept:
-        """Check the whole on samples that no choice saw; go back before the last lossy stage while it does not hold."""
+    def confirm(self, kept: Kept, stages: Sequence[Stage]) -> Kept:
+        """Check the whole on samples that no choice saw.
+
+        While it does not hold, the last lossy stage chooses again within a part of the budget, then is dropped.
+        """
         while kept.before and not self._force:
             quality = self.judge.confirm(kept.model)
             if self.judge.allows(quality):
                 break
             index, model = kept.before[-1]
             reason = f"did not hold on the samples kept for confirmation: {_loss(quality)}"
-            dropped = replace(kept.stages[index], verdict="dropped", reason=reason)
-            stages = (*kept.stages[:index], dropped, *kept.stages[index + 1 :])
-            kept = Kept(model, stages, kept.before[:-1])
+            dropped = _dropped(kept.stages[index], reason)
+            before = Kept(model, kept.stages[:index], kept.before[:-1])
+            again = None if _changed(kept.stages[index + 1 :]) else self._again(stages[index], before, dropped)
+            later = kept.stages[index + 1 :]
+            kept = again or Kept(model, (*before.stages, dropped), before.before)
+            kept = replace(kept, stages=(*kept.stages, *later))
+        self._context.share = 1.0
         return kept
+
+    def _again(self, stage: Stage, before: Kept, dropped: StageEntry) -> Kept | None:
+        """Run a stage once more within less of the budget; None if it was tried enough, or nothing comes of it."""
+        self._context.share *= LESS
+        if self._context.share < LEAST_SHARE or self._context.out_of_time():
+            return None
+        kept = self.run(stage, before)
+        entry = kept.stages[-1]
+        if len(kept.before) == len(before.before):
+            return None
+        entry = replace(entry, seconds=entry.seconds + dropped.seconds, attempts=[*dropped.attempts, *entry.attempts])
+        return replace(kept, stages=(*kept.stages[:-1], entry))
 
     # --- one form ---------------------------------------------------------------------------------------------------
 
@@ -237,6 +260,20 @@ class StageRunner:
         return None
 
 
+def _dropped(entry: StageEntry, reason: str) -> StageEntry:
+    """A kept stage's entry once it turns out not to hold."""
+    attempts = [
+        *entry.attempts[:-1],
+        *(replace(last, verdict="dropped", reason=reason) for last in entry.attempts[-1:]),
+    ]
+    return replace(entry, verdict="dropped", reason=reason, attempts=attempts)
+
+
+def _changed(entries: tuple[StageEntry, ...]) -> bool:
+    """Whether any of these stages changed the model."""
+    return any(entry.verdict in {"kept", "forced"} for entry in entries)
+
+
 def _forms(stage: Stage) -> Iterator[tuple[Pass, ...]]:
     """The stage as it is, then with each pass's weaker forms, one pass at a time."""
     yield stage.passes
@@ -280,4 +317,4 @@ def _loss(quality: Quality) -> str:
         return f"{error} ({quality.samples} samples)"
     low, high = quality.interval
     drop = f"drop {quality.drop:.4f} (95% interval {low:.4f} to {high:.4f}, {quality.samples} samples)"
-    return f"{drop}, {error}" if quality.guessed else drop
+    return f"{drop}, {error}" if quality.guessed or quality.detection else drop

@@ -48,7 +48,7 @@ class KernelReport:
     missed: tuple[KernelMiss, ...]
 
 
-def explain(model: onnx.ModelProto, census: Census) -> KernelReport:
+def explain(model: onnx.ModelProto, census: Census, *, wide: str | None = None) -> KernelReport:
     """Tell which quantized nodes run in int8, and why the others do not.
 
     A node is quantized when both its data input and its weight come straight from a DequantizeLinear. It counts as
@@ -58,6 +58,8 @@ def explain(model: onnx.ModelProto, census: Census) -> KernelReport:
     Args:
         model: The QDQ model; external data need not be loaded.
         census: The census of the same model.
+        wide: The type of 16-bit activations that the model's target has kernels for. No census shows these, so a node
+            of that type with an int8 weight counts.
 
     Returns:
         The names of the nodes in int8, and a miss for every other one, both in the order of the graph.
@@ -72,7 +74,8 @@ def explain(model: onnx.ModelProto, census: Census) -> KernelReport:
     fused = _fused({name for name, _, _ in quantized}, (node.name for node in census.int8_nodes))
     int8, missed = [], []
     for name, node, view in quantized:
-        miss = _miss(_Quantized(node, view), fused=name in fused)
+        found = _Quantized(node, view)
+        miss = None if wide and found.types == (wide, "int8", wide) else _miss(found, fused=name in fused)
         if miss is None:
             int8.append(name)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -11,7 +12,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
 from onnxcomp.quality import Quality
 from onnxcomp.runtime import KernelReport, explain
-from onnxcomp_passes._remedies import REMEDIES, Evidence
+from onnxcomp_passes._remedies import REMEDIES, SLOWING, Evidence
 from onnxcomp_passes._scheme import Scheme
 
 __all__ = ["MOST_RANKED", "Chooser", "costliest_first", "fewest"]
@@ -24,6 +25,12 @@ REPAIRS = 3
 
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 """Operators that ONNX Runtime fuses into a float Conv or Gemm, whose kernel may then go by their name."""
+
+MARGIN = 0.9
+"""The share of the budget that is spent on the samples that choices are made on: others lose a little more."""
+
+COMFORT = 0.5
+"""What helps accuracy at no cost in time is tried where more than this share of the budget would be spent."""
 
 HELPS = 0.97
 """A remedy is kept where it brings the relative error of the whole model below this share."""
@@ -46,35 +53,42 @@ class Chooser:
         names: The layers' names, in the order of the scheme's keys.
         evidence: What remedies know of the float model.
         context: Its judge measures.
-        changes: Told why layers are returned to float, and what was done for accuracy.
     """
 
-    def __init__(
-        self, scheme: Scheme, names: list[str], evidence: Evidence, context: Context, changes: Changes
-    ) -> None:
+    def __init__(self, scheme: Scheme, names: list[str], evidence: Evidence, context: Context) -> None:
         assert context.judge is not None
         self._scheme = scheme
         self._names = names
         self._evidence = evidence
         self._context = context
         self._judge: Judge = context.judge
-        self._changes = changes
         self._why: dict[int, str] = {}
         self._qualities: dict[Layers, Quality] = {}
+        self._tried: list[str] | None = None
+        self._kept: list[str] = []
+        self._order: dict[Layers, tuple[list[int], dict[int, float]]] = {}
 
-    def choose(self, layers: Layers) -> tuple[Scheme, Layers]:
-        """The best scheme and subset of `layers` found; an empty subset if int8 is not worth it anywhere."""
+    def choose(self, layers: Layers, changes: Changes) -> tuple[Layers, tuple[str, ...]]:
+        """The best subset of `layers` found, empty if int8 is not worth it anywhere; and the remedies that helped.
+
+        Called again with a smaller `Context.share`, it goes on from what it has measured.
+
+        Args:
+            layers: What may run in int8.
+            changes: Told why layers are returned to float, and what was done for accuracy.
+        """
         chosen = self._fused(layers)
-        if chosen and not self._holds(chosen):
-            self._remedy(chosen)
+        if chosen and self._tried is None and not self._holds(chosen, COMFORT):
+            self._tried = self._remedy(chosen)
             chosen = self._fused(chosen)
+        changes.notes += self._tried or []
         if chosen and not self._holds(chosen):
             chosen = self._within_budget(chosen)
         if chosen:
             chosen = self._without_slow(chosen)
         for index in sorted(layers - chosen):
-            self._changes.leave(self._names[index], self._why.get(index, "int8 does not pay"))
-        return self._scheme, chosen
+            changes.leave(self._names[index], self._why.get(index, "int8 does not pay"))
+        return chosen, tuple(self._kept)
 
     @property
     def _base(self) -> Model:
@@ -83,24 +97,28 @@ class Chooser:
     def _build(self, layers: Layers) -> Model:
         return self._scheme.build(layers, self._context)
 
-    def _remedy(self, layers: Layers) -> None:
+    def _remedy(self, layers: Layers) -> list[str]:
         """Try what may hold accuracy with these layers in int8, the cheapest first, and keep what helps."""
+        told = []
         error = self._rough_error(self._build(layers))
-        for name, remedy in REMEDIES:
+        for name, remedy in REMEDIES.items():
             if self._context.out_of_time():
                 break
             self._context.progress(f"for accuracy: {name}")
+            if name in SLOWING and self._holds(layers):
+                continue
             candidate = remedy(self._scheme, layers, self._evidence)
             if candidate is None:
                 continue
             found = self._rough_error(candidate.build(layers, self._context))
-            told = f"{name}: relative error {error:.2%} -> {found:.2%} with {len(layers)} layers in int8"
-            if found < HELPS * error:
+            change = f"relative error {error:.2%} -> {found:.2%} with {len(layers)} layers in int8"
+            helps = found < HELPS * error
+            told.append(f"{name}: {change}, {'kept' if helps else 'not kept'}")
+            if helps:
                 self._scheme, error = candidate, found
+                self._kept.append(name)
                 self._qualities.clear()
-                self._changes.notes.append(f"{told}, kept")
-            else:
-                self._changes.notes.append(f"{told}, not kept")
+        return told
 
     def _rough_error(self, model: Model) -> float:
         error = self._judge.rough_error(model)
@@ -112,7 +130,7 @@ class Chooser:
     def _report(self, layers: Layers) -> KernelReport:
         model = self._build(layers)
         census = self._judge.runtime.census(self._judge.path_of(model))
-        return explain(model.proto(), census)
+        return explain(model.proto(), census, wide=self._scheme.rules.wide)
 
     def _fused(self, layers: Layers) -> Layers:
         """Without the layers that ONNX Runtime would not run in int8."""
@@ -137,16 +155,14 @@ class Chooser:
             self._judge.forget(model)
         return self._qualities[layers]
 
-    def _holds(self, layers: Layers) -> bool:
-        return self._judge.allows(self._quality(layers))
+    def _holds(self, layers: Layers, share: float = MARGIN) -> bool:
+        return self._judge.allows(self._quality(layers), share * self._context.share)
 
     def _within_budget(self, layers: Layers) -> Layers:
         """Return layers to float, those with most output error per millisecond gained first, until the budget holds."""
-        self._context.progress(f"ranking {len(layers)} layers by error and time")
-        times = self._times(self._base) if self._judge.timed else self._judge.layer_macs(self._base)
-        gains = {index: max(times.get(self._names[index], 0.0), MIN_GAIN_MS) for index in sorted(layers)}
-        errors = self._errors(gains)
-        order = costliest_first(gains, errors)
+        if layers not in self._order:
+            self._order[layers] = self._rank(layers)
+        order, errors = self._order[layers]
 
         def holds(count: int) -> bool:
             self._context.progress(f"trying {len(order) - count} of {len(order)} layers in int8")
@@ -158,13 +174,27 @@ class Chooser:
             self._why[index] = f"costs too much accuracy{alone}"
         return frozenset(order[count:])
 
+    def _rank(self, layers: Layers) -> tuple[list[int], dict[int, float]]:
+        """Layers by error per millisecond gained, worst first, and the errors that were measured."""
+        self._context.progress(f"ranking {len(layers)} layers by error and time")
+        times = self._times(self._base) if self._judge.timed else self._judge.layer_macs(self._base)
+        gains = {index: max(times.get(self._names[index], 0.0), MIN_GAIN_MS) for index in sorted(layers)}
+        errors = self._errors(gains)
+        return costliest_first(gains, errors), errors
+
     def _errors(self, gains: dict[int, float]) -> dict[int, float]:
-        """The output error of each layer alone in int8, for the layers that gain most."""
+        """The output error that each layer alone adds in int8, for the layers that gain most.
+
+        What the float model is off by already (its weights may be stored small) is not the layer's; independent errors
+        add up as squares.
+        """
         errors = {}
+        before = self._judge.rough_error(self._base)
         for index in sorted(gains, key=lambda i: gains[i], reverse=True)[:MOST_RANKED]:
             if self._context.out_of_time():
                 break
-            errors[index] = self._rough_error(self._build(frozenset({index})))
+            found = self._rough_error(self._build(frozenset({index})))
+            errors[index] = math.sqrt(max(0.0, found**2 - before**2))
         return errors
 
     # --- speed ------------------------------------------------------------------------------------------------------
@@ -196,24 +226,47 @@ class Chooser:
         if not self._judge.timed:
             return chosen
         self._context.progress("looking for layers that are slower in int8")
-        before, after = self._times(self._base), self._times(self._build(chosen))
-        lost = {index: self._lost(before, after, self._names[index]) for index in sorted(chosen)}
+        model = self._build(chosen)
+        before, after = self._times(self._base), self._times(model)
+        ways = self._conversions(model)
+        lost = {index: self._lost(before, after, ways, self._names[index]) for index in sorted(chosen)}
         slow = [index for index in sorted(lost, key=lambda i: lost[i], reverse=True) if lost[index] > 0]
-        best = chosen
-        for count in (1, 2, 4, 8):
+        best, count = chosen, 1
+        while count < 2 * len(slow) and not self._context.out_of_time():
             rest = self._fused(chosen.difference(slow[:count]))
-            if count >= 2 * len(slow) or not rest or self._context.out_of_time():
-                break
-            if self._gain(best, rest) >= FASTER and self._holds(rest):
+            if rest and self._gain(best, rest) >= FASTER and self._holds(rest):
                 best = rest
+            count *= 2
         for index in chosen - best:
             self._why.setdefault(index, "is slower in int8 on this machine")
         return best
 
+    def _conversions(self, model: Model) -> dict[str, float]:
+        """Milliseconds that the ways to int8 and back to float cost beside a layer, by layer name."""
+        known, path = self._kernel_names(), self._judge.path_of(model)
+        nodes = self._judge.runtime.census(path).nodes
+        times = self._judge.runtime.profile(path, self._judge.feed)
+        layer = {node.name: name for node in nodes if (name := _layer_of(node.name, known)) is not None}
+        maker = {tensor: layer[node.name] for node in nodes if node.name in layer for tensor in node.outputs}
+        readers: dict[str, list[str]] = {}
+        for node in nodes:
+            for tensor in node.inputs if node.name in layer else ():
+                readers.setdefault(tensor, []).append(layer[node.name])
+        ways: dict[str, float] = {}
+        for node in nodes:
+            beside: list[str] = []
+            if node.op == "DequantizeLinear" and node.inputs[0] in maker:
+                beside = [maker[node.inputs[0]]]
+            elif node.op == "QuantizeLinear":
+                beside = readers.get(node.outputs[0], [])
+            for name in beside:
+                ways[name] = ways.get(name, 0.0) + times.get(node.name, 0.0) / len(beside)
+        return ways
+
     @staticmethod
-    def _lost(before: dict[str, float], after: dict[str, float], name: str) -> float:
+    def _lost(before: dict[str, float], after: dict[str, float], ways: dict[str, float], name: str) -> float:
         """The milliseconds that a layer loses in int8; not positive where it gains or nothing is known."""
-        return after.get(name, 0.0) - before.get(name, float("inf"))
+        return after.get(name, 0.0) + ways.get(name, 0.0) - before.get(name, float("inf"))
 
     def _gain(self, old: Layers, new: Layers) -> float:
         """How many times better the whole model is with one set than with another: faster by smaller."""

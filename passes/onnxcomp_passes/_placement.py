@@ -14,9 +14,10 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.model import value_of
 from onnxcomp.passes import Changes, Context
+from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._stored import Stored, find_stored
 
-__all__ = ["Layer", "Placement", "find_layers", "place"]
+__all__ = ["Layer", "Placement", "find_layers", "place", "rangeable"]
 
 SAME_GRID = frozenset({"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "DepthToSpace"})
 """Operators that only move values: output and input share scale and zero point, and the runtime drops the Q/DQ."""
@@ -28,6 +29,12 @@ FLOAT_OUTPUT = frozenset({"Gemm", "MatMul"})
 """Operators whose int8 kernels can write float: no output scale is needed where no int8 node reads the result."""
 
 MAXPOOL_INT8_OPSET = 12
+
+ANY = QuantizationRules()
+"""No target's restrictions."""
+
+WIDEST = QuantizationRules(quantized_outputs=True)
+"""Wants a range of every tensor that any target wants one of."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,27 @@ class Placement:
 
 
 def find_layers(graph: gs.Graph, context: Context, changes: Changes | None = None) -> list[Layer]:
-    """All layers of the main graph that int8 kernels exist for; says why others are left alone."""
+    """All layers of the main graph that the target has int8 kernels for; says why others are left alone."""
+    target = context.target or host_target()
+    return _layers(graph, context, target.rules or ANY, target.name, changes)
+
+
+def rangeable(graph: gs.Graph, context: Context, opset: int) -> list[str]:
+    """The tensors that any target may want a range of: one calibration then serves them all."""
+    return list(place(graph, _layers(graph, context, WIDEST), opset, rules=WIDEST).tensors)
+
+
+def _layers(
+    graph: gs.Graph, context: Context, rules: QuantizationRules, target: str = "", changes: Changes | None = None
+) -> list[Layer]:
     layers = []
     for node in graph.nodes:
         if node.op not in {"Conv", "Gemm", "MatMul", "ConvTranspose"} or node.domain:
             continue
         weight = _weight(node)
         reason = "excluded" if context.excludes(node) else _refusal(node, weight)
+        if reason is None and not rules.supports(node.op):
+            reason = f"{target} has no int8 {node.op}"
         if reason is None and weight is not None:
             layers.append(Layer(node, weight, _axis(node)))
         elif changes is not None:
@@ -130,7 +151,13 @@ def _axis(node: gs.Node) -> int:
     return 0 if node.op == "Gemm" and node.attrs.get("transB", 0) else 1
 
 
-def place(graph: gs.Graph, layers: Iterable[Layer], opset: int, known: Container[str] | None = None) -> Placement:
+def place(
+    graph: gs.Graph,
+    layers: Iterable[Layer],
+    opset: int,
+    known: Container[str] | None = None,
+    rules: QuantizationRules = ANY,
+) -> Placement:
     """Decide what runs in int8 around the given layers.
 
     An operator between two layers follows them into int8 when all its data come from int8 nodes and an int8 node reads
@@ -141,12 +168,13 @@ def place(graph: gs.Graph, layers: Iterable[Layer], opset: int, known: Container
         layers: The layers to run in int8.
         opset: Of the default operator set.
         known: The tensors that have a range; operators on others do not follow. None: all.
+        rules: The target's: operators that it has no int8 kernel for do not follow.
     """
     chosen = tuple(layers)
     core = {id(layer.node) for layer in chosen}
     outputs = {id(tensor) for tensor in graph.outputs}
     final, absorbed = _final_outputs(graph, chosen, outputs)
-    companions = _companions(graph, core, final, outputs, opset, known)
+    companions = _companions(graph, core, final, outputs, opset, known, rules)
     inside = core | {id(node) for node in companions}
     for node in companions:
         clip = _redundant_clip(node, outputs)
@@ -159,7 +187,8 @@ def place(graph: gs.Graph, layers: Iterable[Layer], opset: int, known: Container
         for tensor in _data_inputs(node):
             tensors[tensor.name] = tensor
         result = final[id(node)]
-        if node.op not in FLOAT_OUTPUT or any(id(reader) in inside for reader in result.outputs):
+        may_be_float = node.op in FLOAT_OUTPUT and not rules.quantized_outputs
+        if not may_be_float or any(id(reader) in inside for reader in result.outputs):
             tensors[result.name] = result
     grid = {final[id(n)].name: n.inputs[0].name for n in companions if n.op in SAME_GRID}
     gone = tuple(clip for clip in absorbed if clip.outputs[0].name in tensors)
@@ -209,6 +238,7 @@ def _companions(
     outputs: set[int],
     opset: int,
     known: Container[str] | None,
+    rules: QuantizationRules,
 ) -> list[gs.Node]:
     """The operators between int8 nodes: reached from int8 on all sides, and read by int8 further on."""
     int8 = {id(tensor) for tensor in final.values() if known is None or tensor.name in known}
@@ -216,7 +246,8 @@ def _companions(
     results: dict[int, gs.Tensor] = {}
     for node in graph.nodes:
         data = list(_data_inputs(node))
-        if node.op in COMPANIONS and _supported(node, opset) and data and all(id(t) in int8 for t in data):
+        may = node.op in COMPANIONS and rules.supports(node.op) and _supported(node, opset)
+        if may and data and all(id(t) in int8 for t in data):
             clip = _redundant_clip(node, outputs)
             result = node.outputs[0] if clip is None else clip.outputs[0]
             if known is not None and result.name not in known:

@@ -25,6 +25,9 @@ Ranges = dict[str, tuple[float, float]]
 REDUCED_MAX = 63
 """Weights in 7 bits: a pair of products with uint8 activations then fits 16 bits."""
 
+WIDE_OPSET = 21
+"""The first opset with 16-bit QuantizeLinear; before, ONNX Runtime's own operator of that name does."""
+
 BIAS_MAX = float(1 << 30)
 """Room in an int32 accumulator for the products besides the bias."""
 
@@ -47,7 +50,7 @@ class Grid:
         """
         low, high = min(low, 0.0), max(high, 0.0)
         limits = np.iinfo(dtype)
-        scale = np.float32((high - low) / 255.0)
+        scale = np.float32((high - low) / (limits.max - limits.min))
         if scale < np.finfo(np.float32).tiny:
             scale = np.float32(1.0)
         zero = np.clip(np.rint(limits.min - low / float(scale)), limits.min, limits.max)
@@ -76,10 +79,12 @@ class _Writer:
         scale = self.constant("s", np.asarray(grid.scale, np.float32))
         zero = self.constant("z", grid.zero_point)
         codes = Variable(self.model.unique_name("t.0"))
-        return [
-            Node("QuantizeLinear", "", {}, [tensor, scale, zero], [codes]),
-            Node("DequantizeLinear", "", {}, [codes, scale, zero], [result]),
-        ]
+        wide = grid.zero_point.dtype.itemsize > 1 and self.model.opset < WIDE_OPSET
+        quantize = Node("QuantizeLinear", "", {}, [tensor, scale, zero], [codes])
+        decode = Node("DequantizeLinear", "", {}, [codes, scale, zero], [result])
+        if wide:
+            quantize.domain = decode.domain = "com.microsoft"
+        return [quantize, decode]
 
     def dequantize(
         self, codes: Array, scale: Array, axis: int, *, zero_point: bool = False
@@ -101,12 +106,12 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
         placement: What runs in int8.
         scheme: How: ranges, the target's rules, rounding.
     """
-    grids = {}
+    grids, dtype = {}, scheme.rules.activations
     for name in placement.tensors:
         root = name
         while root in placement.grid:
             root = placement.grid[root]
-        grids[name] = Grid.covering(*scheme.ranges[root], scheme.rules.activations)
+        grids[name] = Grid.covering(*_range(placement.tensors[root], scheme.ranges, dtype), dtype)
     writer = _Writer(model, scheme, grids)
     added: list[gs.Node] = []
     for layer in placement.layers:
@@ -117,6 +122,17 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
         added += _quantize_tensor(writer, tensor, inside)
     model.graph.nodes.extend(added)
     _drop_unused_decoders(model.graph)
+
+
+def _range(tensor: gs.Tensor, ranges: Ranges, dtype: str) -> tuple[float, float]:
+    """The range to cover. That of a probability is known, and kernels refuse another.
+
+    XNNPACK takes a Softmax with the step 1/256 and no other, 1/255 included; QNN a 16-bit Sigmoid with 1/65536.
+    """
+    levels = float(np.iinfo(dtype).max) - np.iinfo(dtype).min + 1
+    known = {"Softmax", "Sigmoid"} if levels > 256 else {"Softmax"}
+    made_by = tensor.inputs[0].op if tensor.inputs else None
+    return (0.0, 1.0 - 1.0 / levels) if made_by in known else ranges[tensor.name]
 
 
 def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> list[gs.Node]:
@@ -145,8 +161,9 @@ def _quantize_weights(writer: _Writer, layer: Layer) -> list[gs.Node]:
     values = _bias(layer, codes, scale, writer.scheme)
     if values is not None:
         codes, scale = _room_for_bias(layer, codes, scale, values, input_scale)
-    # ONNX Runtime makes a QGemm only where the weight's zero point is written out.
-    weight, node.inputs[1] = writer.dequantize(codes, scale, layer.axis, zero_point=node.op == "Gemm")
+    # ONNX Runtime makes a QGemm only where the weight's zero point is written out, and XNNPACK refuses the model.
+    written = node.op == "Gemm" or writer.scheme.rules.zero_points
+    weight, node.inputs[1] = writer.dequantize(codes, scale, layer.axis, zero_point=written)
     if values is None:
         return [weight]
     bias_scale = (input_scale * scale).astype(np.float32)
@@ -179,8 +196,9 @@ def _weight_codes(layer: Layer, scheme: Scheme) -> tuple[Array, Array]:
     """The int8 codes and the scale, taken over from the storage form where that has the same grid."""
     rules = scheme.rules
     limit = REDUCED_MAX if rules.reduce_range else INT8_MAX
+    per_channel = rules.channel_scales(layer.node.op)
     weight, steps = layer.weight, scheme.steps.get(layer.key)
-    if isinstance(weight, Stored) and rules.per_channel and limit == INT8_MAX and steps is None:
+    if isinstance(weight, Stored) and per_channel and limit == INT8_MAX and steps is None:
         scale = value_of(weight.scale)
         if scale.ndim and scale.size == scale.shape[layer.axis] == weight.codes.shape[layer.axis]:
             return value_of(weight.codes), scale.reshape(-1)
@@ -188,8 +206,8 @@ def _weight_codes(layer: Layer, scheme: Scheme) -> tuple[Array, Array]:
     if steps is not None:
         shaped = steps.reshape([-1 if axis == layer.axis else 1 for axis in range(values.ndim)])
         return np.clip(np.rint(values / shaped), -limit, limit).astype(np.int8), steps
-    codes, scale = encode(values, layer.axis if rules.per_channel else None, limit=limit)
-    return codes, scale.reshape(-1) if rules.per_channel else scale.reshape(())
+    codes, scale = encode(values, layer.axis if per_channel else None, limit=limit)
+    return codes, scale.reshape(-1) if per_channel else scale.reshape(())
 
 
 def _room_for_bias(layer: Layer, codes: Array, scale: Array, bias: Array, input_scale: float) -> tuple[Array, Array]:

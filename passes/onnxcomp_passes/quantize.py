@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, TypeVar
 
 from onnxcomp import analysis
 from onnxcomp.calibration import make_calibrator
-from onnxcomp.errors import RequirementError
+from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.runtime.results import Observer
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._choice import Chooser
-from onnxcomp_passes._placement import Layer, find_layers, place
+from onnxcomp_passes._placement import Layer, find_layers, place, rangeable
 from onnxcomp_passes._qdq import Ranges
-from onnxcomp_passes._remedies import Evidence
+from onnxcomp_passes._remedies import REMEDIES, Evidence, treat
 from onnxcomp_passes._scheme import Scheme
+from onnxcomp_passes._statistics import observe
 from onnxcomp_passes._stored import lift_constants
 from onnxcomp_passes._weights import LayerWeights
 
@@ -44,7 +45,9 @@ class Quantize(Pass):
     is verified is what runs. Operators between two int8 layers (residual Adds, pooling, reshapes) follow them.
 
     Layers return to float when their int8 kernel does not materialise, when they are slower for it, or, ranked by
-    output error per millisecond gained, until the accuracy budget holds.
+    output error per millisecond gained, until the accuracy budget holds. Before that, what may hold accuracy is tried
+    and kept where it helps: ranges fitted to the function behind them, channels evened out between layers, weights
+    rounded for the least output error, biases corrected.
 
     Left alone: layers without a constant weight, ConvTranspose, mask and shape arithmetic, layers whose activations
     hold NaN or infinity, excluded layers, and models that are already quantized.
@@ -58,6 +61,19 @@ class Quantize(Pass):
     per_channel: bool = option(True, "One weight scale per output channel, where the target has such kernels.")
     choose: bool = option(True, "Return layers to float by measurement; false quantizes every layer that can be.")
     skip: tuple[str, ...] = option((), "Names of layers that stay float.")
+    remedies: tuple[str, ...] = option((), f"What is done for accuracy without choosing: {', '.join(REMEDIES)}.")
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            OptionError: One of them is out of range, or no remedy is called so.
+        """
+        super().__post_init__()
+        unknown = [name for name in self.remedies if name not in REMEDIES]
+        if unknown:
+            message = f"quantize: no remedy is called {unknown[0]!r}; there are {', '.join(REMEDIES)}"
+            raise OptionError(message)
 
     def weaker(self) -> Iterator[Self]:
         """Ranges without the outliers."""
@@ -80,35 +96,43 @@ class Quantize(Pass):
             return changes
         base.raise_opset(PER_CHANNEL_OPSET)
         layers = find_layers(base.graph, context)
-        tensors = place(base.graph, layers, base.opset).tensors
-        ranges = self._calibrate(base, list(tensors), context, changes)
-        usable = self._usable(base, layers, ranges, changes)
-        scheme = Scheme(base, rules, ranges, tuple(layer.key for layer in layers), LayerWeights(context.exact))
+        wanted = place(base.graph, layers, base.opset, rules=rules).tensors
+        ranges = self._calibrate(base, wanted, context, changes)
+        usable = self._usable(base, layers, ranges, rules, changes)
         names = [layer.name for layer in layers]
-        chosen = usable
+        scheme = Scheme(base, rules, ranges, tuple(layer.key for layer in layers), LayerWeights(context.exact))
+        evidence = Evidence(
+            lambda model, watches: observe(model, watches, context),
+            lambda model, tensors: self._calibrate(model, tensors, context, Changes()),
+            context,
+        )
         if context.judge is not None and self.choose:
-            evidence = Evidence(
-                lambda model, watches: self._observe(model, watches, context),
-                lambda model, tensors: self._calibrate(model, tensors, context, Changes()),
-                context,
-            )
-            scheme, chosen = Chooser(scheme, names, evidence, context, changes).choose(usable)
+            # Kept for another choice within less of the budget, which needs no second measurement of each layer.
+            key = "quantize", model.digest, self
+            chooser = context.statistics.setdefault(key, Chooser(scheme, names, evidence, context))
+            chosen, remedies = chooser.choose(usable, changes)
+        else:
+            chosen, remedies = usable, self.remedies
         if not chosen:
             return changes
+        scheme = treat(scheme, remedies, chosen, evidence)
         model.become(scheme.build(chosen, context))
         for index in sorted(chosen):
             story = scheme.story.get(scheme.keys[index], ())
             changes.add(names[index], "; ".join(("runs in int8", *story)))
-        changes.resolved = {"choose": False, "skip": [name for i, name in enumerate(names) if i not in chosen]}
+        skipped = [name for index, name in enumerate(names) if index not in chosen]
+        changes.resolved = {"choose": False, "skip": skipped, "remedies": list(remedies)}
         return changes
 
-    def _usable(self, base: Model, layers: list[Layer], ranges: Ranges, changes: Changes) -> frozenset[int]:
+    def _usable(
+        self, base: Model, layers: list[Layer], ranges: Ranges, rules: QuantizationRules, changes: Changes
+    ) -> frozenset[int]:
         """The layers that may run in int8, by their place."""
         usable = set()
         for index, layer in enumerate(layers):
             if layer.name in self.skip:
                 continue
-            if place(base.graph, [layer], base.opset).tensors.keys() <= ranges.keys():
+            if place(base.graph, [layer], base.opset, rules=rules).tensors.keys() <= ranges.keys():
                 usable.add(index)
             else:
                 changes.leave(layer.name, "its activations hold NaN or infinity, or nothing at all")
@@ -118,26 +142,14 @@ class Quantize(Pass):
         rules = (context.target or host_target()).rules
         return None if rules is None else replace(rules, per_channel=rules.per_channel and self.per_channel)
 
-    def _calibrate(self, base: Model, tensors: list[str], context: Context, changes: Changes) -> Ranges:
-        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out."""
-        if context.data is None:
-            message = "the pass 'quantize' needs data; give --data"
-            raise RequirementError(message)
-        context.progress(f"calibrating {len(tensors)} tensors on {context.data.size} samples")
-        watches = {name: make_calibrator(self.calibration, self.percentile) for name in tensors}
-        watches = self._observe(base, watches, context)
+    def _calibrate(self, base: Model, wanted: Container[str], context: Context, changes: Changes) -> Ranges:
+        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out.
+
+        All that any target may want are calibrated at once, so that several targets need one calibration.
+        """
+        tensors = rangeable(base.graph, context, base.opset)
+        watches = observe(base, {name: make_calibrator(self.calibration, self.percentile) for name in tensors}, context)
         for name, watch in watches.items():
-            if watch.nonfinite:
+            if watch.nonfinite and name in wanted:
                 changes.leave(name, f"holds NaN or infinity ({watch.nonfinite} values)")
         return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}
-
-    @staticmethod
-    def _observe(base: Model, watches: dict[str, O], context: Context) -> dict[str, O]:
-        """Show the calibration data's activations to observers."""
-        assert context.data is not None
-        assert context.runtime is not None
-        assert context.workdir is not None
-        path = context.judge.path_of(base) if context.judge else context.workdir / "calibration.onnx"
-        if context.judge is None:
-            base.save(path)
-        return context.runtime.observe(path, context.data.feeds, watches)

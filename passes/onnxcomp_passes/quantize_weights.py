@@ -24,6 +24,9 @@ __all__ = ["QuantizeWeights"]
 NODE_OVERHEAD_BYTES = 80
 """What a node and its extra initializer add to the file, about."""
 
+STORAGE_SHARE = 0.6
+"""The part of the accuracy budget that storage may spend where it has to choose: int8 computation needs the rest."""
+
 PER_CHANNEL_OPSET = 13
 BLOCK_OPSET = 21
 """The first opsets whose DequantizeLinear has an axis, and blocks."""
@@ -225,7 +228,8 @@ class QuantizeWeights(Pass):
         self, base: Model, held: dict[str, Held], context: Context, judge: Judge, changes: Changes
     ) -> dict[str, Held]:
         """Return weights to float, those with most output error per byte first, until the budget holds."""
-        if judge.allows(judge.quality(self._built(base, held))):
+        share = STORAGE_SHARE * context.share
+        if judge.allows(judge.quality(self._built(base, held)), share):
             return held
 
         def without(chosen: list[str]) -> dict[str, Held]:
@@ -243,7 +247,7 @@ class QuantizeWeights(Pass):
         order = costliest_first(saved, errors)
 
         def holds(count: int) -> bool:
-            return judge.allows(judge.quality(self._built(base, without(order[:count]))))
+            return judge.allows(judge.quality(self._built(base, without(order[:count]))), share)
 
         chosen = order[: fewest(len(order), holds, context)]
         for name in chosen:
