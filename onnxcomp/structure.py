@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from onnx import helper
 
 from onnxcomp.errors import ModelError
+from onnxcomp.skeleton import cut_weights
 from onnxcomp.weights import Blob, LazyWeight, Spool, external_blob
 
 __all__ = [
@@ -146,8 +147,12 @@ def check_text(message: Message) -> None:
             raise ModelError(error)
 
 
-def read_structure(path: Path) -> onnx.ModelProto:
+def read_structure(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     """Parse a file; external data stay where they are.
+
+    Args:
+        path: The model file.
+        weights: False leaves large weights in the file too: they then look like external data of that file.
 
     Raises:
         ModelError: It cannot be read, or is not an ONNX model.
@@ -156,7 +161,7 @@ def read_structure(path: Path) -> onnx.ModelProto:
         if path.is_dir():
             message = f"{path}: is a folder, expected an .onnx file"
             raise ModelError(message)
-        data = path.read_bytes()
+        data = path.read_bytes() if weights else cut_weights(path)
     except OSError as error:
         message = f"{path}: cannot be read ({error.strerror})"
         raise ModelError(message) from error
@@ -164,7 +169,7 @@ def read_structure(path: Path) -> onnx.ModelProto:
     try:
         model.ParseFromString(data)
     except DecodeError as error:
-        message = f"{path}: is not an ONNX model, or is cut short ({len(data)} bytes)"
+        message = f"{path}: is not an ONNX model, or is cut short ({path.stat().st_size} bytes)"
         raise ModelError(message) from error
     if not model.ir_version or not model.HasField("graph") or not (model.graph.node or model.graph.output):
         message = f"{path}: is not an ONNX model (no graph in it)"
@@ -208,14 +213,14 @@ def model_files(path: Path) -> list[Path]:
     """A saved model's files: the .onnx file, then the external data files that it names."""
     proto = onnx.ModelProto()
     if path.suffix != ".ort":
-        proto = read_structure(path)
+        proto = read_structure(path, weights=False)
     folder = path.resolve().parent
     external = {
         external_blob(tensor, folder).path
         for tensor in tensors_of(proto.graph)
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
-    return [path, *sorted(external)]
+    return [path, *sorted(external - {path.resolve()})]
 
 
 def own_data_files(path: Path) -> set[Path]:
@@ -223,7 +228,7 @@ def own_data_files(path: Path) -> set[Path]:
     if not path.is_file():
         return set()
     try:
-        tensors = list(tensors_of(read_structure(path).graph))
+        tensors = list(tensors_of(read_structure(path, weights=False).graph))
     except ModelError:
         return set()
     names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
