@@ -397,7 +397,8 @@ def test_a_weight_that_costs_too_much_gets_its_exact_values_back():
         def quality(self, model: Model) -> Model:
             return model
 
-        def allows(self, model: Model) -> bool:
+        def allows(self, model: Model, share: float) -> bool:
+            assert 0 < share <= 1
             constants = {constant.name: constant for constant in model.constants()}
             return "W1" in constants and np.array_equal(value_of(constants["W1"]), weights["W1"])
 

@@ -209,6 +209,34 @@ def test_gptq_leaves_convolutions_and_tables_to_nearest_and_says_so(runtime: Run
     assert changes.notes == ["gptq is for MatMul and Gemm: 1 other weight is rounded to nearest"]
 
 
+def test_gptq_sees_the_readers_of_the_main_graph_alone(runtime: Runtime, tmp_path: Path):
+    text = """g (float[N, 24] x) => (float[N, 24] z) {
+        y = MatMul(x, W)
+        yes = Constant<value = bool {1}>()
+        z = If(yes) <
+            then_branch = then () => (float[N, 24] a) { t = Neg(y) a = MatMul(t, W) },
+            else_branch = otherwise () => (float[N, 24] b) { b = Identity(y) }
+        >
+    }"""
+    proto = graph_model(text, W=random_weights(24, 24, scale=0.2))
+    context = Context(data=data_for(proto, correlated(64, 24)), runtime=runtime, workdir=tmp_path)
+
+    _, changes = stored(proto, context, bits=4, method="gptq")
+
+    assert changes.changed[0].what == "24x24 float32 stored as int4 by gptq (held in 8 bits)"
+
+
+def test_gptq_leaves_layers_whose_input_is_never_finite_to_nearest(runtime: Runtime, tmp_path: Path):
+    text = "g (float[N, 24] x) => (float[N, 24] y) { r = Abs(x) l = Log(r) i = Neg(l) y = MatMul(i, W) }"
+    proto = graph_model(text, W=random_weights(24, 24))
+    zeros = np.zeros((16, 24), np.float32)
+    context = Context(data=data_for(proto, zeros), runtime=runtime, workdir=tmp_path)
+
+    _, changes = stored(proto, context, bits=4, method="gptq")
+
+    assert changes.changed[0].what == "24x24 float32 stored as int4 (held in 8 bits)"
+
+
 def test_gptq_gathers_large_layers_in_several_passes(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("onnxcomp_passes._products.BATCH_BYTES", 1000)
     proto = mlp_model((24, 48, 24))

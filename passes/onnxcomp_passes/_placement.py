@@ -15,7 +15,7 @@ from onnxcomp.graph_io import subgraphs, walk
 from onnxcomp.passes import Changes, Context
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._companions import SAME_GRID, clip_low, data_inputs, is_adapted, is_supported
-from onnxcomp_passes._stored import Stored, find_stored
+from onnxcomp_passes._stored import Stored, find_stored, is_decoded
 
 __all__ = ["Layer", "Placement", "find_layers", "place", "rangeable"]
 
@@ -156,6 +156,8 @@ def _no_weight(tensor: gs.Tensor) -> str:
         return f"its weight {tensor.name!r} is a graph input"
     if tensor.inputs[0].op == "DequantizeLinear":
         return "its weight is quantized already"
+    if is_decoded(tensor):
+        return "its weight is stored in blocks, with zero points or packed: int8 kernels take none of these"
     # Attention: rounding both operands takes as long as an int8 kernel saves, from 50 to 256 tokens.
     return "both its operands are computed: rounding them costs what int8 gains"
 

@@ -160,7 +160,7 @@ class QuantizeWeights(Pass):
     ) -> dict[str, Held]:
         """Encode every weight that is worth it, one in memory at a time."""
         held: dict[str, Held] = {}
-        inputs = layer_inputs(weights) if self.method == "gptq" else {}
+        inputs = layer_inputs(base, weights) if self.method == "gptq" else {}
         for batch, products in observed(base, weights, inputs, context):
             for weight in batch:
                 context.progress(f"rounding {weight.name} to {self.bits} bits")
