@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onnxcomp.ledger import Report
     from onnxcomp.model import Model
     from onnxcomp.passes import Changes, Context, Pass, option, register
-    from onnxcomp.pipeline import Budget, Result, optimize
+    from onnxcomp.pipeline import Budget, Result, Shared, optimize
     from onnxcomp.recipe import load_recipe
     from onnxcomp.stages import Stage
 
@@ -47,6 +47,7 @@ __all__ = [
     "RequirementError",
     "Result",
     "RuntimeFailure",
+    "Shared",
     "Stage",
     "WorkerDied",
     "advise",
@@ -65,7 +66,7 @@ _HOMES = {
     "ledger": ("Report",),
     "model": ("Model",),
     "passes": ("Changes", "Context", "Pass", "option", "register"),
-    "pipeline": ("Budget", "Result", "optimize"),
+    "pipeline": ("Budget", "Result", "Shared", "optimize"),
     "recipe": ("load_recipe",),
     "stages": ("Stage",),
 }

@@ -53,9 +53,10 @@ class Budget:
     Attributes:
         max_drop: Absolute points of the metric (0.005 is half a point), or of the expected drop without labels.
         max_error: Relative error of the worst output, where there is neither a metric nor class scores, of the part
-            that depends on the input; half of it for the whole output (by default 10%, a signal-to-noise ratio of
-            20 dB) and for the boxes of a detector. A rule of thumb, not a bound: on one anomaly detector 16% went with
-            no loss of its metric and 27% with 4 points of AUC, and the default was chosen between the two.
+            that depends on the input; half of it, where there is no metric, for the whole output (by default 10%, a
+            signal-to-noise ratio of 20 dB) and for the boxes of a detector. A rule of thumb, not a bound: on one
+            anomaly detector 16% went with no loss of its metric and 27% with 4 points of AUC, and the default was
+            chosen between the two.
     """
 
     max_drop: float = 0.005
@@ -74,13 +75,16 @@ class Budget:
             return False
         if quality.drop is not None and quality.drop > self.max_drop * share:
             return False
-        if quality.drop is not None and not quality.guessed and not quality.detection:
+        if quality.kind == "metric":
             return True
         if generated:
             return quality.error <= max(GENERATED_ERROR * share, rounding)
-        whole = self.max_error * WHOLE_OUTPUT * share
-        part = whole if quality.detection else self.max_error * share
-        return quality.error <= max(part, rounding) and quality.plain_error <= max(whole, rounding)
+        whole = max(self.max_error * WHOLE_OUTPUT * share, rounding)
+        if quality.plain_error > whole:
+            return False
+        if quality.kind == "expected-drop" and not quality.guessed:
+            return not quality.detection or quality.error <= whole
+        return quality.error <= max(self.max_error * share, rounding)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Judge:
         timing: False: clocks are not asked (for reproducible decisions); the kernels decide.
         classifier: Whether outputs are declared to be class scores; None: decide by their looks.
         original_file: The file that the original was read from, to be run as it is.
+        references: The original's outputs that earlier judges, for other targets, have found; more are added.
     """
 
     def __init__(
@@ -152,6 +157,7 @@ class Judge:
         timing: bool = True,
         classifier: bool | None = None,
         original_file: Path | None = None,
+        references: dict[Any, Reference] | None = None,
     ) -> None:
         self.budget = budget
         self.metric = metric
@@ -168,16 +174,23 @@ class Judge:
         self.original_bytes = original.size_bytes
         self.feed: dict[str, Any] = next(iter(select.subset([0]).batches(1))).inputs
         self._shapes = {name: list(np.shape(value)) for name, value in self.feed.items()}
+        self._references = {} if references is None else references
+        self._computed_for = target.name if analysis.is_quantized(original) else None
         self.deterministic = self._is_deterministic()
         self._few = select.subset(range(min(FEW_SAMPLES, select.size)))
-        self._few_reference = Reference(self._few, self._run(self.original_path, self._few), None, False, seed)
+        self._few_reference = self._refer(self._few, None, False, seed)
         self.rounding = ROUNDING_MARGIN * self._rounding()
-        self._reference = Reference(select, self._run(self.original_path, select), metric, classifier, seed)
-        if confirm is select:
-            self._final = self._reference
-        else:
-            self._final = Reference(confirm, self._run(self.original_path, confirm), metric, classifier, seed)
+        self._reference = self._refer(select, metric, classifier, seed)
+        self._final = self._refer(confirm, metric, classifier, seed)
         self._speeds = [(runtime.census(self.original_path), 1.0, SAME_KERNELS)]
+
+    def _refer(self, data: Dataset, metric: Metric | None, classifier: bool | None, seed: int) -> Reference:
+        """The original's outputs on some samples: a float model gives the same for every target."""
+        how = None if metric is None else id(metric.function)  # the Reference keeps it alive
+        key = self.original_digest, self._computed_for, data.digest, how, classifier, seed
+        if key not in self._references:
+            self._references[key] = Reference(data, self._run(self.original_path, data), metric, classifier, seed)
+        return self._references[key]
 
     def _is_deterministic(self) -> bool:
         """Whether two runs on one sample agree; random operators make them differ."""
@@ -316,7 +329,8 @@ class Judge:
     def macs(self, model: Model, census: Census) -> tuple[int, int]:
         """Multiply-accumulates of one run, and how many run in int8 kernels."""
         counts = self.layer_macs(model)
-        int8 = set(explain(model.proto(), census).int8)
+        wide = self.target.rules.wide if self.target.rules else None
+        int8 = set(explain(model.proto(), census, wide=wide).int8)
         return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
 
     def _run(self, path: Path, data: Dataset) -> Iterator[list[Any]]:

@@ -130,7 +130,9 @@ class Context:
         keep_debug: Keep the exporter's traces.
         progress: Called with a short line on what is going on.
         deadline: When choosing by measurement must end (`time.monotonic()` seconds).
-        statistics: What was measured before, by (model digest, tensor, method).
+        statistics: What was measured before in this run, by (model digest, tensor, method).
+        activations: What float activations look like, by model, data, tensor and method; runs for several targets share
+            it.
         exact: The model before any lossy stage, so that no weight need be rounded twice; None: the model is that.
         share: The part of the budget to choose within: less than all where an earlier choice did not hold on the
             samples kept for confirmation.
@@ -147,6 +149,7 @@ class Context:
     progress: Callable[[str], None] = _no_progress
     deadline: float | None = None
     statistics: dict[Any, Any] = field(default_factory=dict)
+    activations: dict[Any, Any] = field(default_factory=dict)
     exact: Model | None = None
     share: float = 1.0
 

@@ -15,18 +15,20 @@ import numpy as np
 from onnxcomp import metrics, resume
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
 from onnxcomp.errors import DataError, OptionError, RequirementError, RuntimeFailure
+from onnxcomp.fixed_shapes import fix_shapes
 from onnxcomp.judge import Budget, Judge
 from onnxcomp.ledger import Report
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.passes import Context, Pass
+from onnxcomp.quality import Reference
 from onnxcomp.reporting import build_report, file_facts, replayed_stages
 from onnxcomp.runtime import Runtime
 from onnxcomp.stages import Stage, default_stages
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.verdict import Kept, StageRunner
 
-__all__ = ["Budget", "Options", "Result", "optimize"]
+__all__ = ["Budget", "Options", "Result", "Shared", "optimize"]
 
 GENERATED_SAMPLES = 8
 SHARES = {"calibrate": 0.5, "select": 0.25, "confirm": 0.25}
@@ -48,6 +50,31 @@ class Result:
         """
         self.model.save(path)
         self.report.output = file_facts(Path(path))
+
+
+@dataclass
+class Shared:
+    """What runs on one model and data for several targets have in common, so that it is measured once.
+
+    Give the same object to each run. What does not depend on the target is taken over where model and data are equal:
+    calibration, and the original's outputs.
+
+    Attributes:
+        activations: What float activations look like, by model, data, tensor and method.
+        references: The original's outputs, by model, data, and how they are judged.
+
+    Example:
+        >>> from onnx import parser
+        >>> graph = "g (float[N, 4] x) => (float[N, 4] y) { i = Identity(x)  y = Relu(i) }"
+        >>> model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
+        >>> shared = Shared()
+        >>> results = {name: optimize(model, target=name, shared=shared) for name in ("arm64", "web")}
+        >>> [(name, len(result.model.graph.nodes)) for name, result in results.items()]
+        [('arm64', 1), ('web', 1)]
+    """
+
+    activations: dict[Any, Any] = field(default_factory=dict, repr=False)
+    references: dict[Any, Reference] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,7 @@ def optimize(
     budget: Budget | None = None,
     metric: str | Callable[..., Any] | Metric | None = None,
     target: str | Target | None = None,
+    shared: Shared | None = None,
     exclude: Sequence[str] = (),
     force: bool = False,
     time_limit: float | None = None,
@@ -103,12 +131,14 @@ def optimize(
         metric: "top1", "top5", "mse", "auc", "module:function" or a function of (outputs, labels). All need labels but
             "top1", which falls back to the original's own answers.
         target: What the model is for; this host by default.
+        shared: What to share with runs for other targets.
         exclude: Patterns of node names that every pass leaves alone.
         force: Keep every stage whatever it costs; all is measured all the same.
         time_limit: Seconds after which no further stage is begun and choices by measurement end.
         seed: Of everything random.
         threads: Threads that ONNX Runtime runs and is timed with.
-        shapes: Sizes of dynamic inputs, for generated inputs.
+        shapes: Sizes of dynamic inputs, for generated inputs; for a target that wants static shapes the model's inputs
+            get them too.
         keep_debug: Keep the exporter's traces.
         timing: False: decide without the clock, so that the same input gives the same file.
         replay: The JSON report of an earlier run, whose decisions are taken over.
@@ -148,20 +178,25 @@ def optimize(
         resume=resume,
         **({"progress": progress} if progress else {}),
     )
-    original = Model.load(source)
+    loaded = Model.load(source)
+    original = _with_static_shapes(loaded, options)
     samples = _samples(original, data, options, image)
     stages = _stages(passes, replay, has_data=not samples.generated)
     _check_requirements(stages, samples)
     chosen_metric, classifier, notes = _metric(options, samples)
+    if original is not loaded:
+        notes.append(f"the inputs' axes are fixed by --shape, since {options.target.name} wants static shapes")
     workdir = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
     config = {} if options.target.is_host else dict(options.target.session_config)
     try:
         with samples, Runtime(threads=threads, session_config=config) as runtime:
             parts = samples.split(SHARES, seed) if not samples.generated else dict.fromkeys(SHARES, samples)
             options.progress("measuring the original")
-            file = Path(source) if isinstance(source, str | Path) else None
-            judge = _judge(original, parts, options, runtime, workdir, chosen_metric, classifier, file)
+            file = Path(source) if isinstance(source, str | Path) and original is loaded else None
+            shared = shared or Shared()
+            judge = _judge(original, parts, options, runtime, workdir, chosen_metric, classifier, file, shared)
             context = _context(options, parts["calibrate"], judge, runtime, workdir, started)
+            context.activations = shared.activations
             runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
             kept, finished = _run_stages(runner, stages, options, samples)
             report = build_report(
@@ -197,6 +232,14 @@ def _target(target: str | Target | None) -> Target:
     if target is None:
         return host_target()
     return find_target(target) if isinstance(target, str) else target
+
+
+def _with_static_shapes(model: Model, options: Options) -> Model:
+    """The model with the given shapes fixed, where the target wants that; else the model itself."""
+    if not (options.target.static_shapes and options.shapes):
+        return model
+    fixed = fix_shapes(model, options.shapes)
+    return model if fixed.digest == model.digest else fixed
 
 
 def _samples(model: Model, data: Any, options: Options, image: ImageOptions | None) -> Dataset:
@@ -258,6 +301,7 @@ def _judge(
     metric: Metric | None,
     classifier: bool | None,
     file: Path | None,
+    shared: Shared,
 ) -> Judge:
     """The judge, which runs the original for the first time.
 
@@ -278,6 +322,7 @@ def _judge(
             timing=options.timing,
             classifier=classifier,
             original_file=file,
+            references=shared.references,
         )
     except RuntimeFailure as error:
         if not parts["select"].generated:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp import analysis
 from onnxcomp.errors import OptionError
+from onnxcomp.fixed_shapes import dynamic_inputs
 from onnxcomp.judge import Judge, Score
 from onnxcomp.ledger import Figures, Report
 from onnxcomp.model import Model, ModelSource, model_files
@@ -87,7 +88,7 @@ def build_report(
         environment=environment(options.threads),
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        warnings=_warnings(judge, quality, samples),
+        warnings=_warnings(judge, quality, samples, kept.model),
         notes=list(notes),
     )
 
@@ -154,7 +155,7 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
         latency_ms=timing.median_ms if timing else None,
         latency_p10_ms=timing.p10_ms if timing else None,
         latency_p90_ms=timing.p90_ms if timing else None,
-        load_ms=judge.runtime.check(path).load_ms,
+        load_ms=judge.runtime.check(path).load_ms if judge.target.is_host else None,
         latency_evidence="measured" if timing else score.evidence,
         metric=quality.metric,
         drop=quality.drop,
@@ -182,7 +183,7 @@ def _verdict(last: Score, speed: float | None, quality: Quality, *, met: bool, c
     return f"{last.size:.2f} times smaller{pace}, {loss}{'' if met else ' (over the budget)'}"
 
 
-def _warnings(judge: Judge, quality: Quality, samples: Dataset) -> list[str]:
+def _warnings(judge: Judge, quality: Quality, samples: Dataset, model: Model) -> list[str]:
     warnings = []
     if samples.generated:
         warnings.append("no data: only rewrites that need none were tried, and the error is that of made-up inputs")
@@ -194,6 +195,14 @@ def _warnings(judge: Judge, quality: Quality, samples: Dataset) -> list[str]:
         warnings.append("the model's outputs are random: they differ from run to run, so no loss can be measured")
     if not judge.target.is_host:
         warnings.append(f"speed is estimated from the kernels: this machine is not a {judge.target.name}")
+    if judge.target.saturates_here and judge.score(model).int8_macs:
+        warnings.append(
+            f"this machine's int8 kernels saturate and those of {judge.target.name} do not: the loss may be less there"
+        )
+    if dynamic := dynamic_inputs(model, judge.target):
+        warnings.append(
+            f"{judge.target.name} wants static shapes, and axes are dynamic in {', '.join(dynamic)}; give --shape"
+        )
     return warnings
 
 

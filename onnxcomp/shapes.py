@@ -27,6 +27,7 @@ Shape = tuple[int, ...]
 SMALL = 1024
 """Values of at most this many elements are computed: shapes, axes, indices."""
 
+_QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 # fmt: off
 _COMPUTED = frozenset((
     "Abs", "Add", "And", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Flatten",
@@ -151,6 +152,11 @@ class _Trace:
 
     def _infer(self, node: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
         domain = "" if node.domain == "ai.onnx" else node.domain
+        if domain == "com.microsoft" and node.op_type in _QUANTIZING:  # 16 bits before ONNX has them in opset 21
+            kind = self._types.get(node.input[2]) if node.op_type == "QuantizeLinear" and len(node.input) > 2 else None
+            shape = self.shape(node.input[0])
+            elements = kind.tensor_type.elem_type if kind else onnx.TensorProto.FLOAT
+            return {node.output[0]: helper.make_tensor_type_proto(elements, shape)} if shape is not None else {}
         types = {name: self._types[name] for name in node.input if name in self._types}
         data = {name: numpy_helper.from_array(self._values[name]) for name in node.input if name in self._values}
         if any(name and name not in types for name in node.input):

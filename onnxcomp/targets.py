@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from onnxcomp.errors import OptionError
 
 __all__ = ["TARGETS", "QuantizationRules", "Target", "cpu_features", "find_target", "host_target"]
@@ -21,18 +23,56 @@ __all__ = ["TARGETS", "QuantizationRules", "Target", "cpu_features", "find_targe
 class QuantizationRules:
     """How int8 must look for a target's kernels to run it.
 
+    Weights are always int8, symmetric (zero point 0): every target with int8 kernels takes that, and only that has one
+    scale a channel.
+
     Attributes:
         activations: The type of activations.
-        weights: The type of weights.
         per_channel: Whether weights may have one scale per output channel.
+        per_tensor: Operators whose weights have a single scale all the same.
         reduce_range: Whether weights must stay in 7 bits, because the kernel adds pairs of products in 16 bits, which
             saturate (x86 before VNNI).
+        operators: The operators that the target has 8-bit kernels for; None: all that ONNX Runtime's CPU provider has.
+        wide: The type of 16-bit activations, where the target has kernels for them; they cannot be seen on a CPU.
+        cpu: Whether ONNX Runtime's CPU provider runs the model: operators without an int8 kernel may then be said with
+            those that have one.
+        zero_points: Whether the zero point of a weight must be written out, though it is 0.
+        quantized_outputs: Whether a matrix product is a kernel only with a quantized output. Elsewhere it may end in
+            float where no 8-bit node reads it.
+
+    Example:
+        >>> rules = QuantizationRules(per_tensor=frozenset({"MatMul"}), operators=frozenset({"Conv", "MatMul"}))
+        >>> rules.supports("Gemm"), rules.channel_scales("Conv"), rules.channel_scales("MatMul")
+        (False, True, False)
     """
 
-    activations: Literal["uint8", "int8"] = "uint8"
-    weights: Literal["uint8", "int8"] = "int8"
+    activations: Literal["uint8", "int8", "uint16"] = "uint8"
     per_channel: bool = True
+    per_tensor: frozenset[str] = frozenset()
     reduce_range: bool = False
+    operators: frozenset[str] | None = None
+    cpu: bool = True
+    zero_points: bool = False
+    quantized_outputs: bool = False
+    wide: Literal["uint16"] | None = None
+
+    def supports(self, operator: str) -> bool:
+        """Whether the target may run this operator in 8 bits."""
+        return self.operators is None or operator in self.operators
+
+    @property
+    def levels(self) -> int:
+        """How many values an activation may have."""
+        return 1 << 8 * np.dtype(self.activations).itemsize
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether activations have 16 bits."""
+        return self.activations == self.wide
+
+    def channel_scales(self, operator: str) -> bool:
+        """Whether the weight of this operator has one scale per output channel."""
+        return self.per_channel and operator not in self.per_tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +89,8 @@ class Target:
         max_opset: The newest default operator set that this runtime has.
         max_ir_version: The newest IR version that this runtime reads.
         static_shapes: Whether dynamic axes must be fixed.
-        session_config: ONNX Runtime session entries that make this host fuse as the target does.
+        dynamic_batch: Whether the first axis of an input may stay dynamic all the same.
+        session_config: ONNX Runtime session entries that make another host fuse as the target does.
     """
 
     name: str
@@ -61,6 +102,7 @@ class Target:
     max_opset: int = 19
     max_ir_version: int = 9
     static_shapes: bool = False
+    dynamic_batch: bool = False
     session_config: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -68,8 +110,23 @@ class Target:
         """Whether this machine is such a target, so that its clock is evidence of speed."""
         return self.name == host_target().name
 
+    @property
+    def saturates_here(self) -> bool:
+        """Whether this host's int8 kernels saturate where the target's do not, so that a loss measured here is too bad.
+
+        Targets without VNNI get weights that saturate nowhere.
+        """
+        return self.rules is not None and not self.rules.reduce_range and host_target().name == "x86"
+
 
 _ARM_FUSION = (("session.qdqisint8allowed", "1"),)
+
+_NNAPI_OPERATORS = frozenset(
+    {"Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "AveragePool", "MaxPool", "Resize", "Transpose", "Reshape"}
+)
+_XNNPACK_OPERATORS = frozenset({"Conv", "MaxPool", "Resize"})
+"""Also ConvTranspose, with one scale a weight: that kernel cannot be seen on a CPU, so it is not made. AveragePool and
+Softmax are uint8 only, as is every Conv around them then, with one scale a weight: int8 is worth more."""
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -87,15 +144,18 @@ TARGETS: dict[str, Target] = {
         Target(
             "xnnpack",
             "ONNX Runtime Mobile with XNNPACK",
-            QuantizationRules(activations="int8"),
+            QuantizationRules(activations="int8", operators=_XNNPACK_OPERATORS, cpu=False, zero_points=True),
             verify_layers=("cpu", "android"),
             static_shapes=True,
+            dynamic_batch=True,
             session_config=_ARM_FUSION,
         ),
         Target(
             "nnapi",
             "Android's NNAPI",
-            QuantizationRules(per_channel=False),
+            QuantizationRules(
+                per_tensor=frozenset({"Gemm", "MatMul"}), operators=_NNAPI_OPERATORS, cpu=False, quantized_outputs=True
+            ),
             artifact="ort",
             verify_layers=("cpu", "ort"),
             static_shapes=True,
@@ -104,7 +164,9 @@ TARGETS: dict[str, Target] = {
         Target(
             "qnn",
             "Qualcomm HTP",
-            QuantizationRules(per_channel=False),
+            QuantizationRules(
+                per_tensor=frozenset({"Gemm", "MatMul"}), cpu=False, quantized_outputs=True, wide="uint16"
+            ),
             verify_layers=("cpu", "qnn"),
             static_shapes=True,
         ),

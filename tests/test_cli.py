@@ -20,7 +20,7 @@ import onnxcomp
 from onnxcomp import pipeline
 from onnxcomp.cli import main
 from onnxcomp.data import ImageOptions
-from onnxcomp.pipeline import Budget
+from onnxcomp.pipeline import Budget, Shared
 from onnxcomp.report import plain_text, schema
 from onnxcomp.stages import Stage
 from onnxcomp_passes import Quantize, QuantizeWeights, Simplify
@@ -189,13 +189,14 @@ def test_the_command_line_wins_over_the_recipe(model, calls, tmp_path):
 
 
 def test_several_targets_write_several_files(model, calls, tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
+    folder = tmp_path / "out"  # is made
     report = tmp_path / "r.json"
     result = run("optimize", model, "--target", "arm64", "--target", "x86", "-o", folder, "--json", report)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in folder.iterdir()) == ["model.arm64.onnx", "model.x86.onnx"]
     assert [call["target"] for call in calls] == ["arm64", "x86"]
+    assert isinstance(calls[0]["shared"], Shared)
+    assert calls[1]["shared"] is calls[0]["shared"]
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["r.arm64.json", "r.x86.json"]
 
 

@@ -61,7 +61,7 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (["--metric", "mine:score"], "--metric 'mine:score' names code to run; allow it with --allow-code"),
         (["--recipe", "no.toml"], "no.toml: cannot be read (No such file or directory)"),
         (["--recipe", "r.toml", "-p", "simplify"], "--recipe and --pass both say what to try; give one of them"),
-        (["--target", "x86", "--target", "arm64"], "several targets are written to a folder; give one that exists"),
+        (["--target", "x86", "--target", "arm64"], "several targets are written to a folder; give one with -o"),
         (["--bogus"], "No such option"),
     ],
 )  # fmt: skip
@@ -142,6 +142,12 @@ def test_a_missing_folder_is_told_before_any_work(model, tmp_path, option):
     result = run("optimize", model, option, tmp_path / "no" / "out")
     assert result.exit_code == 1
     assert one_error_line(result).endswith("does not exist")
+
+
+def test_a_folder_for_several_targets_that_cannot_be_made_is_told(model, tmp_path):
+    result = run("optimize", model, "--target", "x86", "--target", "web", "-o", tmp_path / "no" / "out")
+    assert result.exit_code == 1
+    assert "the folder for several targets cannot be made (No such file or directory)" in one_error_line(result)
 
 
 def test_an_output_that_is_a_folder_is_refused(model, tmp_path):

@@ -75,6 +75,18 @@ def test_optimizes_with_data_inside_the_budget(folder):
     onnx.checker.check_model(onnx.load(folder / "small.onnx"))
 
 
+def test_writes_a_model_for_each_target_into_a_new_folder(folder):
+    result = run(
+        *("optimize", folder / "model.onnx", "--data", folder / "test.npz", "--target", "arm64", "--target", "xnnpack"),
+        *("-o", folder / "out", "--json", folder / "r.json"),
+    )
+    assert result.exit_code == 0, result.output
+    for name in ("arm64", "xnnpack"):
+        report = report_of(folder / f"r.{name}.json")
+        assert (report["target"], report["after"]["latency_ms"]) == (name, None)
+        onnx.checker.check_model(onnx.load(folder / "out" / f"model.{name}.onnx"))
+
+
 def test_runs_only_the_passes_that_are_named(folder):
     run("optimize", folder / "model.onnx", "-p", "simplify", "--json", folder / "r.json", "--no-timing")
     report = report_of(folder / "r.json")

@@ -157,14 +157,16 @@ def test_the_rules_of_each_target_are_those_of_the_table():
     assert list(rows) == list(TARGETS)
     for name, target in TARGETS.items():
         row, rules = rows[name], target.rules
-        assert row["dynamic axes"] == ("must be fixed" if target.static_shapes else "kept")
-        said = [row[key] for key in ("activations", "weights", "per channel", "7-bit weights")]
-        words = {True: "yes", False: "no"}
+        fixed = "fixed, but for the batch" if target.dynamic_batch else "fixed"
+        assert row["dynamic axes"] == (fixed if target.static_shapes else "kept")
+        said = [row[key] for key in ("activations", "weights", "a scale a channel", "operators", "every output")]
         if rules is None:
-            assert said == ["none", "none", "", ""]
+            assert said == ["none", "none", "", "", ""]
         else:
-            per_channel, reduced = words[rules.per_channel], words[rules.reduce_range]
-            assert said == [rules.activations, rules.weights, per_channel, reduced]
+            weights = "int8, 7 bits" if rules.reduce_range else "int8"
+            channels = "but " + ", ".join(sorted(rules.per_tensor)) if rules.per_tensor else "all"
+            operators = "all" if rules.operators is None else ", ".join(sorted(rules.operators))
+            assert said == [rules.activations, weights, channels, operators, "yes" if rules.quantized_outputs else "no"]
 
 
 def test_the_numbers_are_those_of_the_code():

@@ -64,21 +64,60 @@ def test_an_ort_artifact_is_verified_as_one(target: Target):
     assert (target.artifact == "ort") == ("ort" in target.verify_layers)
 
 
-@every_target
-def test_weights_are_int8_wherever_there_are_int8_kernels(target: Target):
-    assert target.rules is None or target.rules.weights == "int8"
-
-
 @pytest.mark.parametrize("name", ["arm64", "xnnpack"])
 def test_arm_wants_signed_activations_and_a_host_that_fuses_them(name: str):
     target = TARGETS[name]
 
-    assert target.rules == QuantizationRules(activations="int8")
+    assert target.rules is not None
+    assert target.rules.activations == "int8"
     assert dict(target.session_config) == {"session.qdqisint8allowed": "1"}
+
+
+def test_all_other_targets_want_unsigned_activations():
+    signed = {name for name, target in TARGETS.items() if target.rules and target.rules.activations == "int8"}
+
+    assert signed == {"arm64", "xnnpack"}
+
+
+def test_android_and_qualcomm_take_one_scale_for_the_weight_of_a_matrix_product():
+    rules = {name: target.rules for name, target in TARGETS.items() if target.rules}
+    single = {name for name in rules if not rules[name].channel_scales("MatMul")}
+
+    assert single == {"nnapi", "qnn"}
+    assert single == {name for name in rules if not rules[name].channel_scales("Gemm")}
+    assert all(each.channel_scales("Conv") for each in rules.values())
+
+
+def test_on_request_no_operator_has_a_scale_a_channel():
+    assert not QuantizationRules(per_channel=False).channel_scales("Conv")
+
+
+@pytest.mark.parametrize(
+    ("name", "operator", "expected"),
+    [
+        ("x86", "Gemm", True),
+        ("xnnpack", "Conv", True),
+        ("xnnpack", "MaxPool", True),
+        ("xnnpack", "Gemm", False),
+        ("xnnpack", "Softmax", False),  # uint8 only, and the activations are int8
+        ("nnapi", "Add", True),
+        ("nnapi", "Sigmoid", False),
+        ("qnn", "Sigmoid", True),
+    ],
+)
+def test_a_target_says_which_operators_it_has_kernels_for(name: str, operator: str, *, expected: bool):
+    rules = TARGETS[name].rules
+
+    assert rules is not None
+    assert rules.supports(operator) == expected
 
 
 def test_only_x86_without_vnni_reduces_the_range():
     assert [target.name for target in TARGETS.values() if target.rules and target.rules.reduce_range] == ["x86"]
+
+
+def test_only_qualcomm_has_kernels_for_16_bit_activations():
+    assert {target.name for target in TARGETS.values() if target.rules and target.rules.wide} == {"qnn"}
 
 
 def test_coreml_has_no_kernels_for_quantized_models():
@@ -89,6 +128,7 @@ def test_accelerators_want_static_shapes():
     static = {target.name for target in TARGETS.values() if target.static_shapes}
 
     assert static == {"xnnpack", "nnapi", "coreml", "qnn"}
+    assert {target.name for target in TARGETS.values() if target.dynamic_batch} == {"xnnpack"}
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -135,6 +175,19 @@ def test_only_the_host_is_measured_by_this_clock(fresh: pytest.MonkeyPatch):
     pretend(fresh, "aarch64")
 
     assert [target.name for target in TARGETS.values() if target.is_host] == ["arm64"]
+
+
+def test_a_loss_is_exaggerated_only_by_a_host_that_saturates(fresh: pytest.MonkeyPatch):
+    pretend(fresh, "x86_64", ("avx2",))
+    told = {target.name for target in TARGETS.values() if target.saturates_here}
+
+    assert told == set(TARGETS) - {"x86", "coreml"}
+
+
+def test_a_host_with_vnni_exaggerates_no_loss(fresh: pytest.MonkeyPatch):
+    pretend(fresh, "x86_64", ("avx_vnni",))
+
+    assert not any(target.saturates_here for target in TARGETS.values())
 
 
 def read_features(monkeypatch: pytest.MonkeyPatch, text: str | None) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from onnxcomp.commands.options import (
     shape_option,
     shapes_from,
 )
-from onnxcomp.errors import OptionError
+from onnxcomp.errors import OptionError, OutputError
 from onnxcomp.values import parse_duration, parse_share
 
 if TYPE_CHECKING:
@@ -88,10 +88,15 @@ def optimize_command(ctx: click.Context, /, **options: Any) -> None:
     arguments, asked_budget = _arguments(options)
     targets = targets or ((arguments.pop("target"),) if "target" in arguments else ())
     jobs = list(_jobs(source, output, json_path, targets))
+    if len(jobs) > 1:
+        from onnxcomp.pipeline import Shared
+
+        arguments["shared"] = Shared()
     _check_files(source, jobs, [arguments.get("data"), options["recipe"], options["replay"]])
     met = True
     for target, path, report_path in jobs:
-        met &= _run(source, path, report_path, {**arguments, "target": target}, quiet=quiet, verbose=verbose)
+        arguments["target"] = target
+        met &= _run(source, path, report_path, arguments, quiet=quiet, verbose=verbose)
     if asked_budget and not met:
         ctx.exit(BUDGET_NOT_MET)
 
@@ -151,15 +156,24 @@ def _jobs(
         path = output or source.with_name(f"{source.stem}.opt.onnx")
         yield (targets[0] if targets else None), path, json_path
         return
-    if output is None or not output.is_dir():
-        message = f"several targets are written to a folder; give one that exists with -o, got {output or 'none'}"
+    if output is None:
+        message = "several targets are written to a folder; give one with -o"
         raise OptionError(message)
     if json_path == "-":
         message = "several targets give several reports, which do not fit stdout; give --json a file name"
         raise OptionError(message)
+    _make_folder(output)
     for target in dict.fromkeys(targets):
         named = Path(json_path).with_suffix(f".{target}{Path(json_path).suffix}") if json_path else None
         yield target, output / f"{source.stem}.{target}.onnx", str(named) if named else None
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        message = f"{path}: the folder for several targets cannot be made ({error.strerror})"
+        raise OutputError(message) from error
 
 
 def _check_files(source: Path, jobs: list[tuple[str | None, Path, str | None]], read: list[Any]) -> None:

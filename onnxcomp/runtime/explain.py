@@ -22,6 +22,12 @@ _CLIPS = frozenset({"Relu", "Clip"})
 # ONNX Runtime adds these to a node's name when it makes the kernel from it.
 _KERNEL_AFFIX = re.compile(r"(_token_\d+|/MatMulAddFusion|/MatMulScaleFusion/)$|^fused ")
 
+_UNFUSED = (
+    "dynamic-unfused",
+    "its MatMulInteger, Cast and Mul stay apart; one kernel wants the data scale times a weight scale that is one "
+    "value, or one for each output channel",
+)
+
 
 @dataclass(frozen=True)
 class KernelMiss:
@@ -48,16 +54,19 @@ class KernelReport:
     missed: tuple[KernelMiss, ...]
 
 
-def explain(model: onnx.ModelProto, census: Census) -> KernelReport:
+def explain(model: onnx.ModelProto, census: Census, *, wide: str | None = None) -> KernelReport:
     """Tell which quantized nodes run in int8, and why the others do not.
 
-    A node is quantized when both its data input and its weight come straight from a DequantizeLinear. It counts as
-    missed as well where ONNX Runtime makes an int8 kernel that ignores a scale: such a kernel fails at run time, or
-    gives wrong values.
+    A node is quantized when both its data input and its weight come straight from a DequantizeLinear, or when it is a
+    MatMulInteger of the codes that a DynamicQuantizeLinear makes. The latter counts only where it became one kernel
+    with the nodes that turn its result into floats. A node counts as missed as well where ONNX Runtime makes an int8
+    kernel that ignores a scale: such a kernel fails at run time, or gives wrong values.
 
     Args:
         model: The QDQ model; external data need not be loaded.
         census: The census of the same model.
+        wide: The type of 16-bit activations that the model's target has kernels for. No census shows these, so a node
+            of that type with an int8 weight counts.
 
     Returns:
         The names of the nodes in int8, and a miss for every other one, both in the order of the graph.
@@ -67,12 +76,17 @@ def explain(model: onnx.ModelProto, census: Census) -> KernelReport:
         (name, node, view)
         for view in map(_View, graphs(model.graph))
         for name, node in zip([next(names) for _ in view.graph.node], view.graph.node, strict=True)
-        if node.op_type in ("Conv", "Gemm", "MatMul") and view.dequantize(node, 0) and view.dequantize(node, 1)
+        if _is_static(node, view) or _is_dynamic(node, view)
     ]
-    fused = _fused({name for name, _, _ in quantized}, (node.name for node in census.int8_nodes))
+    kernels = [node for node in census.int8_nodes if node.op != "MatMulInteger"]
+    fused = _fused({name for name, _, _ in quantized}, (node.name for node in kernels))
     int8, missed = [], []
     for name, node, view in quantized:
-        miss = _miss(_Quantized(node, view), fused=name in fused)
+        if node.op_type == "MatMulInteger":
+            miss = None if name in fused else _UNFUSED
+        else:
+            found = _Quantized(node, view)
+            miss = None if wide and found.types == (wide, "int8", wide) else _miss(found, fused=name in fused)
         if miss is None:
             int8.append(name)
         else:
@@ -90,6 +104,15 @@ def kernel_source(kernel: str, names: Container[str]) -> str:
     while name not in names and (shorter := _KERNEL_AFFIX.sub("", name)) != name:
         name = shorter
     return name
+
+
+def _is_static(node: onnx.NodeProto, view: _View) -> bool:
+    return node.op_type in ("Conv", "Gemm", "MatMul") and bool(view.dequantize(node, 0) and view.dequantize(node, 1))
+
+
+def _is_dynamic(node: onnx.NodeProto, view: _View) -> bool:
+    maker = view.makers.get(node.input[0]) if node.op_type == "MatMulInteger" else None
+    return maker is not None and maker.op_type == "DynamicQuantizeLinear"
 
 
 def _fused(names: set[str], kernels: Iterable[str]) -> set[str]:
@@ -291,6 +314,14 @@ def _clip_not_redundant(node: _Quantized) -> str | None:
     )
 
 
+def _clip_without_q(node: _Quantized) -> str | None:
+    if node.clip is None or node.quantize is not None:
+        return None
+    readers = sorted({reader.op_type for reader in node.view.readers[node.clip.output[0]]})
+    where = ", ".join(readers) or "nothing"
+    return f"its {node.clip.op_type} goes to {where}; behind a {node.clip.op_type} it needs a QuantizeLinear there"
+
+
 def _clip_range(clip: onnx.NodeProto, view: _View) -> tuple[float, float]:
     if clip.op_type == "Relu":
         return 0.0, float("inf")
@@ -381,6 +412,7 @@ _RULES: tuple[tuple[str, Callable[[_Quantized], str | None], bool], ...] = (
     ("two-readers", _two_readers, False),
     ("no-output-q", _no_output_q, False),
     ("clip-not-redundant", _clip_not_redundant, False),
+    ("clip-without-q", _clip_without_q, False),
     ("type-mismatch", _type_mismatch, False),
     ("gemm-beta", _gemm_beta, False),
     ("gemm-zero-point", _gemm_zero_point, False),

@@ -12,10 +12,11 @@ import onnx
 from onnxcomp.errors import OnnxcompError, RuntimeFailure
 from onnxcomp.runtime.results import Array, Feed, Observer, PairObserver
 from onnxcomp.runtime.sessions import Sessions, tidy
+from onnxcomp.skeleton import load_skeleton
 
 K = TypeVar("K", bound=Hashable)
 
-GROUP_BYTES = 256 << 20
+GROUP_BYTES = 128 << 20
 _BYTES_PER_ELEMENT = 4  # nearly all activations are float32, and the limit is not a sharp one
 
 
@@ -145,7 +146,7 @@ class Tensors:
         self._optimize = optimize
         self._kept = kept
         self._session: tuple[tuple[str, ...], Any] | None = None
-        model = onnx.load(path, load_external_data=False)
+        model = load_skeleton(path)
         made = {tensor.name for tensor in model.graph.initializer}
         made.update(tensor.values.name for tensor in model.graph.sparse_initializer)
         # An initializer that is a graph input too is a default: what the run uses is seen as an output.
@@ -192,7 +193,7 @@ class Tensors:
 
     def _make_measuring(self) -> Any:
         """Make a session whose last outputs are the shapes of the tensors, so that it need keep none of them."""
-        model = onnx.load(self._path, load_external_data=False)
+        model = load_skeleton(self._path)
         taken = {name for node in model.graph.node for name in node.output}
         prefix = "shape"
         while any(name.startswith(prefix) for name in taken):

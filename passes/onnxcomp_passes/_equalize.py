@@ -87,7 +87,7 @@ def equalize(
         if seen is None or seen.low is None or seen.high is None:
             continue
         source = _source(tensors[name], group, outputs)
-        if source is None and not all(layer.node.op == "MatMul" for layer in group):
+        if source is None and any(layer.node.op == "Conv" for layer in group):
             continue
         factors, noise = _factors(seen, group, weights)
         if factors is None:

@@ -52,7 +52,8 @@ class Scheme:
     def build(self, chosen: frozenset[int], context: Context) -> Model:
         """The model with the chosen layers, given by their place in `keys`, in int8."""
         fork = self.base.fork()
-        insert(fork, place(fork.graph, self.layers(fork, context, chosen), fork.opset, self.ranges), self)
+        layers = self.layers(fork, context, chosen)
+        insert(fork, place(fork.graph, layers, fork.opset, self.ranges, self.rules), self)
         return fork
 
     def told(self, told: Mapping[str, str]) -> Mapping[str, tuple[str, ...]]:

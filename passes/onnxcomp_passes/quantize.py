@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Self, TypeVar
 
 from onnxcomp import analysis
-from onnxcomp.calibration import make_calibrator
-from onnxcomp.errors import OptionError, RequirementError
+from onnxcomp.calibration import METHODS, make_calibrator
+from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.runtime.results import Observer
 from onnxcomp.targets import QuantizationRules, host_target
+from onnxcomp_passes._canonical import canonicalize
 from onnxcomp_passes._choice import Chooser
-from onnxcomp_passes._placement import Layer, find_layers, place
-from onnxcomp_passes._qdq import Ranges
+from onnxcomp_passes._placement import Layer, find_layers, place, rangeable
+from onnxcomp_passes._qdq import Ranges, is_written_by_us
 from onnxcomp_passes._remedies import REMEDIES, Evidence, treat
 from onnxcomp_passes._scheme import Scheme
+from onnxcomp_passes._statistics import observe
 from onnxcomp_passes._stored import lift_constants
 from onnxcomp_passes._weights import LayerWeights
 
@@ -55,7 +58,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     requires: ClassVar[frozenset[str]] = frozenset({"data"})
 
-    calibration: str = option("minmax", "How ranges are found.", choices=("minmax", "percentile"))
+    calibration: str = option("minmax", "How ranges are found.", choices=METHODS)
     percentile: float = option(99.99, "Share of values covered, in percent, for 'percentile'.", minimum=50, maximum=100)
     per_channel: bool = option(True, "One weight scale per output channel, where the target has such kernels.")
     choose: bool = option(True, "Return layers to float by measurement; false quantizes every layer that can be.")
@@ -86,22 +89,25 @@ class Quantize(Pass):
         if rules is None:
             changes.leave("the model", "the target has no int8 kernels for Q/DQ models")
             return changes
-        if analysis.is_quantized(model):
+        if is_written_by_us(model):  # what is left in float there was left for a reason
             changes.leave("the model", "is already quantized")
             return changes
         base = model.fork()
         lift_constants(base.graph)
         if not any(layer.name not in self.skip for layer in find_layers(base.graph, context, changes)):
+            if analysis.is_quantized(model):
+                changes.leave("the model", "is already quantized")
             return changes
         base.raise_opset(PER_CHANNEL_OPSET)
+        canonicalize(base, context)
         layers = find_layers(base.graph, context)
-        tensors = place(base.graph, layers, base.opset).tensors
-        ranges = self._calibrate(base, list(tensors), context, changes)
-        usable = self._usable(base, layers, ranges, changes)
+        wanted = place(base.graph, layers, base.opset, rules=rules).tensors
+        ranges = self._calibrate(base, wanted, context, changes)
+        usable = self._usable(base, layers, ranges, rules, changes)
         names = [layer.name for layer in layers]
         scheme = Scheme(base, rules, ranges, tuple(layer.key for layer in layers), LayerWeights(context.exact))
         evidence = Evidence(
-            lambda model, watches: self._observe(model, watches, context),
+            lambda model, watches: observe(model, watches, context),
             lambda model, tensors: self._calibrate(model, tensors, context, Changes()),
             context,
         )
@@ -123,13 +129,15 @@ class Quantize(Pass):
         changes.resolved = {"choose": False, "skip": skipped, "remedies": list(remedies)}
         return changes
 
-    def _usable(self, base: Model, layers: list[Layer], ranges: Ranges, changes: Changes) -> frozenset[int]:
+    def _usable(
+        self, base: Model, layers: list[Layer], ranges: Ranges, rules: QuantizationRules, changes: Changes
+    ) -> frozenset[int]:
         """The layers that may run in int8, by their place."""
         usable = set()
         for index, layer in enumerate(layers):
             if layer.name in self.skip:
                 continue
-            if place(base.graph, [layer], base.opset).tensors.keys() <= ranges.keys():
+            if place(base.graph, [layer], base.opset, rules=rules).tensors.keys() <= ranges.keys():
                 usable.add(index)
             else:
                 changes.leave(layer.name, "its activations hold NaN or infinity, or nothing at all")
@@ -139,26 +147,18 @@ class Quantize(Pass):
         rules = (context.target or host_target()).rules
         return None if rules is None else replace(rules, per_channel=rules.per_channel and self.per_channel)
 
-    def _calibrate(self, base: Model, tensors: list[str], context: Context, changes: Changes) -> Ranges:
-        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out."""
-        if context.data is None:
-            message = "the pass 'quantize' needs data; give --data"
-            raise RequirementError(message)
-        context.progress(f"calibrating {len(tensors)} tensors on {context.data.size} samples")
-        watches = {name: make_calibrator(self.calibration, self.percentile) for name in tensors}
-        watches = self._observe(base, watches, context)
-        for name, watch in watches.items():
-            if watch.nonfinite:
-                changes.leave(name, f"holds NaN or infinity ({watch.nonfinite} values)")
-        return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}
+    def _calibrate(self, base: Model, wanted: Container[str], context: Context, changes: Changes) -> Ranges:
+        """The range of each tensor over the calibration data; tensors with NaN or infinity are left out.
 
-    @staticmethod
-    def _observe(base: Model, watches: dict[str, O], context: Context) -> dict[str, O]:
-        """Show the calibration data's activations to observers."""
-        assert context.data is not None
-        assert context.runtime is not None
-        assert context.workdir is not None
-        path = context.judge.path_of(base) if context.judge else context.workdir / "calibration.onnx"
-        if context.judge is None:
-            base.save(path)
-        return context.runtime.observe(path, context.data.feeds, watches)
+        All that any target may want are calibrated at once, so that several targets need one calibration.
+        """
+        rules = self._rules(context) or QuantizationRules()
+        fresh = partial(make_calibrator, self.calibration, self.percentile, levels=rules.levels)
+        watches = observe(base, {name: fresh() for name in rangeable(base.graph, context, base.opset)}, context)
+        makers = {tensor.name: node for node in base.graph.nodes for tensor in node.outputs}
+        for name, watch in watches.items():
+            if watch.nonfinite and name in wanted:
+                maker = makers.get(name)
+                source = f"output of {maker.op} {(maker.name or name)!r}" if maker else "graph input"
+                changes.leave(name, f"{source}, holds NaN or infinity ({watch.nonfinite} values)")
+        return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}
