@@ -134,11 +134,12 @@ def compare(
         if timing and chosen.is_host:
             timings = runtime.time(paths, feed, seconds=TIMING_SECONDS)
         shapes_run = {name: array.shape for name, array in feed.items()}
+        wide = chosen.rules.wide if chosen.rules else None
         before, after = (
-            _figures(runtime, model, path, timed, loss, shapes_run)
+            _figures(runtime, model, path, timed, loss, shapes_run, wide)
             for model, path, timed, loss in zip(models, paths, timings, losses, strict=True)
         )
-        rows = _layers(runtime, models, paths, samples, shapes_run) if layers else None
+        rows = _layers(runtime, models, paths, samples, shapes_run, wide) if layers else None
         description, digest_facts = samples.description, {"samples": samples.size, "labels": samples.has_labels}
     return Comparison(
         original=_named(original),
@@ -313,10 +314,11 @@ def _figures(
     timing: Timing | None,
     quality: Quality,
     shapes: Mapping[str, Sequence[int]],
+    wide: str | None,
 ) -> Figures:
     census = runtime.census(path)
     macs = mac_counts(model, shapes)
-    int8 = set(explain(model.proto(), census).int8)
+    int8 = set(explain(model.proto(), census, wide=wide).int8)
     parameters, nonzeros = count_parameters(model)
     return Figures(
         size_bytes=model.size_bytes,
@@ -346,9 +348,10 @@ def _layers(
     paths: Sequence[Path],
     samples: Dataset,
     shapes: Mapping[str, Sequence[int]],
+    wide: str | None,
 ) -> list[LayerRow]:
     original, new = (
-        ModelLayers(model, runtime.census(path), shapes) for model, path in zip(models, paths, strict=True)
+        ModelLayers(model, runtime.census(path), shapes, wide=wide) for model, path in zip(models, paths, strict=True)
     )
     tensors = original.results(tensor_pairs(models[0].proto(), models[1].proto()))
     return layer_rows(original, new, layer_errors(runtime, paths[0], paths[1], samples.feeds, tensors))

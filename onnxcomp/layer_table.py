@@ -86,11 +86,14 @@ class ModelLayers:
         model: The model; its weights are read one at a time.
         census: The kernels that run it.
         shapes: Sizes of its inputs.
+        wide: The type of 16-bit activations that the target has kernels for, which no census shows.
     """
 
-    def __init__(self, model: Model, census: Census, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, model: Model, census: Census, shapes: Mapping[str, Sequence[int]], *, wide: str | None = None
+    ) -> None:
         proto = model.proto()
-        missed = {miss.node: miss.reason for miss in explain(proto, census).missed}
+        missed = {miss.node: miss.reason for miss in explain(proto, census, wide=wide).missed}
         if proto.functions:
             proto = inliner.inline_local_functions(proto)
         weights: dict[str, tuple[Shape, int, int]] = {}

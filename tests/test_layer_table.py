@@ -115,6 +115,20 @@ def test_a_quantized_layer_without_an_int8_kernel_says_why():
     assert row.tensor == "y"
 
 
+def test_16_bit_activations_are_no_miss_for_a_target_that_has_their_kernels():
+    text = """g (float[N,3,8,8] x) => (float[N,4,6,6] y) {
+        xq = QuantizeLinear(x, s, z) xd = DequantizeLinear(xq, s, z) wd = DequantizeLinear(w, s)
+        [conv] c = Conv(xd, wd) q = QuantizeLinear(c, s, z) y = DequantizeLinear(q, s, z)
+    }"""
+    weights = {"s": np.float32(0.02), "z": np.uint16(32768), "w": np.ones((4, 3, 3, 3), np.int8)}
+    model = graph_model(text, weights, opset=21, ir_version=10)
+    for target, missed in (("qnn", False), ("x86-vnni", True)):
+        found = compare(model, model, target=target, timing=False, layers=True)
+        assert found.layers is not None
+        assert (found.layers[0].reason is not None) is missed
+        assert (found.after.int8_macs == 0) is missed
+
+
 # --- which layers belong together -------------------------------------------------------------------------------------
 
 
