@@ -107,6 +107,12 @@ def test_the_gelu_operator_stays_one_float_kernel_with_its_bias(runtime: Runtime
     check(model, runtime, tmp_path, {"MatMulIntegerToFloat": 2, "BiasGelu": 1, "QuantizeLinear": 2})
 
 
+def test_gelu_between_convolutions_is_one_float_kernel(runtime: Runtime, tmp_path: Path) -> None:
+    model = image(GELU_ERF.format(i="a", o="z"), **GELU)
+
+    throughout(model, runtime, tmp_path, {"QLinearConv": 2, "Gelu": 1, "QuantizeLinear": 2, "DequantizeLinear": 2})
+
+
 @pytest.mark.parametrize("body", ["z = PRelu(a, slope)", "z = Tanh(a)", "s = Softplus(a) t = Tanh(s) z = Mul(a, t)"])
 def test_other_activations_are_float_between_int8_convolutions(body: str, runtime: Runtime, tmp_path: Path) -> None:
     check(image(body, slope=np.full((16, 1, 1), 0.2, np.float32)), runtime, tmp_path, {"QLinearConv": 2})
