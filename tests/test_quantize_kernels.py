@@ -435,3 +435,29 @@ def test_an_excluded_operator_is_not_rewritten(runtime: Runtime, tmp_path: Path)
     result = quantize(image("z = HardSwish(a)"), runtime, tmp_path, exclude=("HardSwish1",))
 
     assert "HardSwish" in {node.op for node in result.model.graph.nodes}
+
+
+@pytest.mark.parametrize("target", ["arm64", "x86", "web"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "z = HardSwish(a)",
+        "t = Clip(a, zero, six) z = Add(a, t)",
+        "z = Mul(k, a)",
+        "z = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(a)",
+        'z = Resize<mode = "nearest">(a, , scales)',
+    ],
+)
+def test_other_cpus_compute_the_same(body: str, target: str, runtime: Runtime, tmp_path: Path) -> None:
+    model = image(
+        body,
+        zero=0.0,
+        six=6.0,
+        k=np.linspace(-1, -0.3, 16, dtype=np.float32).reshape(16, 1, 1),
+        scales=np.array([1, 1, 2, 2], np.float32),
+    )
+
+    result = quantize(model, runtime, tmp_path, target=target)
+
+    assert result.changes.count >= 2
+    assert max(result.errors) < INT8_ERROR
