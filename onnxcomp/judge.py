@@ -53,9 +53,10 @@ class Budget:
     Attributes:
         max_drop: Absolute points of the metric (0.005 is half a point), or of the expected drop without labels.
         max_error: Relative error of the worst output, where there is neither a metric nor class scores, of the part
-            that depends on the input; half of it for the whole output (by default 10%, a signal-to-noise ratio of
-            20 dB) and for the boxes of a detector. A rule of thumb, not a bound: on one anomaly detector 16% went with
-            no loss of its metric and 27% with 4 points of AUC, and the default was chosen between the two.
+            that depends on the input; half of it, where there is no metric, for the whole output (by default 10%, a
+            signal-to-noise ratio of 20 dB) and for the boxes of a detector. A rule of thumb, not a bound: on one
+            anomaly detector 16% went with no loss of its metric and 27% with 4 points of AUC, and the default was
+            chosen between the two.
     """
 
     max_drop: float = 0.005
@@ -74,13 +75,16 @@ class Budget:
             return False
         if quality.drop is not None and quality.drop > self.max_drop * share:
             return False
-        if quality.drop is not None and not quality.guessed and not quality.detection:
+        if quality.kind == "metric":
             return True
         if generated:
             return quality.error <= max(GENERATED_ERROR * share, rounding)
-        whole = self.max_error * WHOLE_OUTPUT * share
-        part = whole if quality.detection else self.max_error * share
-        return quality.error <= max(part, rounding) and quality.plain_error <= max(whole, rounding)
+        whole = max(self.max_error * WHOLE_OUTPUT * share, rounding)
+        if quality.plain_error > whole:
+            return False
+        if quality.kind == "expected-drop" and not quality.guessed:
+            return not quality.detection or quality.error <= whole
+        return quality.error <= max(self.max_error * share, rounding)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Three ways, the best one that the data allow:
 
 - `metric`: labels and a task metric; the drop is the difference of the metric.
 - `expected-drop`: no labels, but an output holds class scores. What the original expects to lose by the candidate's
-  choices: mean(p[own choice] - p[candidate's choice]). (Counting disagreements would reject good models: near ties flip
-  without any loss.)
+  choices: mean(p[own choice] - p[candidate's choice]), at each step of a sequence of them. (Counting
+  disagreements would reject good models: near ties flip without any loss.)
   An output that mixes scores with other numbers, as detectors' do, likewise: how much average precision the candidate's
   ranking is expected to lose; see `onnxcomp.detection`.
 - `relative-error`: anything else. The root mean square of the difference over that of the *part of the output that
@@ -128,7 +128,11 @@ class Reference:
         """Which output holds class scores."""
         for index in range(_width(self._runs)):
             whole = _joined(self._runs, index)
-            if whole is not None and whole.ndim == 2 and whole.dtype.kind == "f" and whole.shape[1] > 1:
+            if whole is None or whole.dtype.kind != "f" or whole.shape[-1] < 2:
+                continue
+            if whole.ndim == 3 and metrics.looks_like_classifier(_rows(whole), elements) == "probabilities":
+                return index
+            if whole.ndim == 2:
                 looks = metrics.looks_like_classifier(whole, elements)
                 if declared or looks:
                     self._guessed = not declared and looks != "probabilities"
@@ -173,8 +177,9 @@ class Reference:
         if self._classes is not None:
             teacher, student = _joined(self._runs, self._classes), _joined(runs, self._classes)
             if teacher is not None and student is not None and teacher.shape == student.shape:
-                lost = metrics.expected_drop(teacher, student)
-                agreement = float((teacher.argmax(axis=1) == student.argmax(axis=1)).mean())
+                places = metrics.expected_drop(_rows(teacher), _rows(student))
+                lost = places.reshape(len(teacher), -1).mean(axis=1)
+                agreement = float((teacher.argmax(axis=-1) == student.argmax(axis=-1)).mean())
                 drop, interval = float(lost.mean()), _mean_interval(lost, self._seed)
             else:
                 drop, interval = math.inf, (math.inf, math.inf)
@@ -317,6 +322,11 @@ def _count(runs: Runs, data: Dataset) -> int:
 def _width(runs: Runs) -> int:
     """The largest number of outputs of a run: sequences may be longer in one than in another."""
     return max(map(len, runs), default=0)
+
+
+def _rows(scores: Array) -> Array:
+    """Class scores as one row a decision: a sequence model takes one at each step."""
+    return scores.reshape(-1, scores.shape[-1])
 
 
 def _joined(runs: Runs, index: int) -> Array | None:

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from onnxcomp.errors import OptionError
 
 __all__ = ["TARGETS", "QuantizationRules", "Target", "cpu_features", "find_target", "host_target"]
@@ -57,6 +59,11 @@ class QuantizationRules:
     def supports(self, operator: str) -> bool:
         """Whether the target may run this operator in 8 bits."""
         return self.operators is None or operator in self.operators
+
+    @property
+    def levels(self) -> int:
+        """How many values an activation may have."""
+        return 1 << 8 * np.dtype(self.activations).itemsize
 
     @property
     def is_wide(self) -> bool:

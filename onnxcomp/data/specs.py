@@ -87,10 +87,10 @@ def _spec(value: onnx.ValueInfoProto) -> InputSpec:
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
-    # Exporters write a dynamic axis as a name, as nothing, and (older ones) as 0 or -1.
+    # Exporters write a dynamic axis as a name, as nothing or "?", and (older ones) as 0 or -1.
     if dim.WhichOneof("value") == "dim_value":
         return dim.dim_value if dim.dim_value > 0 else None
-    return dim.dim_param or None
+    return dim.dim_param if dim.dim_param.strip("?") else None
 
 
 def feedable(specs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:

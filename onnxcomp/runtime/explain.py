@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,13 @@ _BIAS_SCALE_TOLERANCE = 0.01  # ONNX Runtime takes 1.1 % and refuses 2 %
 _CLIP_TOLERANCE = 1e-3  # of one quantization step
 _CLIPS = frozenset({"Relu", "Clip"})
 # ONNX Runtime adds these to a node's name when it makes the kernel from it.
-_KERNEL_SUFFIX = re.compile(r"(_token_\d+|/MatMulAddFusion)$")
+_KERNEL_AFFIX = re.compile(r"(_token_\d+|/MatMulAddFusion|/MatMulScaleFusion/)$|^fused ")
+
+_UNFUSED = (
+    "dynamic-unfused",
+    "its MatMulInteger, Cast and Mul stay apart; one kernel wants the data scale times a weight scale that is one "
+    "value, or one for each output channel",
+)
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,10 @@ class KernelReport:
 def explain(model: onnx.ModelProto, census: Census, *, wide: str | None = None) -> KernelReport:
     """Tell which quantized nodes run in int8, and why the others do not.
 
-    A node is quantized when both its data input and its weight come straight from a DequantizeLinear. It counts as
-    missed as well where ONNX Runtime makes an int8 kernel that ignores a scale: such a kernel fails at run time, or
-    gives wrong values.
+    A node is quantized when both its data input and its weight come straight from a DequantizeLinear, or when it is a
+    MatMulInteger of the codes that a DynamicQuantizeLinear makes. The latter counts only where it became one kernel
+    with the nodes that turn its result into floats. A node counts as missed as well where ONNX Runtime makes an int8
+    kernel that ignores a scale: such a kernel fails at run time, or gives wrong values.
 
     Args:
         model: The QDQ model; external data need not be loaded.
@@ -69,13 +76,17 @@ def explain(model: onnx.ModelProto, census: Census, *, wide: str | None = None) 
         (name, node, view)
         for view in map(_View, graphs(model.graph))
         for name, node in zip([next(names) for _ in view.graph.node], view.graph.node, strict=True)
-        if node.op_type in ("Conv", "Gemm", "MatMul") and view.dequantize(node, 0) and view.dequantize(node, 1)
+        if _is_static(node, view) or _is_dynamic(node, view)
     ]
-    fused = _fused({name for name, _, _ in quantized}, (node.name for node in census.int8_nodes))
+    kernels = [node for node in census.int8_nodes if node.op != "MatMulInteger"]
+    fused = _fused({name for name, _, _ in quantized}, (node.name for node in kernels))
     int8, missed = [], []
     for name, node, view in quantized:
-        found = _Quantized(node, view)
-        miss = None if wide and found.types == (wide, "int8", wide) else _miss(found, fused=name in fused)
+        if node.op_type == "MatMulInteger":
+            miss = None if name in fused else _UNFUSED
+        else:
+            found = _Quantized(node, view)
+            miss = None if wide and found.types == (wide, "int8", wide) else _miss(found, fused=name in fused)
         if miss is None:
             int8.append(name)
         else:
@@ -83,15 +94,30 @@ def explain(model: onnx.ModelProto, census: Census, *, wide: str | None = None) 
     return KernelReport(tuple(int8), tuple(missed))
 
 
+def kernel_source(kernel: str, names: Container[str]) -> str:
+    """The node that a kernel is named after, if that is one of `names`; else what is left of the kernel's name.
+
+    >>> kernel_source("fused c1_token_3", {"c1"})
+    'c1'
+    """
+    name = kernel
+    while name not in names and (shorter := _KERNEL_AFFIX.sub("", name)) != name:
+        name = shorter
+    return name
+
+
+def _is_static(node: onnx.NodeProto, view: _View) -> bool:
+    return node.op_type in ("Conv", "Gemm", "MatMul") and bool(view.dequantize(node, 0) and view.dequantize(node, 1))
+
+
+def _is_dynamic(node: onnx.NodeProto, view: _View) -> bool:
+    maker = view.makers.get(node.input[0]) if node.op_type == "MatMulInteger" else None
+    return maker is not None and maker.op_type == "DynamicQuantizeLinear"
+
+
 def _fused(names: set[str], kernels: Iterable[str]) -> set[str]:
     """The names that a kernel is named after."""
-    found = set()
-    for kernel in kernels:
-        name = kernel
-        while name not in names and (shorter := _KERNEL_SUFFIX.sub("", name)) != name:
-            name = shorter
-        found.add(name)
-    return found & names
+    return {kernel_source(kernel, names) for kernel in kernels} & names
 
 
 def _miss(node: _Quantized, *, fused: bool) -> tuple[str, str] | None:

@@ -21,7 +21,7 @@ from onnxcomp_passes._weights import input_mean_error
 if TYPE_CHECKING:
     from onnxcomp_passes._scheme import Scheme
 
-__all__ = ["Grid", "Ranges", "insert", "is_written_by_us"]
+__all__ = ["Grid", "Ranges", "drop_unused_decoders", "insert", "is_written_by_us", "weight_codes"]
 
 Array = np.ndarray[Any, Any]
 Ranges = dict[str, tuple[float, float]]
@@ -152,7 +152,7 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
         factors = upsampling.get(id(node))
         added += adapt(node, writer) if factors is None else as_gathers(model, node, factors)
     model.graph.nodes.extend(added)
-    _drop_unused_decoders(model.graph)
+    drop_unused_decoders(model.graph)
 
 
 def _upsampling(model: Model, placement: Placement, scheme: Scheme) -> dict[int, Repeats]:
@@ -214,7 +214,7 @@ def _quantize_weights(writer: _Writer, layer: Layer) -> list[gs.Node]:
     node = layer.node
     source = node.inputs[0].name
     input_scale = float(writer.grids[source].scale)
-    codes, scale = _weight_codes(layer, writer.scheme)
+    codes, scale = weight_codes(layer, writer.scheme)
     values = _bias(layer, codes, scale, writer.scheme)
     if values is not None:
         codes, scale = _room_for_bias(layer, codes, scale, values, input_scale)
@@ -249,7 +249,7 @@ def _bias(layer: Layer, codes: Array, scale: Array, scheme: Scheme) -> Array | N
     return -error if values is None else values - error
 
 
-def _weight_codes(layer: Layer, scheme: Scheme) -> tuple[Array, Array]:
+def weight_codes(layer: Layer, scheme: Scheme) -> tuple[Array, Array]:
     """The int8 codes and the scale, taken over from the storage form where that has the same grid."""
     rules = scheme.rules
     limit = REDUCED_MAX if rules.reduce_range else INT8_MAX
@@ -290,7 +290,7 @@ def _remove(graph: gs.Graph, nodes: tuple[gs.Node, ...]) -> None:
     graph.nodes = [node for node in graph.nodes if id(node) not in gone]
 
 
-def _drop_unused_decoders(graph: gs.Graph) -> None:
+def drop_unused_decoders(graph: gs.Graph) -> None:
     """Remove storage-form decoders whose weight nobody reads any more."""
     outputs = {id(tensor) for tensor in graph.outputs}
     for op in ("Mul", "Cast"):
