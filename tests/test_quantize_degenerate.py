@@ -218,6 +218,26 @@ def test_every_opset_from_7(opset: int, runtime: Runtime, tmp_path: Path) -> Non
     assert max(result.errors) < INT8_ERROR
 
 
+def test_half_precision_around_the_layers_keeps_its_operators(runtime: Runtime, tmp_path: Path) -> None:
+    model = image("h = Cast<to = 10>(a) s = HardSwish(h) p = AveragePool<kernel_shape = [2, 2]>(s) z = Cast<to = 1>(p)")
+
+    result = quantize(model, runtime, tmp_path)
+
+    assert {"HardSwish", "AveragePool"} <= {node.op for node in result.model.graph.nodes}
+    assert result.count("QLinearConv") == (2,)
+
+
+def test_declared_shapes_stay_true(runtime: Runtime, tmp_path: Path) -> None:
+    body = (
+        "p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(a) r = Relu(p) z = AveragePool<kernel_shape = [2, 2]>(r)"
+    )
+    model = onnx.shape_inference.infer_shapes(image(body))
+
+    result = quantize(model, runtime, tmp_path)
+
+    onnx.shape_inference.infer_shapes(result.model.to_proto(), check_type=True, strict_mode=True)
+
+
 # --- partly quantized -------------------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,12 @@ def test_the_gelu_operator_stays_one_float_kernel_with_its_bias(runtime: Runtime
     check(model, runtime, tmp_path, {"MatMulIntegerToFloat": 2, "BiasGelu": 1, "QuantizeLinear": 2})
 
 
+def test_gelu_between_convolutions_is_one_float_kernel(runtime: Runtime, tmp_path: Path) -> None:
+    model = image(GELU_ERF.format(i="a", o="z"), **GELU)
+
+    throughout(model, runtime, tmp_path, {"QLinearConv": 2, "Gelu": 1, "QuantizeLinear": 2, "DequantizeLinear": 2})
+
+
 @pytest.mark.parametrize("body", ["z = PRelu(a, slope)", "z = Tanh(a)", "s = Softplus(a) t = Tanh(s) z = Mul(a, t)"])
 def test_other_activations_are_float_between_int8_convolutions(body: str, runtime: Runtime, tmp_path: Path) -> None:
     check(image(body, slope=np.full((16, 1, 1), 0.2, np.float32)), runtime, tmp_path, {"QLinearConv": 2})
@@ -429,3 +435,29 @@ def test_an_excluded_operator_is_not_rewritten(runtime: Runtime, tmp_path: Path)
     result = quantize(image("z = HardSwish(a)"), runtime, tmp_path, exclude=("HardSwish1",))
 
     assert "HardSwish" in {node.op for node in result.model.graph.nodes}
+
+
+@pytest.mark.parametrize("target", ["arm64", "x86", "web"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "z = HardSwish(a)",
+        "t = Clip(a, zero, six) z = Add(a, t)",
+        "z = Mul(k, a)",
+        "z = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(a)",
+        'z = Resize<mode = "nearest">(a, , scales)',
+    ],
+)
+def test_other_cpus_compute_the_same(body: str, target: str, runtime: Runtime, tmp_path: Path) -> None:
+    model = image(
+        body,
+        zero=0.0,
+        six=6.0,
+        k=np.linspace(-1, -0.3, 16, dtype=np.float32).reshape(16, 1, 1),
+        scales=np.array([1, 1, 2, 2], np.float32),
+    )
+
+    result = quantize(model, runtime, tmp_path, target=target)
+
+    assert result.changes.count >= 2
+    assert max(result.errors) < INT8_ERROR

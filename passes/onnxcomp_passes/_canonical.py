@@ -69,7 +69,7 @@ class _Rewriter:
         self._context = context
         self._known: KnownTensors = infer_known(model)
         self._traced = _static_shapes(model)
-        self._outputs = {id(tensor) for tensor in model.graph.outputs}
+        self._seen_from_outside = {tensor.name for graph in model.graphs() for tensor in graph.outputs}
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
         self._gone: set[int] = set()
@@ -78,6 +78,8 @@ class _Rewriter:
     def rewrite(self, node: gs.Node) -> None:
         """Apply the rule for a node's operator."""
         if id(node) in self._gone:
+            return
+        if not self._is_float32(node.outputs[0]):
             return
         if node.op == "HardSwish":
             self._gate(node, node.inputs[0], 1 / 6, 0.5)
@@ -107,7 +109,7 @@ class _Rewriter:
 
     def _maker(self, tensor: gs.Tensor, *ops: str) -> gs.Node | None:
         """The node that writes a tensor for one reader alone, if it is one of these operators."""
-        if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or id(tensor) in self._outputs:
+        if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or tensor.name in self._seen_from_outside:
             return None
         maker = tensor.inputs[0]
         usable = maker.op in ops and not maker.domain and len(maker.outputs) == 1 and not self._context.excludes(maker)
@@ -120,9 +122,13 @@ class _Rewriter:
         dims = found[1].dims if found else None
         return self._traced.get(tensor.name, dims)
 
+    def _is_float32(self, tensor: gs.Tensor) -> bool:
+        found = self._known.get(id(tensor))
+        return found is not None and found[1].dtype == np.float32
+
     @staticmethod
     def _scalar(tensor: gs.Tensor | None) -> float | None:
-        if not isinstance(tensor, gs.Constant) or tensor.dtype != np.float32 or int(np.prod(tensor.shape)) != 1:
+        if not isinstance(tensor, gs.Constant) or tensor.dtype != np.float32 or tuple(tensor.shape) not in {(), (1,)}:
             return None
         return float(value_of(tensor).item())
 
@@ -152,7 +158,7 @@ class _Rewriter:
         """Of Div(Clip(Add(x, 3), 0, 6), 6), or of the same with a Mul by x before the Div."""
         parts = self._split(node)
         factor = None if parts is None else self._scalar(parts[1])
-        if parts is None or not factor:
+        if parts is None or factor is None or factor <= 0:
             return
         factor = 1 / factor if node.op == "Div" else factor
         product = self._maker(parts[0], "Mul")
@@ -191,9 +197,8 @@ class _Rewriter:
         axes = node.attrs.get("axes")
         if axes is None and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
             axes = value_of(node.inputs[1]).reshape(-1).tolist()
-        x = node.inputs[0]
-        known, dims = self._known.get(id(x)), self._dims(x)
-        if axes is None or dims is None or len(dims) != 4 or known is None or known[1].dtype != np.float32:
+        dims = self._dims(node.inputs[0])
+        if axes is None or dims is None or len(dims) != 4:
             return
         if sorted(axis % 4 for axis in axes) != PIXELS:
             return
@@ -221,40 +226,37 @@ class _Rewriter:
             return
         makers = node.inputs[0].inputs
         behind = makers[0].inputs[0].inputs if makers and makers[0].op in {"Relu", "Clip"} else makers
-        channels, *sizes = dims[1:]
-        uneven = any(pads) and not node.attrs.get("count_include_pad", 0)
-        if not isinstance(channels, int) or not behind or behind[0].op not in BEFORE_POOL:
+        if not isinstance(dims[1], int) or not behind or behind[0].op not in BEFORE_POOL:
             return
-        if uneven:  # as if the padding counted, and then larger where it was
-            if not all(isinstance(size, int) for size in sizes):
+        if any(pads) and not node.attrs.get("count_include_pad", 0):
+            sizes = [dim for dim in dims[2:] if isinstance(dim, int)]
+            if len(sizes) < 2 or any(pad >= size for pad, size in zip(pads, [*window, *window], strict=True)):
                 return
-            counts = [_counts(int(sizes[i]), window[i], strides[i], pads[i], pads[i + 2]) for i in range(2)]
-            share = np.outer(*counts) / (window[0] * window[1])
-            pooled, result = Variable(self._model.unique_name("p.0"), dtype=np.float32), node.outputs[0]
-            node.outputs[0] = pooled
-            factors = gs.Constant(self._model.unique_name("k.0"), (1 / share).astype(np.float32)[None, None])
-            name = self._model.unique_name("pool.0")
-            self._after.setdefault(id(node), []).append(Node("Mul", name, {}, [pooled, factors], [result]))
-        weight = np.full((channels, 1, *window), 1 / (window[0] * window[1]), np.float32)
+            counts = [_counts(sizes[i], window[i], strides[i], pads[i], pads[i + 2]) for i in range(2)]
+            self._times(node, window[0] * window[1] / np.outer(*counts))
         node.op = "Conv"
-        node.attrs = {
-            "group": channels,
-            "kernel_shape": list(window),
-            "pads": list(pads),
-            "strides": list(strides),
-        }
+        node.attrs = {"group": dims[1], "kernel_shape": list(window), "pads": list(pads), "strides": list(strides)}
+        weight = np.full((dims[1], 1, *window), 1 / (window[0] * window[1]), np.float32)
         node.inputs.append(gs.Constant(self._model.unique_name("w.0"), weight))
+
+    def _times(self, node: gs.Node, factors: Array) -> None:
+        """Multiply what a node gives for each pixel: the padding counts there, and must not."""
+        pooled, result = Variable(self._model.unique_name("p.0"), dtype=np.float32), node.outputs[0]
+        node.outputs[0] = pooled
+        constant = gs.Constant(self._model.unique_name("k.0"), factors.astype(np.float32)[None, None])
+        name = self._model.unique_name("pool.0")
+        self._after.setdefault(id(node), []).append(Node("Mul", name, {}, [pooled, constant], [result]))
 
     def _relu_first(self, node: gs.Node) -> None:
         """Swap a Relu with the MaxPool before it, where it then is right behind a layer."""
         pool = self._maker(node.inputs[0], "MaxPool")
         if pool is None or self._maker(pool.inputs[0], "Conv", "Add") is None:
             return
-        x, middle, result = pool.inputs[0], node.inputs[0], node.outputs[0]
-        node.outputs.clear()
+        x, result = pool.inputs[0], node.outputs[0]
+        middle = Variable(self._model.unique_name("r.0"), dtype=np.float32)
+        node.outputs[0] = middle
         pool.outputs[0] = result
         node.inputs[0], pool.inputs[0] = x, middle
-        node.outputs.append(middle)
         self._before.setdefault(id(pool), []).append(node)
         self._model.graph.nodes.remove(node)
 

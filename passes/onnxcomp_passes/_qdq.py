@@ -174,6 +174,23 @@ def _range(tensor: gs.Tensor, ranges: Ranges, dtype: str) -> tuple[float, float]
     return (0.0, 1.0 - 1.0 / levels) if made_by in known else ranges[tensor.name]
 
 
+def _one_float_reader(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> list[gs.Node]:
+    """Let several float readers of an int8 result read one copy of it, a Sum of one.
+
+    ONNX Runtime gives each reader a DequantizeLinear of its own, and then does not see what they are together: a Gelu
+    of five operators, say. The copy costs what the second DequantizeLinear does.
+    """
+    readers = {id(reader): reader for reader in tensor.outputs if id(reader) not in inside}.values()
+    if len(readers) < 2 or not writer.scheme.rules.cpu:
+        return []
+    copy = Variable(writer.model.unique_name("c.0"))
+    for reader in readers:
+        for index, other in enumerate(reader.inputs):
+            if other is tensor:
+                reader.inputs[index] = copy
+    return [Node("Sum", writer.model.unique_name("copy.0"), {}, [tensor], [copy])]
+
+
 def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> list[gs.Node]:
     """Give a float tensor its pair: behind an int8 producer all readers read the result, else the int8 ones only."""
     grid = writer.grids[tensor.name]
@@ -182,7 +199,7 @@ def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> li
         raw = Variable(writer.model.unique_name("f.0"))
         index = next(index for index, output in enumerate(producer.outputs) if output is tensor)
         producer.outputs[index] = raw
-        return writer.pair(raw, tensor, grid)
+        return [*writer.pair(raw, tensor, grid), *_one_float_reader(writer, tensor, inside)]
     result = Variable(writer.model.unique_name("d.0"))
     for reader in list(tensor.outputs):
         if id(reader) in inside:
