@@ -43,7 +43,7 @@ class Histogram(Calibrator, ABC):
         self._cover(low, high)
         assert self.exponent is not None
         narrow = values.dtype in (np.float32, np.float16) and abs(self.exponent) <= FLOAT32_EXPONENTS
-        # A power of two, and bins below 2**24: float32 is exact.
+        # A power of two, and bins below 2**24: float32 is exact (but for values next to zero that underflow to it).
         scaled = np.multiply(values, 2.0**-self.exponent, dtype=np.float32 if narrow else np.float64)
         np.floor(scaled, out=scaled)
         scaled -= self.first

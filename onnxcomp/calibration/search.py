@@ -6,6 +6,7 @@ the range are tried, first together and then one by one, down to a thousandth of
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -25,7 +26,7 @@ REFINED = np.exp2(np.linspace(0.25, -0.25, 17))
 """Factors of the best share that are tried next."""
 
 MOST_BINS = BINS // 2
-"""Bins that the search works on; with more, pairs are merged. Eight for each 8-bit step of the whole range."""
+"""Bins that squared errors are computed of; of more, pairs are merged. Eight for each 8-bit step of the range."""
 
 
 class _Searched(Histogram):
@@ -49,39 +50,35 @@ class _Searched(Histogram):
         edges, counts = self._bins()
         if not counts.any() or self.low == self.high:
             return self.low, self.high
-        # Scaled to at most 1, so that squares neither overflow nor vanish.
-        unit = max(abs(self.low), abs(self.high))
+        # Scaled to at most 1, so that squares neither overflow nor vanish; by a power of two, which is exact.
+        unit = 2.0 ** min(math.frexp(max(abs(self.low), abs(self.high)))[1], 1023)
         low, high = self._search(edges / unit, counts.astype(np.float64))
         return low * unit, high * unit
 
     def _bins(self) -> tuple[Array, Array]:
-        """The histogram without exact zeros, which every grid holds, in at most `MOST_BINS` bins."""
+        """The histogram without exact zeros, which every grid holds."""
         edges, counts = self.span()
         if self.zeros:
             counts = counts.copy()
             counts[np.searchsorted(edges[1:-1], 0.0, side="right")] -= self.zeros
-        if counts.size > MOST_BINS:
-            odd = counts.size % 2
-            counts = np.append(counts, [0] * odd).reshape(-1, 2).sum(axis=1)
-            edges = np.append(edges[:-1:2], edges[-1])
         return edges, counts
 
     def _search(self, edges: Array, counts: Array) -> tuple[float, float]:
         """The best low and high for a histogram whose values are at most 1."""
         full = self._whole(edges)
 
-        def best(ends: Array, moved: Array, factors: Array) -> Array:
-            tried = np.clip(np.where(moved, ends * factors[:, None], ends), *full)
-            # Of equals the widest, which comes first: clipping for nothing is no gain.
+        def best(ends: Array, start: Array, moved: Array, factors: Array) -> Array:
+            tried = np.append(np.clip(np.where(moved, start * factors[:, None], ends), *full), [ends], axis=0)
+            # Of equals the first, which is the widest: clipping for nothing is no gain.
             return np.asarray(tried[np.argmin(self._cost(edges, counts, tried))])
 
         one_by_one = [] if self.symmetric or not full.all() else [np.array([False, True]), np.array([True, False])]
         ends = full
         for moved in (np.array([True, True]), *one_by_one):
-            ends = best(np.where(moved, full, ends), moved, SHARES)
-            ends = best(ends, moved, REFINED)
+            ends = best(ends, full, moved, SHARES)
+            ends = best(ends, ends, moved, REFINED)
         for moved in one_by_one:
-            ends = best(ends, moved, REFINED)
+            ends = best(ends, ends, moved, REFINED)
         return float(ends[0]), float(ends[1])
 
     def _whole(self, edges: Array) -> Array:
@@ -128,6 +125,14 @@ class MSE(_Searched):
         (-1.0, 1.0)
     """
 
+    def _bins(self) -> tuple[Array, Array]:
+        edges, counts = super()._bins()
+        if counts.size > MOST_BINS:
+            odd = counts.size % 2
+            counts = np.append(counts, [0] * odd).reshape(-1, 2).sum(axis=1)
+            edges = np.append(edges[:-1:2], edges[-1])
+        return edges, counts
+
     def _cost(self, edges: Array, counts: Array, ends: Array) -> Array:
         step, lowest, highest = self._grids(ends)
         widths = np.diff(edges)
@@ -155,6 +160,8 @@ class Entropy(_Searched):
     values. Here for any number of levels, zero point and position of the range, with levels where the quantizer has
     them. As Q is constant over a level, KL(P, Q) follows from sums over levels, taken as differences of running sums.
 
+    As in the talk, steps are never finer than the bins: at 8 bits the range is cut to a sixteenth at most.
+
     Args:
         levels: How many values the quantized type has.
         symmetric: Whether the zero point is fixed in the middle.
@@ -181,16 +188,19 @@ class Entropy(_Searched):
         inside, bins = np.diff(sums[index], axis=1), np.diff(filled[index], axis=1)
         first, last = index[:, 0], index[:, -1]
         kept, below, above = sums[last] - sums[first], sums[first], total - sums[last]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            spread = np.log(np.where(bins > 0, inside / bins, 1.0))
-            cost = logs[last] - logs[first] - np.sum(inside * spread, axis=1)
-            # What is clipped joins the end bins; half a value stands for Q where such a bin is empty.
-            for end, clipped, level in ((first, below, 0), (last - 1, above, -1)):
-                present = counts[np.clip(end, 0, counts.size - 1)]
-                q = np.where((bins[:, level] > 0) & (present > 0), spread[:, level], np.log(0.5))
-                cost += _xlogx(present + clipped) - _xlogx(present) - clipped * q
-            cost = cost / total + np.log(kept / total)
-        return np.where(kept > 0, cost, np.inf)
+        spread = np.log(np.where(inside > 0, inside, 1.0) / np.maximum(bins, 1))
+        cost = logs[last] - logs[first] - np.sum(inside * spread, axis=1)
+        # What is clipped joins the end bins; half a value stands for Q where such a bin is empty.
+        mass = kept
+        for end, clipped, level in ((first, below, 0), (last - 1, above, -1)):
+            present = counts[np.clip(end, 0, counts.size - 1)]
+            q = np.where(present > 0, spread[:, level], np.log(0.5))
+            cost += _xlogx(present + clipped) - _xlogx(present) - clipped * q
+            mass = mass + np.where((present > 0) | (clipped <= 0), 0.0, 0.5)
+        # Steps finer than the bins say nothing: P and Q agree on what is clipped, however much that is.
+        width = (edges[-1] - edges[0]) / counts.size
+        cost = cost / total + np.log(np.maximum(mass, 0.5) / total)
+        return np.where((kept > 0) & (step[:, 0] >= width), cost, np.inf)
 
 
 def _running(values: Array) -> Array:
