@@ -16,6 +16,8 @@ from onnxcomp import metrics
 from onnxcomp.analysis import count_parameters, deflated_bytes, mac_counts
 from onnxcomp.data import Dataset, ImageOptions, InputSpec, generate, input_specs, open_data
 from onnxcomp.errors import DataError, ModelError, OptionError
+from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
+from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.ledger import Figures
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
@@ -48,6 +50,7 @@ class Comparison:
         target: What the models are for.
         threads: Threads of one operator.
         warnings: What to know before trusting a figure.
+        layers: The layers side by side, the largest error first; None where they were not asked for.
     """
 
     original: str
@@ -63,6 +66,7 @@ class Comparison:
     target: str
     threads: int
     warnings: list[str] = field(default_factory=list)
+    layers: list[LayerRow] | None = None
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -87,6 +91,7 @@ def compare(
     image: ImageOptions | None = None,
     allow_code: bool = False,
     timing: bool = True,
+    layers: bool = False,
 ) -> Comparison:
     """Compare a model with another that takes the same inputs.
 
@@ -102,6 +107,7 @@ def compare(
         image: How to read a folder of images.
         allow_code: Whether "module:function" may be imported and called.
         timing: Whether to time the models.
+        layers: Whether to measure the error of each layer too, on all of the data.
 
     Raises:
         OnnxcompError: A model cannot be read or run, the models do not fit each other, or the data do not fit them.
@@ -128,10 +134,12 @@ def compare(
         if timing and chosen.is_host:
             timings = runtime.time(paths, feed, seconds=TIMING_SECONDS)
         shapes_run = {name: array.shape for name, array in feed.items()}
+        wide = chosen.rules.wide if chosen.rules else None
         before, after = (
-            _figures(runtime, model, path, timed, loss, shapes_run)
+            _figures(runtime, model, path, timed, loss, shapes_run, wide)
             for model, path, timed, loss in zip(models, paths, timings, losses, strict=True)
         )
+        rows = _layers(runtime, models, paths, samples, shapes_run, wide) if layers else None
         description, digest_facts = samples.description, {"samples": samples.size, "labels": samples.has_labels}
     return Comparison(
         original=_named(original),
@@ -147,6 +155,7 @@ def compare(
         target=chosen.name,
         threads=threads,
         warnings=_warnings(samples, reference, chosen),
+        layers=rows,
     )
 
 
@@ -305,10 +314,11 @@ def _figures(
     timing: Timing | None,
     quality: Quality,
     shapes: Mapping[str, Sequence[int]],
+    wide: str | None,
 ) -> Figures:
     census = runtime.census(path)
     macs = mac_counts(model, shapes)
-    int8 = set(explain(model.proto(), census).int8)
+    int8 = set(explain(model.proto(), census, wide=wide).int8)
     parameters, nonzeros = count_parameters(model)
     return Figures(
         size_bytes=model.size_bytes,
@@ -330,6 +340,21 @@ def _figures(
         agreement=quality.agreement,
         kernels=census.counts(),
     )
+
+
+def _layers(
+    runtime: Runtime,
+    models: Sequence[Model],
+    paths: Sequence[Path],
+    samples: Dataset,
+    shapes: Mapping[str, Sequence[int]],
+    wide: str | None,
+) -> list[LayerRow]:
+    original, new = (
+        ModelLayers(model, runtime.census(path), shapes, wide=wide) for model, path in zip(models, paths, strict=True)
+    )
+    tensors = original.results(tensor_pairs(models[0].proto(), models[1].proto()))
+    return layer_rows(original, new, layer_errors(runtime, paths[0], paths[1], samples.feeds, tensors))
 
 
 def _warnings(samples: Dataset, reference: Reference, target: Target) -> list[str]:

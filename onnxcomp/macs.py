@@ -13,7 +13,7 @@ from onnx import inliner
 from onnxcomp.model import Model
 from onnxcomp.shapes import Shape, traced_nodes
 
-__all__ = ["mac_counts"]
+__all__ = ["LAYER_OPERATORS", "mac_counts"]
 
 
 def mac_counts(
@@ -135,6 +135,9 @@ _RULES: dict[str, MacRule] = {
     # Fused attention: it computes, and what it computes depends on too many variants to be told from shapes alone.
     **dict.fromkeys(("Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention"), _unknown),
 }
+
+LAYER_OPERATORS = frozenset(_RULES)
+"""The operators whose multiply-accumulates are counted."""
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:

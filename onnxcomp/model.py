@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Union
@@ -19,6 +19,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.files import check_writable, replaced_whole
 from onnxcomp.graph_io import Node, Variable, describe, export_graph, import_graph, walk
 from onnxcomp.structure import (
+    LAZY_FROM_BYTES,
     check_text,
     import_domains,
     ir_version_for,
@@ -32,16 +33,13 @@ from onnxcomp.structure import (
     stub,
     tensors_of,
 )
-from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, Spool, check_tensor, external_blob
+from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, check_tensor, external_blob
 from onnxcomp.wire import model_bytes, write_model
 
-__all__ = ["Model", "ModelSource", "model_files", "spooled", "value_of"]
+__all__ = ["Model", "ModelSource", "model_files", "value_of"]
 
 Array = np.ndarray[Any, Any]
 ModelSource = Union[str, Path, onnx.ModelProto, "Model"]
-
-LAZY_FROM_BYTES = 256
-"""Tensors of at least this size become lazy; smaller ones (shapes, scalars) stay in the structure for analysis."""
 
 INLINE_LIMIT_BYTES = (1 << 31) - (1 << 20)
 """What a single protobuf file can hold, less some room for the structure."""
@@ -269,7 +267,8 @@ class Model:
             message = f"opset {self.opset} cannot be raised to {version}: the model has functions of its own"
             raise ModelError(message)
         try:
-            converted = version_converter.convert_version(self.proto(), version)  # large weights stay stubs
+            structure = self.proto()  # large weights stay stubs
+            converted = version_converter.convert_version(structure, version)
         except (RuntimeError, ValueError, IndexError, EncodeError) as error:
             message = f"opset {self.opset} cannot be raised to {version}: {str(error).splitlines()[0]}"
             raise ModelError(message) from error
@@ -278,10 +277,10 @@ class Model:
             inputs = [info for info in converted.graph.input if info.name not in constants]
             del converted.graph.input[:]
             converted.graph.input.extend(inputs)
-        declared = {info.name: info for info in (*self.proto().graph.input, *self.proto().graph.output)}
-        for info in (*converted.graph.input, *converted.graph.output):  # the converter fills in dims that it infers
-            if info.name in declared:
-                info.CopyFrom(declared[info.name])
+        for side in ("input", "output"):  # the converter infers shapes, and would narrow the declared ones
+            declared = {info.name: info for info in getattr(structure.graph, side)}
+            for info in getattr(converted.graph, side):
+                info.CopyFrom(declared.get(info.name, info))
         converted.ir_version = max(self.ir_version, ir_version_for(version))
         fresh = Model(converted, self._blobs, self.path, external=self._external)
         fresh.metadata, fresh._sources = self.metadata, self._sources
@@ -381,24 +380,6 @@ class Model:
             constant._values = LazyWeight(tensor, self._blobs[reference_of(tensor)])
             return self._dump(constant)
         return tensor
-
-
-def spooled(data: bytes, onnx_dtype: int, dims: Iterable[int], spool: Spool) -> LazyWeight:
-    """A new weight whose bytes go to a temporary file, for `gs.Constant(name, ...)`.
-
-    Args:
-        data: The bytes as ONNX stores them (2- and 4-bit types packed).
-        onnx_dtype: The element type.
-        dims: The shape.
-        spool: Where large data go; small ones stay in the structure.
-    """
-    tensor = onnx.TensorProto(data_type=onnx_dtype, dims=dims)
-    if len(data) < LAZY_FROM_BYTES:
-        tensor.raw_data = data
-        return LazyWeight(tensor, None)
-    blob = spool.add(data)
-    stub(tensor, blob, {})
-    return LazyWeight(tensor, blob)
 
 
 def value_of(constant: gs.Constant) -> Array:

@@ -52,14 +52,17 @@ def default_stages(*, data: bool) -> list[Stage]:
     Args:
         data: Whether there are samples to calibrate with.
     """
-    names = [
+    storage = {"storage_only": True}
+    passes: list[tuple[str, dict[str, bool]]] = [
         # First, since every pass after it then sees the real graph: constants where they count, BatchNormalization
         # gone into the weights, no dead nodes.
-        "simplify",
+        ("simplify", {}),
         # The floor under every result: a quarter of the bytes at unchanged speed and next to no loss, without data.
-        "quantize-weights",
+        ("quantize-weights", {}),
     ]
     if data:
         # Takes over the int8 codes where computing in int8 pays; what it gives back to float stays stored small.
-        names.append("quantize")
-    return [Stage((find_pass(name)(),)) for name in names]
+        passes.append(("quantize", {}))
+    # Last: weights that 8 bits are too few for lose half of their bytes, and next to nothing else.
+    passes.append(("float16", storage))
+    return [Stage((find_pass(name)(**options),)) for name, options in passes]

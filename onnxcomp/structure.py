@@ -11,9 +11,11 @@ from google.protobuf.message import DecodeError, Message
 from onnx import helper
 
 from onnxcomp.errors import ModelError
-from onnxcomp.weights import Blob, external_blob
+from onnxcomp.skeleton import cut_weights
+from onnxcomp.weights import Blob, LazyWeight, Spool, external_blob
 
 __all__ = [
+    "LAZY_FROM_BYTES",
     "check_text",
     "import_domains",
     "ir_version_for",
@@ -24,9 +26,13 @@ __all__ = [
     "read_structure",
     "reference_of",
     "small_tensors",
+    "spooled",
     "stub",
     "tensors_of",
 ]
+
+LAZY_FROM_BYTES = 256
+"""Tensors of at least this size become lazy; smaller ones (shapes, scalars) stay in the structure for analysis."""
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -51,6 +57,24 @@ def reference_of(tensor: onnx.TensorProto) -> str:
     """The reference of a stub, or an empty string."""
     entries = tensor.external_data
     return entries[1].value if len(entries) == 2 and entries[0].value == REFERENCE else ""
+
+
+def spooled(data: bytes, onnx_dtype: int, dims: Iterable[int], spool: Spool) -> LazyWeight:
+    """A new weight whose bytes go to a temporary file, for `gs.Constant(name, ...)`.
+
+    Args:
+        data: The bytes as ONNX stores them (2- and 4-bit types packed).
+        onnx_dtype: The element type.
+        dims: The shape.
+        spool: Where large data go; small ones stay in the structure.
+    """
+    tensor = onnx.TensorProto(data_type=onnx_dtype, dims=dims)
+    if len(data) < LAZY_FROM_BYTES:
+        tensor.raw_data = data
+        return LazyWeight(tensor, None)
+    blob = spool.add(data)
+    stub(tensor, blob, {})
+    return LazyWeight(tensor, blob)
 
 
 def small_tensors(structure: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -123,8 +147,12 @@ def check_text(message: Message) -> None:
             raise ModelError(error)
 
 
-def read_structure(path: Path) -> onnx.ModelProto:
+def read_structure(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     """Parse a file; external data stay where they are.
+
+    Args:
+        path: The model file.
+        weights: False leaves large weights in the file too: they then look like external data of that file.
 
     Raises:
         ModelError: It cannot be read, or is not an ONNX model.
@@ -133,7 +161,7 @@ def read_structure(path: Path) -> onnx.ModelProto:
         if path.is_dir():
             message = f"{path}: is a folder, expected an .onnx file"
             raise ModelError(message)
-        data = path.read_bytes()
+        data = path.read_bytes() if weights else cut_weights(path)
     except OSError as error:
         message = f"{path}: cannot be read ({error.strerror})"
         raise ModelError(message) from error
@@ -141,7 +169,7 @@ def read_structure(path: Path) -> onnx.ModelProto:
     try:
         model.ParseFromString(data)
     except DecodeError as error:
-        message = f"{path}: is not an ONNX model, or is cut short ({len(data)} bytes)"
+        message = f"{path}: is not an ONNX model, or is cut short ({path.stat().st_size} bytes)"
         raise ModelError(message) from error
     if not model.ir_version or not model.HasField("graph") or not (model.graph.node or model.graph.output):
         message = f"{path}: is not an ONNX model (no graph in it)"
@@ -185,14 +213,14 @@ def model_files(path: Path) -> list[Path]:
     """A saved model's files: the .onnx file, then the external data files that it names."""
     proto = onnx.ModelProto()
     if path.suffix != ".ort":
-        proto = read_structure(path)
+        proto = read_structure(path, weights=False)
     folder = path.resolve().parent
     external = {
         external_blob(tensor, folder).path
         for tensor in tensors_of(proto.graph)
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
-    return [path, *sorted(external)]
+    return [path, *sorted(external - {path.resolve()})]
 
 
 def own_data_files(path: Path) -> set[Path]:
@@ -200,7 +228,7 @@ def own_data_files(path: Path) -> set[Path]:
     if not path.is_file():
         return set()
     try:
-        tensors = list(tensors_of(read_structure(path).graph))
+        tensors = list(tensors_of(read_structure(path, weights=False).graph))
     except ModelError:
         return set()
     names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}

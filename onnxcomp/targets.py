@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from onnxcomp.errors import OptionError
 
 __all__ = ["TARGETS", "QuantizationRules", "Target", "cpu_features", "find_target", "host_target"]
@@ -32,6 +34,8 @@ class QuantizationRules:
             saturate (x86 before VNNI).
         operators: The operators that the target has 8-bit kernels for; None: all that ONNX Runtime's CPU provider has.
         wide: The type of 16-bit activations, where the target has kernels for them; they cannot be seen on a CPU.
+        cpu: Whether ONNX Runtime's CPU provider runs the model: operators without an int8 kernel may then be said with
+            those that have one.
         zero_points: Whether the zero point of a weight must be written out, though it is 0.
         quantized_outputs: Whether a matrix product is a kernel only with a quantized output. Elsewhere it may end in
             float where no 8-bit node reads it.
@@ -47,6 +51,7 @@ class QuantizationRules:
     per_tensor: frozenset[str] = frozenset()
     reduce_range: bool = False
     operators: frozenset[str] | None = None
+    cpu: bool = True
     zero_points: bool = False
     quantized_outputs: bool = False
     wide: Literal["uint16"] | None = None
@@ -54,6 +59,11 @@ class QuantizationRules:
     def supports(self, operator: str) -> bool:
         """Whether the target may run this operator in 8 bits."""
         return self.operators is None or operator in self.operators
+
+    @property
+    def levels(self) -> int:
+        """How many values an activation may have."""
+        return 1 << 8 * np.dtype(self.activations).itemsize
 
     @property
     def is_wide(self) -> bool:
@@ -134,7 +144,7 @@ TARGETS: dict[str, Target] = {
         Target(
             "xnnpack",
             "ONNX Runtime Mobile with XNNPACK",
-            QuantizationRules(activations="int8", operators=_XNNPACK_OPERATORS, zero_points=True),
+            QuantizationRules(activations="int8", operators=_XNNPACK_OPERATORS, cpu=False, zero_points=True),
             verify_layers=("cpu", "android"),
             static_shapes=True,
             dynamic_batch=True,
@@ -144,7 +154,7 @@ TARGETS: dict[str, Target] = {
             "nnapi",
             "Android's NNAPI",
             QuantizationRules(
-                per_tensor=frozenset({"Gemm", "MatMul"}), operators=_NNAPI_OPERATORS, quantized_outputs=True
+                per_tensor=frozenset({"Gemm", "MatMul"}), operators=_NNAPI_OPERATORS, cpu=False, quantized_outputs=True
             ),
             artifact="ort",
             verify_layers=("cpu", "ort"),
@@ -154,7 +164,9 @@ TARGETS: dict[str, Target] = {
         Target(
             "qnn",
             "Qualcomm HTP",
-            QuantizationRules(per_tensor=frozenset({"Gemm", "MatMul"}), quantized_outputs=True, wide="uint16"),
+            QuantizationRules(
+                per_tensor=frozenset({"Gemm", "MatMul"}), cpu=False, quantized_outputs=True, wide="uint16"
+            ),
             verify_layers=("cpu", "qnn"),
             static_shapes=True,
         ),

@@ -294,6 +294,13 @@ def test_deflates_as_zlib_does(tmp_path):
     assert deflated_bytes(path) == len(zlib.compress(path.read_bytes()))
 
 
+def test_estimates_what_a_large_file_takes_deflated(tmp_path):
+    path = tmp_path / "m.onnx"
+    big = np.rint(np.random.default_rng(0).normal(size=(64, 80_000)) * 20).astype(np.float32)
+    with_weights("g (float[1,64] x) => (float[1,80000] y) { y = MatMul(x, w) }", w=big).save(path)
+    assert deflated_bytes(path) == pytest.approx(len(zlib.compress(path.read_bytes())), rel=0.01)
+
+
 def test_deflates_external_data_too(tmp_path):
     path = tmp_path / "m.onnx"
     model = with_weights("g (float[1,64] x) => (float[1,64] y) { y = MatMul(x, w) }", w=sparse_weight(64, 64))

@@ -124,6 +124,13 @@ def matmul_add(*, bias: str, output: bool) -> onnx.ModelProto:
     return b.model(b.qdq(y) if output else y)
 
 
+def matmul_clip() -> onnx.ModelProto:
+    b = Builder((4, 16))
+    b.qdq("x")
+    y = b.node("MatMul", ["x_dq", b.weight((16, 24))], "y")
+    return b.model(b.node("Abs", [b.node("Relu", [y], "cut")], "end"))
+
+
 def conv_clip(op: str, *, scale: Any = SCALE, zero: Any = U8) -> onnx.ModelProto:
     b = Builder()
     b.qdq("x", zero=zero)
@@ -229,6 +236,7 @@ UNSOUND: list[tuple[str, str, Callable[[], onnx.ModelProto]]] = [
         "cuts to [0, 6] and the QuantizeLinear after it spans [0, 12.75]",
         lambda: conv_clip("Clip"),
     ),
+    ("clip-without-q", "its Relu goes to Abs", matmul_clip),
     ("not-8-bit", "its data is uint16", lambda: conv_types(np.uint16(0), np.uint16(0))),
     ("weight-axis", "on axis 0; a MatMul wants the output channels, axis 1", lambda: matmul(axis=0)),
     ("weight-axis", "on axis 1; a Gemm wants the output channels, axis 0", lambda: gemm(transB=1, axis=1)),

@@ -275,4 +275,4 @@ def test_explains_a_pass_and_each_of_its_options(name):
 def test_options_are_shown_as_they_are_given():
     text = run("passes", "quantize").output
     assert "  per_channel=true\n" in text
-    assert "(one of minmax, percentile)" in text
+    assert "(one of minmax, moving-average" in text

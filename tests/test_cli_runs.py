@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ import onnx
 import onnxruntime
 import pytest
 
+from onnxcomp.layer_table import LayerRow
 from onnxcomp.report import schema
+from tests.markdown import read
 from tests.small import save_classifier, save_samples
 from tests.test_cli import one_error_line, run
 
@@ -101,6 +105,20 @@ def test_compares_and_fails_under_a_limit(folder):
     assert missed.exit_code == 3
     assert missed.stdout == ""
     assert one_error_line(missed) == "Error: size is 1, under the limit of 3"
+
+
+def test_compares_layer_by_layer(folder):
+    save_classifier(folder / "near.onnx", noise=0.01)
+    models = ("compare", folder / "model.onnx", folder / "near.onnx", "--data", folder / "test.npz", "--no-timing")
+    result = run(*models, "--layers", "--json", folder / "c.json")
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"^  first +Gemm +FusedGemm +\S+ +32x48 +6.14 kB +[0-9.]+ dB +[0-9.]+%$", result.stdout, re.MULTILINE
+    )
+    layers = json.loads((folder / "c.json").read_text())["layers"]
+    assert [set(row) for row in layers] == [{field.name for field in dataclasses.fields(LayerRow)}] * 2
+    assert all(f"`{name}`" in read("docs/cli.md") for name in layers[0])
+    assert json.loads(run(*models, "--json", "-").stdout)["layers"] is None
 
 
 def test_a_limit_on_a_metric_names_the_metric(folder):

@@ -126,6 +126,18 @@ def test_a_metric_needs_labels(folder):
         compare(folder / "a.onnx", folder / "near.onnx", metric="top5")
 
 
+def test_layers_are_compared_when_asked_for(folder):
+    found = compare(folder / "a.onnx", folder / "near.onnx", data=folder / "test.npz", timing=False, layers=True)
+    assert found.layers is not None
+    assert {(row.name, row.op, row.where, row.tensor) for row in found.layers} == {
+        ("first", "Gemm", "both", "h"),
+        ("head", "Gemm", "both", "scores"),
+    }
+    last = next(row for row in found.layers if row.name == "head")
+    assert last.sqnr_db == pytest.approx(found.sqnr_db["scores"], abs=0.01)
+    assert compare(folder / "a.onnx", folder / "near.onnx", timing=False).layers is None
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 

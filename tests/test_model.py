@@ -12,12 +12,14 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxcomp.errors import ModelError
 from onnxcomp.model import Model, model_files
 from tests.models import (
+    assert_same_outputs,
     conv_bn_model,
     external_model,
     graph_model,
     if_model,
     loop_model,
     mlp_model,
+    random_inputs,
     random_weights,
 )
 from tests.strategies import small_graphs
@@ -301,3 +303,28 @@ def test_reads_the_external_data_of_functions_into_the_model(tmp_path):
     result = Model.load(saved(proto, tmp_path / "m.onnx")).to_proto()
 
     assert result.functions[0].node[0].attribute[0].t.raw_data == np.float32(5).tobytes()
+
+
+def test_raising_the_opset_does_not_read_large_weights(tmp_path, monkeypatch):
+    model = Model.load(external_model(tmp_path))
+    for method in ("chunks", "buffer"):
+        monkeypatch.setattr(f"onnxcomp.weights.FileBlob.{method}", lambda self: pytest.fail("a weight was read"))
+
+    model.raise_opset(21)
+
+    assert (model.opset, model.ir_version) == (21, 10)
+    monkeypatch.undo()
+    assert_same_outputs(tmp_path / "model.onnx", model, random_inputs(model))
+    model.save(tmp_path / "after.onnx")
+    assert Model.load(tmp_path / "after.onnx").digest == model.digest
+
+
+def test_raising_the_opset_keeps_what_inputs_and_outputs_declare():
+    proto = graph_model("g (float[N, 4] x) => (float[M, K] y) { y = MatMul(x, W) }", W=random_weights(4, 6))
+    proto.graph.output[0].doc_string = "scores"
+    model = Model.load(proto)
+
+    model.raise_opset(21)
+
+    assert list(model.proto().graph.output) == list(proto.graph.output)
+    assert list(model.proto().graph.input) == list(proto.graph.input)

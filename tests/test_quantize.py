@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
 
+from onnxcomp.calibration import METHODS
 from onnxcomp.data import input_specs, open_data
 from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
@@ -294,6 +295,31 @@ def test_percentile_ranges_are_narrower_than_min_max(runtime: Runtime, tmp_path:
     cut, _ = quantized(model, runtime, tmp_path, calibration="percentile", percentile=99.0)
 
     assert first_scale(cut) < first_scale(full)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_calibration_method_gives_a_sound_model(method: str, runtime: Runtime, tmp_path: Path) -> None:
+    model = conv_net()
+
+    result, changes = quantized(model, runtime, tmp_path, calibration=method)
+
+    assert changes.count == 1
+    assert_close(model, result, runtime, tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_is_reported_with_the_node_that_makes_it(method: str, runtime: Runtime, tmp_path: Path) -> None:
+    text = "(float[N, 16] x) => (float[N, 16] y) { s = Sqrt(x)  a = MatMul(s, W)  y = MatMul(x, V) }"
+    model = graph(
+        text.replace("y = MatMul(x, V)", "b = MatMul(x, V)  y = Add(a, b)"), W=weights(16, 16), V=weights(16, 16)
+    )
+
+    result, changes = quantized(model, runtime, tmp_path, calibration=method)
+
+    reasons = {left.where: left.why for left in changes.left}
+    assert reasons["s"].startswith("output of Sqrt 'Sqrt0', holds NaN or infinity (")
+    assert [change.where for change in changes.changed] == ["MatMul2"]
+    assert all(np.isfinite(scale.values).all() for scale in scales(result))
 
 
 def first_scale(model: Model) -> float:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnxcomp.model import Model
+from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context
 from onnxcomp.runtime import Runtime
 from onnxcomp_passes import QuantizeWeights
@@ -388,6 +388,35 @@ def test_puts_back_a_weight_that_the_runtime_does_not_fold(tmp_path: Path):
     found = only_left(proto, context=Context(runtime=runtime, workdir=tmp_path))
 
     assert found == dict.fromkeys(["W0", "W1"], "ONNX Runtime does not fold its decoding")
+
+
+def test_a_weight_that_costs_too_much_gets_its_exact_values_back():
+    class StubJudge:
+        """Allows W0 to be rounded and W1 not."""
+
+        def quality(self, model: Model) -> Model:
+            return model
+
+        def allows(self, model: Model, share: float) -> bool:
+            assert 0 < share <= 1
+            constants = {constant.name: constant for constant in model.constants()}
+            return "W1" in constants and np.array_equal(value_of(constants["W1"]), weights["W1"])
+
+        def rough_error(self, model: Model) -> float:
+            return 0.1 if "W1" in {constant.name for constant in model.constants()} else 0.2
+
+        def forget(self, model: Model) -> None:
+            """Nothing was written."""
+
+    proto = mlp_model((24, 24, 24))
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    judge: Any = StubJudge()
+
+    model, changes = stored(proto, Context(judge=judge))
+
+    assert (changed(changes), left(changes)) == (["W0"], {"W1": "costs too much accuracy"})
+    assert changes.resolved == {"choose": False, "skip": ["W1"]}
+    np.testing.assert_array_equal(model.weight("W1"), weights["W1"])
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.errors import DataError, OptionError
 from onnxcomp.runtime import Feed, Runtime, RuntimeFailure, TensorInfo, WorkerDied
+from onnxcomp.runtime.observing import GROUP_BYTES
 from onnxcomp.runtime.profiling import node_times
 from onnxcomp.runtime.sessions import tidy
 
@@ -249,7 +250,7 @@ def test_observing_leaves_external_data_where_it_is(runtime: Runtime, tmp_path: 
 
 
 def test_tensors_that_do_not_fit_together_are_observed_in_more_passes(runtime: Runtime, tmp_path: Path):
-    count = (256 << 20) // 4 // 2 + 1  # two such tensors are just over the limit
+    count = GROUP_BYTES // 4 // 2 + 1  # two such tensors are just over the limit
     nodes = [helper.make_node("Expand", ["x", "shape"], [f"y{index}"]) for index in range(3)]
     outputs = [value_info(f"y{index}", [count], TensorProto.FLOAT) for index in range(3)]
     shape = {"shape": np.array([count], np.int64)}

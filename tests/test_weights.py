@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import hashlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import ModelError, OutputError
 from onnxcomp.weights import (
     ArrayBlob,
     FileBlob,
     LazyWeight,
     SparseWeight,
+    Spool,
     check_tensor,
     external_blob,
     numpy_dtype,
@@ -138,3 +141,53 @@ def test_reads_a_sparse_tensor_as_a_dense_one(indices):
     tensor = helper.make_sparse_tensor(values, numpy_helper.from_array(np.array(indices)), [2, 2])
 
     np.testing.assert_array_equal(SparseWeight(tensor).load(), [[0, 5], [0, 7]])
+
+
+# --- the spool --------------------------------------------------------------------------------------------------------
+
+
+@given(parts=st.lists(st.binary(max_size=40), max_size=5))
+def test_a_spool_gives_back_what_was_put_in(parts: list[bytes]):
+    spool = Spool()
+
+    blobs = [spool.add(part) for part in parts]
+
+    assert [b"".join(map(bytes, blob.chunks())) for blob in blobs] == parts
+    assert [bytes(blob.buffer()) for blob in blobs] == parts
+    assert [blob.digest for blob in blobs] == [hashlib.sha256(part).hexdigest() for part in parts]
+    assert len({blob.key for blob in blobs if blob.nbytes}) == sum(map(bool, parts))
+
+
+def test_a_spool_is_closed_with_its_last_blob():
+    spool = Spool()
+    file, blob = spool.file, spool.add(b"abc")
+    del spool
+
+    assert bytes(blob.buffer()) == b"abc"
+    del blob
+    gc.collect()
+
+    assert file.closed
+
+
+def test_a_spool_leaves_no_file_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    blob = Spool().add(b"abc")
+
+    assert blob.nbytes == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_spool_without_room_says_what_to_do(monkeypatch):
+    class FullFile:
+        def write(self, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            """Nothing to close."""
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: FullFile())
+
+    with pytest.raises(OutputError, match=r"new weights cannot be written \(No space left on device\); set TMPDIR"):
+        Spool().add(b"abc")

@@ -48,6 +48,7 @@ def _limit(text: str) -> tuple[str, float]:
 @shape_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of generated inputs and intervals.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, help="Threads to run and time with.")
+@click.option("--layers", is_flag=True, help="Measure the error of each layer too, and list the worst first.")
 @click.option("--no-timing", is_flag=True, help="Do not time the models.")
 @json_option
 @output_options
@@ -77,6 +78,7 @@ def compare_command(ctx: click.Context, /, **options: Any) -> None:
             image=image_from(options),
             allow_code=options["allow_code"],
             timing=not options["no_timing"],
+            layers=options["layers"],
         )
     missed = shortfalls(comparison, limits)
     from onnxcomp.report.document import jsonable

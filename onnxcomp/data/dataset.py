@@ -148,6 +148,11 @@ class Dataset:
             return whole
         return hashlib.sha256(whole.encode() + self._indices.tobytes()).hexdigest()
 
+    @property
+    def batch_size(self) -> int:
+        """How many samples a batch has by default."""
+        return self._rows
+
     def __len__(self) -> int:
         return self.size
 

@@ -12,6 +12,7 @@ __all__ = [
     "milliseconds",
     "percent",
     "printable",
+    "shortened",
     "signed",
     "times",
 ]
@@ -25,6 +26,16 @@ def printable(text: object) -> str:
         'a\\x1b[31mred\\n'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def shortened(name: str, length: int = 44) -> str:
+    """A name cut at the front, where the names of a model are alike.
+
+    Example:
+        >>> shortened("/encoder/layer.0/attention/query/MatMul", 20)
+        '...tion/query/MatMul'
+    """
+    return name if len(name) <= length else f"...{name[3 - length :]}"
 
 
 def bytes_text(size: float) -> str:

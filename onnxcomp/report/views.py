@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnxcomp.report.plain import plain_table
 from onnxcomp.report.rows import Row, figure_rows
-from onnxcomp.report.text import bytes_text, count_text, percent, printable
+from onnxcomp.report.text import bytes_text, count_text, error_text, percent, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxcomp.advice import Advice
     from onnxcomp.comparison import Comparison
     from onnxcomp.facts import ModelFacts
+    from onnxcomp.layer_table import LayerRow
 
 __all__ = ["print_comparison", "print_facts"]
 
@@ -141,6 +142,8 @@ def print_comparison(comparison: Comparison, console: Console, *, verbose: bool 
         rows = [(printable(name), _decibels(value)) for name, value in comparison.sqnr_db.items()]
         sections.append(_cut(_Section("SQNR of each output", rows=rows), verbose=verbose))
     sections.append(_cut(_kernels(comparison), verbose=verbose))
+    if comparison.layers is not None:
+        sections += [_cut(section, verbose=verbose) for section in _layer_errors(comparison.layers, verbose=verbose)]
     _show(console, head, sections, figures=figure_rows(comparison), warnings=comparison.warnings)
 
 
@@ -158,6 +161,52 @@ def _kernels(comparison: Comparison) -> _Section:
         if old.get(name, 0) != new.get(name, 0)
     ]
     return _Section("kernels", ("kernel", "before", "after"), rows, more="" if rows else "the same in both")
+
+
+def _layer_errors(layers: Sequence[LayerRow], *, verbose: bool) -> Iterator[_Section]:
+    """The layers, the worst first, and why quantized ones do not run in int8."""
+
+    def name(row: LayerRow) -> str:
+        return printable(row.name) if verbose else shortened(printable(row.name))
+
+    rows = [
+        (
+            name(row),
+            printable(row.op),
+            _change(row.kernel_before, row.kernel_after, row),
+            _shape(row.output_shape),
+            _shape(row.weight_shape),
+            _change(_bytes(row.weight_bytes_before), _bytes(row.weight_bytes_after), row),
+            _layer_decibels(row),
+            "" if row.error is None else error_text(row.error),
+        )
+        for row in layers
+    ]
+    head = ("layer", "op", "kernel", "output", "weight", "bytes", "SQNR", "error")
+    yield _Section("layers", head, rows, 5, "" if rows else "none has a Conv, Gemm, MatMul or the like")
+    missed = [(name(row), printable(row.reason)) for row in layers if row.reason]
+    yield _Section("quantized layers without an int8 kernel", rows=missed, left=2)
+
+
+def _layer_decibels(row: LayerRow) -> str:
+    if row.where != "both":
+        return f"not in both: {row.where} only"
+    return "not in both" if row.sqnr_db is None else _decibels(row.sqnr_db)
+
+
+def _change(before: str | None, after: str | None, row: LayerRow) -> str:
+    """What was and what became of it, in as few words as tell it."""
+    if row.where != "both":
+        return after or before or "-"
+    return before or "-" if before == after else f"{before or '-'} -> {after or '-'}"
+
+
+def _bytes(size: int | None) -> str | None:
+    return None if size is None else bytes_text(size)
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "-" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
 def _cut(section: _Section, *, verbose: bool) -> _Section:

@@ -9,7 +9,7 @@ from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.runtime.census import INT8_OPERATORS, Census, KernelNode
 from onnxcomp.runtime.client import Runtime
 from onnxcomp.runtime.explain import KernelMiss, KernelReport, explain
-from onnxcomp.runtime.results import Array, Feed, Observer, SessionInfo, TensorInfo, Timing
+from onnxcomp.runtime.results import Array, Feed, Observer, PairObserver, SessionInfo, TensorInfo, Timing
 
 __all__ = [
     "INT8_OPERATORS",
@@ -20,6 +20,7 @@ __all__ = [
     "KernelNode",
     "KernelReport",
     "Observer",
+    "PairObserver",
     "Runtime",
     "RuntimeFailure",
     "SessionInfo",

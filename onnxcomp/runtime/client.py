@@ -21,9 +21,10 @@ from typing import IO, Any, Self, TypeVar
 from onnxcomp import errors
 from onnxcomp.errors import OptionError, RuntimeFailure, WorkerDied
 from onnxcomp.runtime.census import Census
-from onnxcomp.runtime.results import Alive, Feed, Observer, Refusal, Request, SessionInfo, Timing
+from onnxcomp.runtime.results import Alive, Feed, Observer, PairObserver, Refusal, Request, SessionInfo, Timing
 
 O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
+P = TypeVar("P", bound=PairObserver)
 
 _LAST_WORDS_BYTES = 2000
 _LAST_WORDS_SHOWN = 300  # characters
@@ -152,22 +153,68 @@ class Runtime:
         """
         if not observers:
             return {}
+        token = self._token()
+        self._ask("observe_begin", "loading", path, token=token, observers=dict(observers), optimize=optimize)
+        updated: dict[str, O] = self._show(path, token, feeds)
+        return updated
+
+    def observe_pair(
+        self,
+        reference: Path,
+        candidate: Path,
+        feeds: Callable[[], Iterable[Feed]],
+        observers: Mapping[tuple[str, str], P],
+        *,
+        optimize: bool = True,
+    ) -> dict[tuple[str, str], P]:
+        """Show observers the values that tensors have in two models, without moving those values between processes.
+
+        As `observe`, with both models run on each feed and half of the memory for each.
+
+        Args:
+            reference: The one model's file.
+            candidate: The other's; it takes the same inputs.
+            feeds: Gives the same inputs each time it is called.
+            observers: (name in the reference, name in the candidate) -> observer. ``update(reference, candidate)``
+                runs in the worker, on a copy of the observer.
+            optimize: False turns all of ONNX Runtime's graph optimizations off.
+
+        Returns:
+            The updated observers, by the same names in the same order.
+
+        Raises:
+            RuntimeFailure: ONNX Runtime refuses a model, a feed or a name, or an observer failed. An onnxcomp error
+                of an observer's own keeps its class.
+            WorkerDied: ONNX Runtime crashed or did not end in time.
+        """
+        if not observers:
+            return {}
+        token = self._token()
+        other = _file(candidate)
+        begin: dict[str, Any] = {"token": token, "observers": dict(observers), "optimize": optimize}
+        self._ask("observe_pair_begin", "loading", reference, other=other, **begin)
+        updated: dict[tuple[str, str], P] = self._show(reference, token, feeds)
+        return updated
+
+    def _token(self) -> int:
+        """A number that names a new observation."""
         with self._lock:
             self._observations += 1
-            token = self._observations
-        self._ask("observe_begin", "loading", path, token=token, observers=dict(observers), optimize=optimize)
+            return self._observations
+
+    def _show(self, path: Path, token: int, feeds: Callable[[], Iterable[Feed]]) -> Any:
+        """Run an observation that has begun to its end, one pass over the feeds for each group of tensors."""
         try:
             more = True
             while more:
                 for feed in feeds():
                     self._ask("observe_feed", "observing", path, token=token, feed=dict(feed))
                 more = self._ask("observe_next", "observing", path, token=token)
-            updated: dict[str, O] = self._ask("observe_end", "observing", path, token=token)
+            return self._ask("observe_end", "observing", path, token=token)
         except BaseException:
             if self._worker is not None:
                 self._ask("observe_drop", "observing", path, token=token)
             raise
-        return updated
 
     def time(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ _BIAS_SCALE_TOLERANCE = 0.01  # ONNX Runtime takes 1.1 % and refuses 2 %
 _CLIP_TOLERANCE = 1e-3  # of one quantization step
 _CLIPS = frozenset({"Relu", "Clip"})
 # ONNX Runtime adds these to a node's name when it makes the kernel from it.
-_KERNEL_SUFFIX = re.compile(r"(_token_\d+|/MatMulAddFusion)$")
+_KERNEL_AFFIX = re.compile(r"(_token_\d+|/MatMulAddFusion|/MatMulScaleFusion/)$|^fused ")
 
 _UNFUSED = (
     "dynamic-unfused",
@@ -94,6 +94,18 @@ def explain(model: onnx.ModelProto, census: Census, *, wide: str | None = None) 
     return KernelReport(tuple(int8), tuple(missed))
 
 
+def kernel_source(kernel: str, names: Container[str]) -> str:
+    """The node that a kernel is named after, if that is one of `names`; else what is left of the kernel's name.
+
+    >>> kernel_source("fused c1_token_3", {"c1"})
+    'c1'
+    """
+    name = kernel
+    while name not in names and (shorter := _KERNEL_AFFIX.sub("", name)) != name:
+        name = shorter
+    return name
+
+
 def _is_static(node: onnx.NodeProto, view: _View) -> bool:
     return node.op_type in ("Conv", "Gemm", "MatMul") and bool(view.dequantize(node, 0) and view.dequantize(node, 1))
 
@@ -105,13 +117,7 @@ def _is_dynamic(node: onnx.NodeProto, view: _View) -> bool:
 
 def _fused(names: set[str], kernels: Iterable[str]) -> set[str]:
     """The names that a kernel is named after."""
-    found = set()
-    for kernel in kernels:
-        name = kernel
-        while name not in names and (shorter := _KERNEL_SUFFIX.sub("", name)) != name:
-            name = shorter
-        found.add(name)
-    return found & names
+    return {kernel_source(kernel, names) for kernel in kernels} & names
 
 
 def _miss(node: _Quantized, *, fused: bool) -> tuple[str, str] | None:
@@ -308,6 +314,14 @@ def _clip_not_redundant(node: _Quantized) -> str | None:
     )
 
 
+def _clip_without_q(node: _Quantized) -> str | None:
+    if node.clip is None or node.quantize is not None:
+        return None
+    readers = sorted({reader.op_type for reader in node.view.readers[node.clip.output[0]]})
+    where = ", ".join(readers) or "nothing"
+    return f"its {node.clip.op_type} goes to {where}; behind a {node.clip.op_type} it needs a QuantizeLinear there"
+
+
 def _clip_range(clip: onnx.NodeProto, view: _View) -> tuple[float, float]:
     if clip.op_type == "Relu":
         return 0.0, float("inf")
@@ -398,6 +412,7 @@ _RULES: tuple[tuple[str, Callable[[_Quantized], str | None], bool], ...] = (
     ("two-readers", _two_readers, False),
     ("no-output-q", _no_output_q, False),
     ("clip-not-redundant", _clip_not_redundant, False),
+    ("clip-without-q", _clip_without_q, False),
     ("type-mismatch", _type_mismatch, False),
     ("gemm-beta", _gemm_beta, False),
     ("gemm-zero-point", _gemm_zero_point, False),

@@ -20,6 +20,13 @@ class Observer(Protocol):
         """Take in the tensor's value in one more run."""
 
 
+class PairObserver(Protocol):
+    """Anything that looks at the values of one tensor in two models, run by run. It must be picklable."""
+
+    def update(self, reference: Array, candidate: Array, /) -> None:
+        """Take in the values in one more run, of any two shapes."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A graph input or output, as ONNX Runtime sees it.

@@ -15,6 +15,7 @@ import onnxruntime
 import psutil
 
 from onnxcomp.runtime.census import graphs, node_names
+from onnxcomp.skeleton import load_skeleton
 
 _KEPT = 2
 _REASON_CHARACTERS = 400
@@ -105,7 +106,7 @@ class Sessions:
 
     def make_named(self, path: str, options: Any) -> Any:
         """Make a session that is not kept, of a model whose nodes all have the names of `node_names`."""
-        model = onnx.load(path, load_external_data=False)
+        model = load_skeleton(path)
         nodes = [node for graph in graphs(model.graph) for node in graph.node]
         renamed = False
         for node, name in zip(nodes, node_names(model.graph), strict=True):
@@ -119,7 +120,7 @@ class Sessions:
         return self.make(model.SerializeToString(), options)
 
     def _make_observed(self, path: str, names: tuple[str, ...], options: Any) -> Any:
-        model = onnx.load(path, load_external_data=False)
+        model = load_skeleton(path)
         present = {output.name for output in model.graph.output}
         # A name is enough: ONNX Runtime infers the type.
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)

@@ -23,8 +23,18 @@ import onnxruntime
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.runtime import profiling
 from onnxcomp.runtime.census import Census, read_census
-from onnxcomp.runtime.observing import Observation
-from onnxcomp.runtime.results import Alive, Feed, Observer, Refusal, Reply, SessionInfo, TensorInfo, Timing
+from onnxcomp.runtime.observing import Observation, PairObservation
+from onnxcomp.runtime.results import (
+    Alive,
+    Feed,
+    Observer,
+    PairObserver,
+    Refusal,
+    Reply,
+    SessionInfo,
+    TensorInfo,
+    Timing,
+)
 from onnxcomp.runtime.sessions import Sessions, tidy
 
 _WARM_UP_ROUNDS = 5
@@ -38,7 +48,7 @@ class Worker:
     def __init__(self, sessions: Sessions, alive: Callable[[str | None], None]) -> None:
         self._sessions = sessions
         self._alive = alive
-        self._observations: dict[int, Observation] = {}
+        self._observations: dict[int, Observation | PairObservation] = {}
 
     def check(self, path: str, optimize: bool) -> SessionInfo:
         """Load a model."""
@@ -58,6 +68,13 @@ class Worker:
         """Prepare to observe; `token` names the observation in the requests that follow."""
         self._observations[token] = Observation(self._sessions, path, observers, optimize=optimize)
 
+    def observe_pair_begin(
+        self, path: str, other: str, token: int, observers: dict[tuple[str, str], PairObserver], optimize: bool
+    ) -> None:
+        """Prepare to observe two models side by side."""
+        paths = (path, other)
+        self._observations[token] = PairObservation(self._sessions, paths, observers, self._alive, optimize=optimize)
+
     def observe_feed(self, path: str, token: int, feed: Feed) -> None:
         """Show one feed's values to the present group of observers."""
         self._observations[token].show(feed)
@@ -66,7 +83,7 @@ class Worker:
         """Go on to the next group; tell whether there is one."""
         return self._observations[token].advance()
 
-    def observe_end(self, path: str, token: int) -> dict[str, Observer]:
+    def observe_end(self, path: str, token: int) -> dict[Any, Any]:
         """Give the observers back."""
         return self._observations.pop(token).observers
 

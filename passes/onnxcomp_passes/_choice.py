@@ -12,6 +12,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
 from onnxcomp.quality import Quality
 from onnxcomp.runtime import KernelReport, explain
+from onnxcomp_passes._causes import find_cause
 from onnxcomp_passes._remedies import REMEDIES, SLOWING, Evidence
 from onnxcomp_passes._scheme import Scheme
 
@@ -28,6 +29,9 @@ FUSED_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "
 
 MARGIN = 0.9
 """The share of the budget that is spent on the samples that choices are made on: others lose a little more."""
+
+COMFORT = 0.5
+"""What helps accuracy at no cost in time is tried where more than this share of the budget would be spent."""
 
 HELPS = 0.97
 """A remedy is kept where it brings the relative error of the whole model below this share."""
@@ -54,7 +58,7 @@ class Chooser:
 
     def __init__(self, scheme: Scheme, names: list[str], evidence: Evidence, context: Context) -> None:
         assert context.judge is not None
-        self._scheme = scheme
+        self._scheme = self._untreated = scheme
         self._names = names
         self._evidence = evidence
         self._context = context
@@ -75,7 +79,7 @@ class Chooser:
             changes: Told why layers are returned to float, and what was done for accuracy.
         """
         chosen = self._fused(layers)
-        if chosen and self._tried is None and not self._holds(chosen):
+        if chosen and self._tried is None and not self._holds(chosen, COMFORT):
             self._tried = self._remedy(chosen)
             chosen = self._fused(chosen)
         changes.notes += self._tried or []
@@ -102,8 +106,10 @@ class Chooser:
             if self._context.out_of_time():
                 break
             self._context.progress(f"for accuracy: {name}")
+            if name in SLOWING and self._holds(layers):
+                continue
             candidate = remedy(self._scheme, layers, self._evidence)
-            if candidate is None or (name in SLOWING and self._holds(layers)):
+            if candidate is None:
                 continue
             found = self._rough_error(candidate.build(layers, self._context))
             change = f"relative error {error:.2%} -> {found:.2%} with {len(layers)} layers in int8"
@@ -150,8 +156,8 @@ class Chooser:
             self._judge.forget(model)
         return self._qualities[layers]
 
-    def _holds(self, layers: Layers) -> bool:
-        return self._judge.allows(self._quality(layers), MARGIN * self._context.share)
+    def _holds(self, layers: Layers, share: float = MARGIN) -> bool:
+        return self._judge.allows(self._quality(layers), share * self._context.share)
 
     def _within_budget(self, layers: Layers) -> Layers:
         """Return layers to float, those with most output error per millisecond gained first, until the budget holds."""
@@ -164,10 +170,23 @@ class Chooser:
             return self._holds(frozenset(order[count:]))
 
         count = fewest(len(order), holds, self._context)
+        causes = self._causes()
         for index in order[:count]:
-            alone = f" (alone: relative error {errors[index]:.2%})" if index in errors else ""
-            self._why[index] = f"costs too much accuracy{alone}"
+            told = [f"alone: relative error {errors[index]:.2%}"] if index in errors else []
+            told += [causes[index]] if causes.get(index) else []
+            self._why[index] = "costs too much accuracy" + (f" ({'; '.join(told)})" if told else "")
         return frozenset(order[count:])
+
+    def _causes(self) -> dict[int, str]:
+        """What each layer's input and weights show, by its place."""
+        scheme = self._untreated
+        moments = self._evidence.moments(scheme)
+        place = {key: index for index, key in enumerate(scheme.keys)}
+        found = {
+            place[layer.key]: find_cause(layer, scheme.ranges, moments, scheme.weights.get(layer))
+            for layer in scheme.layers(scheme.base, self._context)
+        }
+        return {index: cause for index, cause in found.items() if cause}
 
     def _rank(self, layers: Layers) -> tuple[list[int], dict[int, float]]:
         """Layers by error per millisecond gained, worst first, and the errors that were measured."""
@@ -205,15 +224,25 @@ class Chooser:
         return times
 
     def _kernel_names(self) -> dict[str, str]:
-        """Node name -> the layer whose kernel may go by it: its own, or that of the activation fused into it."""
+        """Node or tensor name -> the layer whose kernel may go by it.
+
+        That is its own name or that of its result, or of the activation (and the residual Add before it) fused into it:
+        kernels in blocked layout are named after what they write.
+        """
         layers = set(self._names)
         known = {name: name for name in layers}
         for node in self._base.graph.nodes:
             name = node.name or (node.outputs[0].name if node.outputs else "")
-            if name in layers and len(node.outputs[0].outputs) == 1:
-                reader = node.outputs[0].outputs[0]
-                if reader.op in FUSED_ACTIVATIONS:
-                    known.setdefault(reader.name or reader.outputs[0].name, name)
+            if name not in layers:
+                continue
+            last = node
+            known.setdefault(node.outputs[0].name, name)
+            for ops in ({"Add"}, FUSED_ACTIVATIONS):
+                readers = last.outputs[0].outputs
+                if len(readers) == 1 and readers[0].op in ops:
+                    last = readers[0]
+                    known.setdefault(last.name or last.outputs[0].name, name)
+                    known.setdefault(last.outputs[0].name, name)
         return known
 
     def _without_slow(self, chosen: Layers) -> Layers:

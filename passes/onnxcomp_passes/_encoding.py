@@ -6,7 +6,7 @@ One weight is in memory at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxcomp.model import Model, spooled, value_of
+from onnxcomp.model import Model, value_of
+from onnxcomp.passes import Changes, Context
+from onnxcomp.structure import spooled
 from onnxcomp.weights import LazyWeight, Spool
 from onnxcomp_passes._codes import Codes, Grouping, Width, group, nearest, pack
 from onnxcomp_passes._gptq import gptq
@@ -22,7 +24,7 @@ from onnxcomp_passes._hqq import half_quadratic
 from onnxcomp_passes._nbits import compute_refusal, dequantize, is_transposed
 from onnxcomp_passes._stored import Encoded, output_channel_axis, reduction_axis, store, weight_inputs
 
-__all__ = ["Encoder", "Held", "Weight", "find_weights", "write"]
+__all__ = ["Encoder", "Held", "Weight", "find_weights", "wanted", "write"]
 
 Array = np.ndarray[Any, Any]
 
@@ -62,6 +64,12 @@ class Held:
     block: int
     method: str
 
+    @property
+    def nodes(self) -> int:
+        """How many operands, and so about how many nodes, decode it."""
+        zero = self.encoded.zero is not None
+        return 1 + zero if self.compute else 2 + zero + bool(self.block)
+
 
 def find_weights(model: Model) -> list[Weight]:
     """The constants of the main graph that feed a weight input, in the order of the nodes."""
@@ -72,6 +80,28 @@ def find_weights(model: Model) -> list[Weight]:
             if isinstance(tensor, gs.Constant) and getattr(tensor, "owner", model.graph) is model.graph:
                 found.setdefault(id(tensor), Weight(tensor, node, index))
     return list(found.values())
+
+
+def wanted(
+    model: Model, context: Context, changes: Changes, *, skip: Container[str], min_elements: int
+) -> list[Weight]:
+    """The float32 weights that a pass may change, judged without reading them; says why it leaves the others."""
+    outputs = {tensor.name for tensor in model.graph.outputs}
+    found = []
+    for weight in find_weights(model):
+        dtype = weight.constant.dtype
+        if context.excludes(weight.node) or weight.name in skip:
+            changes.leave(weight.name, "excluded")
+        elif dtype != np.float32:
+            floating = np.issubdtype(dtype, np.floating)
+            changes.leave(weight.name, f"is {dtype}, not float32" if floating else "not a float")
+        elif math.prod(weight.shape) < min_elements:
+            changes.leave(weight.name, f"has fewer than {min_elements} elements")
+        elif weight.name in outputs:
+            changes.leave(weight.name, "is a graph output")
+        else:
+            found.append(weight)
+    return found
 
 
 def write(model: Model, held: Mapping[str, Held], *, per_channel: bool) -> None:

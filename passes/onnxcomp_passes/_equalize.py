@@ -35,8 +35,10 @@ Array = np.ndarray[Any, Any]
 EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """SmoothQuant's alpha, how much of the unevenness moves from the activations to the weights. Tried on each tensor."""
 
-WORTH = 0.7
-"""Factors are applied where they bring the layer's expected noise (mean square) below this share of what it was."""
+FOLDED_WORTH = 0.7
+DIVIDED_WORTH = 0.5
+"""Factors are applied where they bring the layer's expected noise (mean square) below this share of what it was: the
+first where weights take them over, the second where a Mul has to run for them."""
 
 COMMUTING = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
 """Operators that give f(x / s) = f(x) / s for a positive factor a channel."""
@@ -87,9 +89,9 @@ def equalize(
         if seen is None or seen.low is None or seen.high is None:
             continue
         source = _source(tensors[name], group, outputs)
-        if source is None and not all(layer.node.op == "MatMul" for layer in group):
+        if source is None and any(layer.node.op == "Conv" for layer in group):
             continue
-        factors, noise = _factors(seen, group, weights)
+        factors, noise = _factors(seen, group, weights, DIVIDED_WORTH if source is None else FOLDED_WORTH)
         if factors is None:
             continue
         if source is not None and not _fold(model, source, owners.get(id(source)), factors, weights):
@@ -103,7 +105,9 @@ def equalize(
     return done
 
 
-def _factors(seen: ChannelMoments, group: list[Layer], weights: LayerWeights) -> tuple[Array | None, float]:
+def _factors(
+    seen: ChannelMoments, group: list[Layer], weights: LayerWeights, worth: float
+) -> tuple[Array | None, float]:
     """The factor of each channel, and the expected noise with them over that without; None where it does not pay."""
     peak = seen.peak()
     values = [weights.get(layer) for layer in group]
@@ -139,7 +143,7 @@ def _factors(seen: ChannelMoments, group: list[Layer], weights: LayerWeights) ->
         found = noise(factors)
         if found < least:
             best, least = factors, found
-    return (best, least / before) if least < WORTH * before else (None, 1.0)
+    return (best, least / before) if least < worth * before else (None, 1.0)
 
 
 # --- where the factors go ---------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import Node, Variable
-from onnxcomp.model import Model, spooled, value_of
+from onnxcomp.model import Model, value_of
+from onnxcomp.structure import spooled
 from onnxcomp.weights import LazyWeight, Spool
 from onnxcomp_passes._half import Plan
 from onnxcomp_passes._stored import redirect

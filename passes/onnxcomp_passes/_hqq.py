@@ -21,6 +21,13 @@ ROUNDS = 20
 """As in the authors' code; PENALTY is for errors in units of the scale here, so that no weight is too small for it."""
 
 
+GAIN = 1 - 1e-5
+"""What counts as better: more than float32 rounding."""
+
+SMALLEST = 1e-8
+"""Of a scale: errors below count as this, since their negative power would overflow."""
+
+
 def half_quadratic(weight: Array, grouping: Grouping, width: Width) -> Codes:
     """Round with scales and zero points that minimise the lp norm of the error of each group.
 
@@ -57,7 +64,8 @@ def half_quadratic(weight: Array, grouping: Grouping, width: Width) -> Codes:
 
 def sparse_error(weight: Array, grouping: Grouping, made: Codes) -> Array:
     """What `half_quadratic` minimises: the sum of |error| to the power of 0.7, for each group."""
-    return _objective(weight.reshape(grouping.shape), made.codes, made.scale, made.zero, grouping)
+    error = np.abs(weight.reshape(grouping.shape) - made.decode())
+    return np.asarray(np.sum(error ** np.float32(NORM), axis=grouping.over, keepdims=True))
 
 
 def _improve(view: Array, grouping: Grouping, width: Width, best: Codes) -> None:
@@ -65,39 +73,32 @@ def _improve(view: Array, grouping: Grouping, width: Width, best: Codes) -> None
     over = grouping.over
     scale = best.scale.copy()
     zero = np.zeros_like(scale) if best.zero is None else best.zero.astype(np.float32)
-    least = _objective(view, best.codes, best.scale, best.zero, grouping)
-    penalty = PENALTY
     codes = best.codes.astype(np.float32)
-    for _ in range(ROUNDS):
-        steps = view / scale  # the weight in units of the scale
+    steps = view / scale  # the weight in units of the scale, as are the errors
+    least = np.full(scale.shape, np.inf, np.float32)
+    penalty = PENALTY
+    for turn in range(ROUNDS):
         error = steps - (codes - zero)
-        steps -= np.sign(error) * np.maximum(np.abs(error) - _shrinkage(error, penalty), 0.0)
+        size = np.abs(error)
+        power = np.power(np.maximum(size, SMALLEST), NORM - 1.0)
+        found = scale**NORM * np.sum(size * power, axis=over, keepdims=True)
+        better = found < least * GAIN
+        if not better.any():
+            break
+        least = np.where(better, found, least)
+        if turn:
+            best.scale[...] = np.where(better, scale, best.scale)
+            np.copyto(best.codes, codes.astype(best.codes.dtype), where=better)
+            if best.zero is not None:
+                best.zero[...] = np.where(better, zero, best.zero)
+        power /= np.float32(penalty)
+        steps -= np.copysign(np.maximum(size - power, 0.0, out=size), error)  # without the sparse part
         if best.zero is not None:
             zero = np.clip(np.rint(np.mean(codes - steps, axis=over, keepdims=True)), width.low, width.high)
         moved = codes - zero
         norm = np.sum(moved * moved, axis=over, keepdims=True)
-        ratio = np.sum(moved * steps, axis=over, keepdims=True) / np.where(norm > 0, norm, 1.0)
-        fresh = scale * ratio
+        fresh = scale * (np.sum(moved * steps, axis=over, keepdims=True) / np.where(norm > 0, norm, 1.0))
         scale = np.where(fresh > np.finfo(np.float32).tiny, fresh, scale).astype(np.float32)
-        codes = np.clip(np.rint(view / scale) + zero, width.low, width.high)
-        found = _objective(view, codes, scale, zero, grouping)
-        better = found < least
-        least = np.where(better, found, least)
-        best.scale[...] = np.where(better, scale, best.scale)
-        np.copyto(best.codes, codes.astype(best.codes.dtype), where=better)
-        if best.zero is not None:
-            best.zero[...] = np.where(better, zero, best.zero)
+        steps = view / scale
+        codes = np.clip(np.rint(steps) + zero, width.low, width.high)
         penalty *= PENALTY_GROWTH
-
-
-def _shrinkage(error: Array, penalty: float) -> Array:
-    """How far the shrinkage of an lp norm moves each error towards zero."""
-    return np.asarray(np.power(np.maximum(np.abs(error), 1e-8), NORM - 1.0) / np.float32(penalty))
-
-
-def _objective(view: Array, codes: Array, scale: Array, zero: Array | None, grouping: Grouping) -> Array:
-    values = codes.astype(np.float32)
-    if zero is not None:
-        values -= zero.astype(np.float32)
-    values *= scale
-    return np.asarray(np.sum(np.abs(view - values) ** np.float32(NORM), axis=grouping.over, keepdims=True))

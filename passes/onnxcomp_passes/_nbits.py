@@ -7,7 +7,8 @@
 The codes stay packed in memory and are decoded in the kernel. Found by running ONNX Runtime 1.32: 2, 4 and 8 bits,
 signed or not, with zero points or without, per tensor, per column or in blocks of a power of two from 16 on, also where
 the last block is shorter. It takes one reader: a MatMul, or a Gemm that is no more than a MatMul and a bias, with a
-matrix of shape (inputs, outputs). Other readers would be fed by a DequantizeLinear that runs at each inference.
+matrix of shape (inputs, outputs), and neither with a Relu or Clip behind it: ONNX Runtime then looks for the pattern of
+int8 activations and stops there. Other readers would be fed by a DequantizeLinear that runs at each inference.
 """
 
 from __future__ import annotations
@@ -34,7 +35,17 @@ def compute_refusal(constant: gs.Constant, node: gs.Node, index: int) -> str | N
         plain = node.attrs.get("alpha", 1.0) == 1.0 and not node.attrs.get("transA", 0)
         if not plain or (bias is not None and (node.attrs.get("beta", 1.0) != 1.0 or len(bias.shape or ()) != 1)):
             return "its Gemm is more than a MatMul and a bias"
+    if _is_clipped(node):
+        return f"ONNX Runtime makes no {KERNEL} in front of a Relu or Clip"
     return None
+
+
+def _is_clipped(node: gs.Node) -> bool:
+    """Whether a Relu or Clip alone reads a node's result, straight or behind the addition of a bias."""
+    readers = node.outputs[0].outputs
+    if len(readers) == 1 and readers[0].op == "Add" and any(isinstance(t, gs.Constant) for t in readers[0].inputs):
+        readers = readers[0].outputs[0].outputs
+    return len(readers) == 1 and readers[0].op in {"Relu", "Clip"}
 
 
 def is_transposed(node: gs.Node) -> bool:

@@ -5,30 +5,24 @@ The rules are those of ONNX Runtime's CPU provider, found by running: see docs/h
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.model import value_of
+from onnxcomp.graph_io import subgraphs, walk
 from onnxcomp.passes import Changes, Context
 from onnxcomp.targets import QuantizationRules, host_target
-from onnxcomp_passes._stored import Stored, find_stored
+from onnxcomp_passes._companions import SAME_GRID, clip_low, data_inputs, is_adapted, is_supported
+from onnxcomp_passes._stored import Stored, find_stored, is_decoded
 
 __all__ = ["Layer", "Placement", "find_layers", "place", "rangeable"]
 
-SAME_GRID = frozenset({"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "DepthToSpace"})
-"""Operators that only move values: output and input share scale and zero point, and the runtime drops the Q/DQ."""
-
-COMPANIONS = SAME_GRID | {"Add", "Mul", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "Concat"}
-"""Operators that are worth int8 between two int8 layers, since they spare a way to float and back."""
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 FLOAT_OUTPUT = frozenset({"Gemm", "MatMul"})
 """Operators whose int8 kernels can write float: no output scale is needed where no int8 node reads the result."""
-
-MAXPOOL_INT8_OPSET = 12
 
 ANY = QuantizationRules()
 """No target's restrictions."""
@@ -97,7 +91,9 @@ def _layers(
 ) -> list[Layer]:
     layers = []
     for node in graph.nodes:
-        if node.op not in {"Conv", "Gemm", "MatMul", "ConvTranspose"} or node.domain:
+        if changes is not None:
+            _leave_inner(node, changes)
+        if node.op not in LAYERS or node.domain:
             continue
         weight = _weight(node)
         reason = "excluded" if context.excludes(node) else _refusal(node, weight)
@@ -108,6 +104,18 @@ def _layers(
         elif changes is not None:
             changes.leave(node.name or node.outputs[0].name, reason or "has no constant weight")
     return layers
+
+
+def _leave_inner(node: gs.Node, changes: Changes) -> None:
+    """Say why layers in the bodies of If, Loop and Scan stay float."""
+    for body in subgraphs(node):
+        for graph in walk(body):
+            for inner in graph.nodes:
+                if inner.op in LAYERS and not inner.domain:
+                    changes.leave(
+                        inner.name or inner.outputs[0].name,
+                        f"is in a body of the {node.op} {node.name or node.outputs[0].name}; bodies stay float",
+                    )
 
 
 def _weight(node: gs.Node) -> gs.Constant | Stored | None:
@@ -121,8 +129,10 @@ def _refusal(node: gs.Node, weight: gs.Constant | Stored | None) -> str | None:
     """Why a node cannot run in int8, or None."""
     if node.op == "ConvTranspose":
         return "ONNX Runtime has no int8 ConvTranspose"
+    if len(node.inputs) < 2:
+        return "it has no weight"
     if weight is None:
-        return "its weight is not constant"
+        return _no_weight(node.inputs[1])
     if isinstance(node.inputs[0], gs.Constant):
         return "its data input is constant"
     if isinstance(weight, gs.Constant) and weight.dtype != np.float32:
@@ -138,6 +148,18 @@ def _refusal(node: gs.Node, weight: gs.Constant | Stored | None) -> str | None:
     if node.op == "Gemm" and bias is not None and (node.attrs.get("beta", 1.0) != 1.0 or len(bias.shape) != 1):
         return "beta is not 1 or its bias is not one value per output"
     return None
+
+
+def _no_weight(tensor: gs.Tensor) -> str:
+    """Why a tensor is no weight."""
+    if not tensor.inputs:
+        return f"its weight {tensor.name!r} is a graph input"
+    if tensor.inputs[0].op == "DequantizeLinear":
+        return "its weight is quantized already"
+    if is_decoded(tensor):
+        return "its weight is stored in blocks, with zero points or packed: int8 kernels take none of these"
+    # Attention: rounding both operands takes as long as an int8 kernel saves, from 50 to 256 tokens.
+    return "both its operands are computed: rounding them costs what int8 gains"
 
 
 def _bias(node: gs.Node) -> gs.Tensor | None:
@@ -157,6 +179,7 @@ def place(
     opset: int,
     known: Container[str] | None = None,
     rules: QuantizationRules = ANY,
+    leave: Container[str] = frozenset(),
 ) -> Placement:
     """Decide what runs in int8 around the given layers.
 
@@ -164,48 +187,56 @@ def place(
     its result; elsewhere the way back to float would cost more than it spares.
 
     Args:
-        graph: The graph; it is not changed.
+        graph: The graph, its nodes in topological order; it is not changed.
         layers: The layers to run in int8.
         opset: Of the default operator set.
         known: The tensors that have a range; operators on others do not follow. None: all.
         rules: The target's: operators that it has no int8 kernel for do not follow.
+        leave: Operators that do not follow, by the name of the node or of its first output.
     """
     chosen = tuple(layers)
-    core = {id(layer.node) for layer in chosen}
     outputs = {id(tensor) for tensor in graph.outputs}
-    final, absorbed = _final_outputs(graph, chosen, outputs)
-    companions = _companions(graph, core, final, outputs, opset, known, rules)
+    results, absorbed = _results((layer.node for layer in chosen), outputs)
+    core = set(results)
+    reached, more, clips = _reach(graph, results, outputs, known, lambda node: _may_follow(node, opset, rules, leave))
+    results |= more
+    companions = _useful(reached, results, core)
     inside = core | {id(node) for node in companions}
-    for node in companions:
-        clip = _redundant_clip(node, outputs)
-        final[id(node)] = node.outputs[0] if clip is None else clip.outputs[0]
-        absorbed += [] if clip is None else [clip]
+    absorbed |= {key: clip for key, clip in clips.items() if key in inside}
     tensors: dict[str, gs.Tensor] = {}
     for node in graph.nodes:
         if id(node) not in inside:
             continue
-        for tensor in _data_inputs(node):
+        for tensor in data_inputs(node):
             tensors[tensor.name] = tensor
-        result = final[id(node)]
-        may_be_float = node.op in FLOAT_OUTPUT and not rules.quantized_outputs
-        if not may_be_float or any(id(reader) in inside for reader in result.outputs):
-            tensors[result.name] = result
-    grid = {final[id(n)].name: n.inputs[0].name for n in companions if n.op in SAME_GRID}
-    gone = tuple(clip for clip in absorbed if clip.outputs[0].name in tensors)
+        clip = absorbed.get(id(node))
+        # ONNX Runtime looks for a Q behind a Relu or Clip that others read, and leaves all in float without.
+        clipped = clip is not None and len(clip.outputs[0].outputs) > 0
+        may_be_float = node.op in FLOAT_OUTPUT and not rules.quantized_outputs and not clipped
+        for result in results[id(node)]:
+            if not may_be_float or any(id(reader) in inside for reader in result.outputs):
+                tensors[result.name] = result
+    grid = {
+        result.name: node.inputs[0].name for node in companions if node.op in SAME_GRID for result in results[id(node)]
+    }
+    gone = tuple(clip for clip in absorbed.values() if clip.outputs[0].name in tensors)
     return Placement(chosen, tuple(companions), tensors, gone, grid)
 
 
-def _final_outputs(
-    graph: gs.Graph, layers: Iterable[Layer], outputs: set[int]
-) -> tuple[dict[int, gs.Tensor], list[gs.Node]]:
-    """Each layer's result: its output, or that of the Relu or Clip behind it that quantization makes redundant."""
-    final: dict[int, gs.Tensor] = {}
-    absorbed = []
-    for layer in layers:
-        clip = _redundant_clip(layer.node, outputs)
-        absorbed += [] if clip is None else [clip]
-        final[id(layer.node)] = layer.node.outputs[0] if clip is None else clip.outputs[0]
-    return final, absorbed
+Results = dict[int, tuple[gs.Tensor, ...]]
+"""A node's id -> its results: its outputs, or that of the Relu or Clip behind it that quantization makes redundant."""
+
+
+def _results(nodes: Iterable[gs.Node], outputs: set[int]) -> tuple[Results, dict[int, gs.Node]]:
+    """The results of nodes, and the Relu and Clip nodes that are redundant behind them, by the id of the node."""
+    results: Results = {}
+    absorbed = {}
+    for node in nodes:
+        clip = _redundant_clip(node, outputs)
+        results[id(node)] = tuple(node.outputs) if clip is None else (clip.outputs[0],)
+        if clip is not None:
+            absorbed[id(node)] = clip
+    return results, absorbed
 
 
 def _redundant_clip(node: gs.Node, outputs: set[int]) -> gs.Node | None:
@@ -217,70 +248,50 @@ def _redundant_clip(node: gs.Node, outputs: set[int]) -> gs.Node | None:
     if node.op in SAME_GRID or len(tensor.outputs) != 1 or id(tensor) in outputs:
         return None
     reader = tensor.outputs[0]
-    if reader.op == "Relu":
-        return reader
-    if reader.op != "Clip" or any(t.name and not isinstance(t, gs.Constant) for t in reader.inputs[1:]):
+    if reader.domain:
         return None
-    return reader if _clip_low(reader) == 0.0 else None
+    return reader if reader.op == "Relu" or (reader.op == "Clip" and clip_low(reader) == 0.0) else None
 
 
-def _clip_low(node: gs.Node) -> float:
-    if "min" in node.attrs:
-        return float(node.attrs["min"])
-    low = node.inputs[1] if len(node.inputs) > 1 else None
-    return float(value_of(low)) if isinstance(low, gs.Constant) else -np.inf
-
-
-def _companions(
+def _reach(
     graph: gs.Graph,
-    core: set[int],
-    final: dict[int, gs.Tensor],
+    results: Results,
     outputs: set[int],
-    opset: int,
     known: Container[str] | None,
-    rules: QuantizationRules,
-) -> list[gs.Node]:
-    """The operators between int8 nodes: reached from int8 on all sides, and read by int8 further on."""
-    int8 = {id(tensor) for tensor in final.values() if known is None or tensor.name in known}
+    may_follow: Callable[[gs.Node], bool],
+) -> tuple[list[gs.Node], Results, dict[int, gs.Node]]:
+    """The operators that are reached from int8 on all sides, with their results and what these absorb."""
+    int8 = {id(t) for tensors in results.values() for t in tensors if known is None or t.name in known}
     reached: list[gs.Node] = []
-    results: dict[int, gs.Tensor] = {}
+    found: Results = {}
+    absorbed: dict[int, gs.Node] = {}
     for node in graph.nodes:
-        data = list(_data_inputs(node))
-        may = node.op in COMPANIONS and rules.supports(node.op) and _supported(node, opset)
-        if may and data and all(id(t) in int8 for t in data):
-            clip = _redundant_clip(node, outputs)
-            result = node.outputs[0] if clip is None else clip.outputs[0]
-            if known is not None and result.name not in known:
-                continue
+        if id(node) in results or not may_follow(node):
+            continue
+        data = list(data_inputs(node))
+        if not data or not all(id(tensor) in int8 for tensor in data):
+            continue
+        own, clips = _results((node,), outputs)
+        if known is None or all(tensor.name in known for tensor in own[id(node)]):
             reached.append(node)
-            results[id(node)] = result
-            int8.add(id(result))
+            found |= own
+            absorbed |= clips
+            int8.update(id(tensor) for tensor in own[id(node)])
+    return reached, found, absorbed
+
+
+def _may_follow(node: gs.Node, opset: int, rules: QuantizationRules, leave: Container[str]) -> bool:
+    if not is_supported(node, opset) or not rules.supports(node.op) or (is_adapted(node) and not rules.cpu):
+        return False
+    return node.name not in leave and node.outputs[0].name not in leave
+
+
+def _useful(reached: list[gs.Node], results: Results, core: set[int]) -> list[gs.Node]:
+    """Those of the operators that an int8 node reads further on."""
     useful = set(core)
     kept = []
     for node in reversed(reached):
-        if any(id(reader) in useful for reader in results[id(node)].outputs):
+        if any(id(reader) in useful for result in results[id(node)] for reader in result.outputs):
             useful.add(id(node))
             kept.append(node)
     return kept[::-1]
-
-
-def _supported(node: gs.Node, opset: int) -> bool:
-    """Whether the int8 form of an operator exists for these attributes."""
-    if node.domain or len(node.outputs) != 1:
-        return False
-    if node.op == "MaxPool":
-        return opset >= MAXPOOL_INT8_OPSET
-    if node.op == "Resize":
-        return bool(node.attrs.get("mode", "nearest") == "nearest")
-    if node.op in {"Add", "Mul"}:
-        return not any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
-    return True
-
-
-def _data_inputs(node: gs.Node) -> Iterator[gs.Tensor]:
-    """The inputs that carry data, not weights, shapes or bounds."""
-    several: Any = {"Add", "Mul", "Concat"}
-    count = len(node.inputs) if node.op in several else 1
-    for tensor in node.inputs[:count]:
-        if not isinstance(tensor, gs.Constant):
-            yield tensor

@@ -23,18 +23,21 @@ BATCH_BYTES = 256 << 20
 """Of matrices that one pass over the data gathers; a larger one is gathered alone."""
 
 
-def layer_inputs(weights: list[Weight]) -> dict[str, list[str]]:
-    """The tensors that each weight is multiplied with, where that is all that is done with it.
+def layer_inputs(model: Model, weights: list[Weight]) -> dict[str, list[str]]:
+    """The tensors that each weight is multiplied with in the main graph, where that is all that is done with it there.
 
     Only weights of shape (inputs, outputs), or (outputs, inputs) in a Gemm that says so: a Conv's products would be
     those of its windows.
     """
-    return {weight.name: found for weight in weights if (found := _inputs(weight))}
+    main = {id(node) for node in model.graph.nodes}
+    return {weight.name: found for weight in weights if (found := _inputs(weight, main))}
 
 
-def _inputs(weight: Weight) -> list[str]:
+def _inputs(weight: Weight, main: set[int]) -> list[str]:
     found = []
     for reader in weight.constant.outputs:
+        if id(reader) not in main:  # in a subgraph, whose tensors cannot be observed
+            continue
         if reader.op not in {"MatMul", "Gemm"} or reader.domain or len(weight.shape) != 2 or reader.attrs.get("transA"):
             return []
         if reader.inputs[1] is not weight.constant or isinstance(reader.inputs[0], gs.Constant):

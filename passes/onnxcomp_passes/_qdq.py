@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,23 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
+from onnxcomp_passes._companions import adapt
 from onnxcomp_passes._placement import Layer, Placement
+from onnxcomp_passes._shapes import infer_known
 from onnxcomp_passes._stored import INT8_MAX, Stored, encode
+from onnxcomp_passes._upsample import Repeats, as_gathers, repeats
 from onnxcomp_passes._weights import input_mean_error
 
 if TYPE_CHECKING:
     from onnxcomp_passes._scheme import Scheme
 
-__all__ = ["Grid", "Ranges", "drop_unused_decoders", "insert", "weight_codes"]
+__all__ = ["Grid", "Ranges", "drop_unused_decoders", "insert", "is_written_by_us", "weight_codes"]
 
 Array = np.ndarray[Any, Any]
 Ranges = dict[str, tuple[float, float]]
+
+CODES = "t"
+"""Names of quantized activations begin with it; a dot and a number follow."""
 
 REDUCED_MAX = 63
 """Weights in 7 bits: a pair of products with uint8 activations then fits 16 bits."""
@@ -78,7 +85,7 @@ class _Writer:
         """QuantizeLinear and DequantizeLinear from `tensor` to `result`."""
         scale = self.constant("s", np.asarray(grid.scale, np.float32))
         zero = self.constant("z", grid.zero_point)
-        codes = Variable(self.model.unique_name("t.0"))
+        codes = Variable(self.model.unique_name(f"{CODES}.0"))
         wide = grid.zero_point.dtype.itemsize > 1 and self.model.opset < WIDE_OPSET
         quantize = Node("QuantizeLinear", "", {}, [tensor, scale, zero], [codes])
         decode = Node("DequantizeLinear", "", {}, [codes, scale, zero], [result])
@@ -97,6 +104,26 @@ class _Writer:
             inputs.append(self.constant("z", np.zeros(scale.shape, codes.dtype)))
         return Node("DequantizeLinear", "", attrs, inputs, [result]), result
 
+    def of_constant(self, value: Array) -> tuple[gs.Node, gs.Tensor]:
+        """A DequantizeLinear of a float constant, as codes of the activations' type over its own range."""
+        grid = Grid.covering(float(np.min(value)), float(np.max(value)), self.scheme.rules.activations)
+        limits = np.iinfo(grid.zero_point.dtype)
+        codes = np.clip(np.rint(value / grid.scale) + int(grid.zero_point), limits.min, limits.max)
+        constant = self.constant("q", codes.astype(grid.zero_point.dtype))
+        return self.of_codes(constant, np.asarray(grid.scale), self.constant("z", grid.zero_point))
+
+    def of_codes(self, codes: gs.Tensor, scale: Array, zero_point: gs.Tensor) -> tuple[gs.Node, gs.Tensor]:
+        """A DequantizeLinear of codes that are there, with a scale of its own."""
+        result = Variable(self.model.unique_name("d.0"))
+        inputs = [codes, self.constant("s", np.asarray(scale, np.float32)), zero_point]
+        return Node("DequantizeLinear", "", {}, inputs, [result]), result
+
+
+def is_written_by_us(model: Model) -> bool:
+    """Whether `insert` wrote the pairs of a model: it is told by the names of the codes."""
+    own = re.compile(rf"{CODES}\.0(_\d+)?")
+    return any(node.op == "QuantizeLinear" and own.fullmatch(node.outputs[0].name) for node in model.graph.nodes)
+
 
 def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
     """Write the placement into the model that it was made for.
@@ -113,6 +140,7 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
             root = placement.grid[root]
         grids[name] = Grid.covering(*_range(placement.tensors[root], scheme.ranges, dtype), dtype)
     writer = _Writer(model, scheme, grids)
+    upsampling = _upsampling(model, placement, scheme)
     added: list[gs.Node] = []
     for layer in placement.layers:
         added += _quantize_weights(writer, layer)
@@ -120,8 +148,19 @@ def insert(model: Model, placement: Placement, scheme: Scheme) -> None:
     inside = {id(layer.node) for layer in placement.layers} | {id(node) for node in placement.companions}
     for tensor in placement.tensors.values():
         added += _quantize_tensor(writer, tensor, inside)
+    for node in placement.companions:
+        factors = upsampling.get(id(node))
+        added += adapt(node, writer) if factors is None else as_gathers(model, node, factors)
     model.graph.nodes.extend(added)
     drop_unused_decoders(model.graph)
+
+
+def _upsampling(model: Model, placement: Placement, scheme: Scheme) -> dict[int, Repeats]:
+    """The companions that repeat pixels, by the id of the node; none where other kernels than the CPU's run them."""
+    resizes = [node for node in placement.companions if node.op == "Resize" and scheme.rules.cpu]
+    known = infer_known(model) if resizes else {}
+    found = {id(node): repeats(node, known) for node in resizes}
+    return {key: factors for key, factors in found.items() if factors is not None}
 
 
 def _range(tensor: gs.Tensor, ranges: Ranges, dtype: str) -> tuple[float, float]:
@@ -135,14 +174,32 @@ def _range(tensor: gs.Tensor, ranges: Ranges, dtype: str) -> tuple[float, float]
     return (0.0, 1.0 - 1.0 / levels) if made_by in known else ranges[tensor.name]
 
 
+def _one_float_reader(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> list[gs.Node]:
+    """Let several float readers of an int8 result read one copy of it, a Sum of one.
+
+    ONNX Runtime gives each reader a DequantizeLinear of its own, and then does not see what they are together: a Gelu
+    of five operators, say. The copy costs what the second DequantizeLinear does.
+    """
+    readers = {id(reader): reader for reader in tensor.outputs if id(reader) not in inside}.values()
+    if len(readers) < 2 or not writer.scheme.rules.cpu:
+        return []
+    copy = Variable(writer.model.unique_name("c.0"))
+    for reader in readers:
+        for index, other in enumerate(reader.inputs):
+            if other is tensor:
+                reader.inputs[index] = copy
+    return [Node("Sum", writer.model.unique_name("copy.0"), {}, [tensor], [copy])]
+
+
 def _quantize_tensor(writer: _Writer, tensor: gs.Tensor, inside: set[int]) -> list[gs.Node]:
     """Give a float tensor its pair: behind an int8 producer all readers read the result, else the int8 ones only."""
     grid = writer.grids[tensor.name]
     if tensor.inputs and id(tensor.inputs[0]) in inside:
         producer = tensor.inputs[0]
         raw = Variable(writer.model.unique_name("f.0"))
-        producer.outputs[0] = raw
-        return writer.pair(raw, tensor, grid)
+        index = next(index for index, output in enumerate(producer.outputs) if output is tensor)
+        producer.outputs[index] = raw
+        return [*writer.pair(raw, tensor, grid), *_one_float_reader(writer, tensor, inside)]
     result = Variable(writer.model.unique_name("d.0"))
     for reader in list(tensor.outputs):
         if id(reader) in inside:

@@ -39,11 +39,11 @@ def response(tensor: gs.Tensor) -> Function | None:
     """The function that all readers of a tensor apply to it, as far as one is known: SiLU, Sigmoid, HardSwish, ..."""
     readers = {id(node): node for node in tensor.outputs}.values()
     ops = sorted(node.op for node in readers)
-    if ops == ["Mul", "Sigmoid"]:
-        gate = next(node for node in readers if node.op == "Sigmoid")
+    if ops in (["Mul", "Sigmoid"], ["HardSigmoid", "Mul"]):
+        gate = next(node for node in readers if node.op != "Mul")
         product = next(node for node in readers if node.op == "Mul")
         if any(other is gate.outputs[0] for other in product.inputs):
-            return lambda x: x * _sigmoid(x)
+            return (lambda x: x * _sigmoid(x)) if gate.op == "Sigmoid" else FUNCTIONS["HardSwish"]
     return FUNCTIONS.get(ops[0]) if len(ops) == 1 else None
 
 

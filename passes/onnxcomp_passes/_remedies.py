@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxcomp.calibration import Percentile
 from onnxcomp.channels import ChannelMoments
+from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp_passes._equalize import equalize
 from onnxcomp_passes._placement import Layer, place
@@ -42,7 +43,7 @@ class Evidence:
         self.context = context
         self.calibrate = calibrate
         self._observe = observe
-        self._known: dict[tuple[int, str], Mapping[str, Any]] = {}
+        self._known: dict[tuple[int, str], tuple[Model, Mapping[str, Any]]] = {}
 
     def moments(self, scheme: Scheme) -> Mapping[str, ChannelMoments]:
         """The channels of every layer's input, by the input's name."""
@@ -57,10 +58,10 @@ class Evidence:
         return self._get(scheme, "histograms", lambda: {name: Percentile() for name in scheme.ranges})
 
     def _get(self, scheme: Scheme, kind: str, watches: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        key = id(scheme.base), kind
+        key = id(scheme.base), kind  # the model is held too, so that no other can get its id
         if key not in self._known:
-            self._known[key] = self._observe(scheme.base, watches())
-        return self._known[key]
+            self._known[key] = scheme.base, self._observe(scheme.base, watches())
+        return self._known[key][1]
 
 
 Remedy = Callable[[Scheme, frozenset[int], Evidence], Scheme | None]
@@ -85,7 +86,7 @@ def fit_ranges(scheme: Scheme, chosen: frozenset[int], evidence: Evidence) -> Sc
         if source in changed:
             low, high = scheme.ranges[source]
             new_low, new_high = ranges[source]
-            told[layer.key] = f"range of its input {low:.3g} to {high:.3g} cut to {new_low:.3g} to {new_high:.3g}"
+            told[layer.key] = f"range of its input {low:.3g} to {high:.3g} fitted to {new_low:.3g} to {new_high:.3g}"
     return replace(scheme, ranges=ranges, story=scheme.told(told))
 
 
@@ -187,8 +188,8 @@ REMEDIES: dict[str, Remedy] = {
 }
 """In the order of their cost."""
 
-SLOWING = frozenset({"widen-activations"})
-"""Not tried where the budget holds without."""
+SLOWING = frozenset({"equalize", "widen-activations"})
+"""Those that may cost time: not tried where the budget holds without."""
 
 
 def treat(scheme: Scheme, names: Iterable[str], chosen: frozenset[int], evidence: Evidence) -> Scheme:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from typing import TypeVar
 
 from onnxcomp.errors import RequirementError
@@ -15,6 +16,9 @@ from onnxcomp.runtime.results import Observer
 __all__ = ["observe"]
 
 O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
+
+OBSERVED_ROWS = 8
+"""Samples that are run together to see their activations, at most: more need more memory and are no faster."""
 
 
 def observe(model: Model, observers: Mapping[str, O], context: Context) -> dict[str, O]:
@@ -45,7 +49,8 @@ def observe(model: Model, observers: Mapping[str, O], context: Context) -> dict[
         path = context.judge.path_of(model) if context.judge else context.workdir / "calibration.onnx"
         if context.judge is None:
             model.save(path)
-        for name, watch in context.runtime.observe(path, context.data.feeds, missing).items():
+        feeds = partial(context.data.feeds, min(OBSERVED_ROWS, context.data.batch_size))
+        for name, watch in context.runtime.observe(path, feeds, missing).items():
             context.activations[seen[name]] = watch
     return {name: context.activations[key] for name, key in seen.items()}
 

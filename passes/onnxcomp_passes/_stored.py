@@ -29,6 +29,7 @@ __all__ = [
     "decode",
     "encode",
     "find_stored",
+    "is_decoded",
     "lift_constants",
     "output_channel_axis",
     "redirect",
@@ -195,6 +196,14 @@ def find_stored(tensor: gs.Tensor) -> Stored | None:
     if not isinstance(codes, gs.Constant) or codes.dtype != np.int8:
         return None
     return Stored(casts[0], mul)
+
+
+def is_decoded(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is a weight in any storage form: Reshape, Mul, Sub and Cast lead back to constant integers."""
+    for op in ("Reshape", "Mul", "Sub", "Cast"):
+        if len(tensor.inputs) == 1 and tensor.inputs[0].op == op:
+            tensor = tensor.inputs[0].inputs[0]
+    return isinstance(tensor, gs.Constant) and not np.issubdtype(tensor.dtype, np.floating)
 
 
 def store(model: Model, graph: gs.Graph, constant: gs.Constant, encoded: Encoded) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Self, TypeVar
 
 from onnxcomp import analysis
-from onnxcomp.calibration import make_calibrator
+from onnxcomp.calibration import METHODS, make_calibrator
 from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.runtime.results import Observer
 from onnxcomp.targets import QuantizationRules, host_target
+from onnxcomp_passes._canonical import canonicalize
 from onnxcomp_passes._choice import Chooser
 from onnxcomp_passes._placement import Layer, find_layers, place, rangeable
-from onnxcomp_passes._qdq import Ranges
+from onnxcomp_passes._qdq import Ranges, is_written_by_us
 from onnxcomp_passes._remedies import REMEDIES, Evidence, treat
 from onnxcomp_passes._scheme import Scheme
 from onnxcomp_passes._statistics import observe
@@ -56,7 +58,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     requires: ClassVar[frozenset[str]] = frozenset({"data"})
 
-    calibration: str = option("minmax", "How ranges are found.", choices=("minmax", "percentile"))
+    calibration: str = option("minmax", "How ranges are found.", choices=METHODS)
     percentile: float = option(99.99, "Share of values covered, in percent, for 'percentile'.", minimum=50, maximum=100)
     per_channel: bool = option(True, "One weight scale per output channel, where the target has such kernels.")
     choose: bool = option(True, "Return layers to float by measurement; false quantizes every layer that can be.")
@@ -87,14 +89,17 @@ class Quantize(Pass):
         if rules is None:
             changes.leave("the model", "the target has no int8 kernels for Q/DQ models")
             return changes
-        if analysis.is_quantized(model):
+        if is_written_by_us(model):  # what is left in float there was left for a reason
             changes.leave("the model", "is already quantized")
             return changes
         base = model.fork()
         lift_constants(base.graph)
         if not any(layer.name not in self.skip for layer in find_layers(base.graph, context, changes)):
+            if analysis.is_quantized(model):
+                changes.leave("the model", "is already quantized")
             return changes
         base.raise_opset(PER_CHANNEL_OPSET)
+        canonicalize(base, context)
         layers = find_layers(base.graph, context)
         wanted = place(base.graph, layers, base.opset, rules=rules).tensors
         ranges = self._calibrate(base, wanted, context, changes)
@@ -147,9 +152,13 @@ class Quantize(Pass):
 
         All that any target may want are calibrated at once, so that several targets need one calibration.
         """
-        tensors = rangeable(base.graph, context, base.opset)
-        watches = observe(base, {name: make_calibrator(self.calibration, self.percentile) for name in tensors}, context)
+        rules = self._rules(context) or QuantizationRules()
+        fresh = partial(make_calibrator, self.calibration, self.percentile, levels=rules.levels)
+        watches = observe(base, {name: fresh() for name in rangeable(base.graph, context, base.opset)}, context)
+        makers = {tensor.name: node for node in base.graph.nodes for tensor in node.outputs}
         for name, watch in watches.items():
             if watch.nonfinite and name in wanted:
-                changes.leave(name, f"holds NaN or infinity ({watch.nonfinite} values)")
+                maker = makers.get(name)
+                source = f"output of {maker.op} {(maker.name or name)!r}" if maker else "graph input"
+                changes.leave(name, f"{source}, holds NaN or infinity ({watch.nonfinite} values)")
         return {name: watch.range() for name, watch in watches.items() if not watch.nonfinite and watch.count}

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
 from onnxcomp.errors import ModelError, OptionError, RequirementError
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
@@ -16,15 +14,15 @@ from onnxcomp.targets import host_target
 from onnxcomp.weights import Spool
 from onnxcomp_passes._choice import MOST_RANKED, costliest_first, fewest
 from onnxcomp_passes._codes import OPSET_OF_TYPE, Width
-from onnxcomp_passes._encoding import Encoder, Held, Weight, find_weights, write
+from onnxcomp_passes._encoding import Encoder, Held, Weight, find_weights, wanted, write
 from onnxcomp_passes._nbits import KERNEL
 from onnxcomp_passes._products import layer_inputs, observed
 from onnxcomp_passes._stored import lift_constants
 
 __all__ = ["QuantizeWeights"]
 
-NODE_OVERHEAD_BYTES = 160
-"""What the nodes and the extra initializers of one stored weight add to the file, about."""
+NODE_OVERHEAD_BYTES = 80
+"""What a node and its extra initializer add to the file, about."""
 
 STORAGE_SHARE = 0.6
 """The part of the accuracy budget that storage may spend where it has to choose: int8 computation needs the rest."""
@@ -51,7 +49,7 @@ class QuantizeWeights(Pass):
     at the same speed and from a file a quarter the size. In the form "compute" it makes a MatMulNBits of the two nodes:
     codes stay packed in memory and are decoded in the kernel, which rounds its input to 8 bits; weights of other
     operators than MatMul and Gemm, and those that several nodes read, are stored in the form "load". Codes take the
-    smallest type of 2, 4 or 8 bits that the opset has.
+    smallest type of 2, 4 or 8 bits that the opset has. Memory is needed for one weight at a time.
 
     Left alone: weights that are not float32, that are too small for the nodes to pay, that hold NaN or infinity,
     that live in a subgraph, that are a graph output, and whatever ONNX Runtime is seen not to fold.
@@ -104,11 +102,12 @@ class QuantizeWeights(Pass):
             raise RequirementError(message)
         base = model.fork()
         lift_constants(base.graph)
-        weights = self._wanted(base, context, changes)
+        weights = wanted(base, context, changes, skip=self.skip, min_elements=self.min_elements)
         stored_bits = self._prepare(base, context, changes) if weights else None
         if stored_bits is None:
             return changes
-        weights = self._wanted(base, context, Changes())  # raising the opset makes new objects
+        names = {weight.name for weight in weights}
+        weights = [weight for weight in find_weights(base) if weight.name in names]  # raising the opset makes new ones
         width = Width(self.bits, self.symmetric)
         encoder = Encoder(width, stored_bits, self.block, self.per_channel, self.method, Spool())
         held = self._encode_all(base, weights, encoder, context, changes)
@@ -120,36 +119,18 @@ class QuantizeWeights(Pass):
         for weight in weights:
             if weight.name in held:
                 changes.add(weight.name, self._told(weight, held[weight.name], stored_bits))
+        others = sum(form.method != self.method for form in held.values())
+        if others:
+            noun = "weight is" if others == 1 else "weights are"
+            changes.notes.append(f"gptq is for MatMul and Gemm: {others} other {noun} rounded to nearest")
         if stored_bits > self.bits and any(not form.compute for form in held.values()):
             changes.notes.append(f"codes of {self.bits} bits are held in {stored_bits}: nothing packs them yet")
+        if base.opset != model.opset:
+            changes.notes.append(f"the opset is {base.opset}, was {model.opset}: the first that has such integers")
         model.become(self._built(base, held))
         return changes
 
     # --- before -------------------------------------------------------------------------------------------------------
-
-    def _wanted(self, base: Model, context: Context, changes: Changes) -> list[Weight]:
-        """The weights that are not refused, judged without reading them."""
-        outputs = {tensor.name for tensor in base.graph.outputs}
-        wanted = []
-        for weight in find_weights(base):
-            reason = self._refusal(weight, context, outputs)
-            if reason is None:
-                wanted.append(weight)
-            else:
-                changes.leave(weight.name, reason)
-        return wanted
-
-    def _refusal(self, weight: Weight, context: Context, outputs: set[str]) -> str | None:
-        constant = weight.constant
-        if context.excludes(weight.node) or weight.name in self.skip:
-            return "excluded"
-        if constant.dtype != np.float32:
-            return f"is {constant.dtype}, not float32" if np.issubdtype(constant.dtype, np.floating) else "not a float"
-        if int(np.prod(weight.shape)) < self.min_elements:
-            return f"has fewer than {self.min_elements} elements"
-        if weight.name in outputs:
-            return "is a graph output"
-        return None
 
     def _prepare(self, base: Model, context: Context, changes: Changes) -> int | None:
         """Raise the opset as far as the form and the type of the codes need; the bits of that type, or None."""
@@ -179,7 +160,7 @@ class QuantizeWeights(Pass):
     ) -> dict[str, Held]:
         """Encode every weight that is worth it, one in memory at a time."""
         held: dict[str, Held] = {}
-        inputs = layer_inputs(weights) if self.method == "gptq" else {}
+        inputs = layer_inputs(base, weights) if self.method == "gptq" else {}
         for batch, products in observed(base, weights, inputs, context):
             for weight in batch:
                 context.progress(f"rounding {weight.name} to {self.bits} bits")
@@ -187,9 +168,9 @@ class QuantizeWeights(Pass):
                 form = encoder.encode(weight, compute=compute, products=products.get(weight.name))
                 if form is None:
                     changes.leave(weight.name, "holds NaN or infinity")
-                elif form.encoded.nbytes + NODE_OVERHEAD_BYTES >= weight.constant._values.nbytes:
-                    what = f"int{self.bits} codes, scales and " + ("a node" if compute else "two nodes")
-                    changes.leave(weight.name, f"too small for {what} to be smaller")
+                elif form.encoded.nbytes + NODE_OVERHEAD_BYTES * form.nodes >= weight.constant._values.nbytes:
+                    nodes = {1: "a node", 2: "two nodes"}.get(form.nodes, f"{form.nodes} nodes")
+                    changes.leave(weight.name, f"too small for int{self.bits} codes, scales and {nodes} to be smaller")
                 else:
                     held[weight.name] = form
         return held
