@@ -28,6 +28,9 @@ HALF_MAX = float(np.finfo(np.float16).max)
 WEIGHT_ERROR = 1e-3
 """Rounding a weight to float16 makes at most 2**-11 = 0.0005 of its norm, unless part of it is in the denormals."""
 
+CHUNK = 1 << 20
+"""Elements of a constant that are looked at together."""
+
 SUMMING = frozenset(
     {"Attention", "CumSum", "Einsum", "GlobalLpPool", "LpNormalization", "LpPool", "LRN", "MeanVarianceNormalization"}
 )
@@ -247,8 +250,7 @@ def _value_refusal(
 def _has_vanishing(tensor: gs.Tensor) -> bool:
     if not isinstance(tensor, gs.Constant):
         return False
-    value = value_of(tensor)
-    return bool(np.any((value != 0) & (value.astype(np.float16) == 0)))
+    return any(np.any((value != 0) & (value.astype(np.float16) == 0)) for value in _chunks(tensor))
 
 
 def harm_of(constant: gs.Constant) -> str | None:
@@ -259,17 +261,24 @@ def harm_of(constant: gs.Constant) -> str | None:
         'loses too much below the range of float16'
         >>> harm_of(gs.Constant("half", np.array([0.5], np.float32)))
     """
-    value = value_of(constant).reshape(-1)
-    if np.isnan(value).any():
-        return "holds NaN"
-    value = value[np.isfinite(value)].astype(np.float64)  # infinity stays infinity
-    if not value.size or not np.any(value):
-        return None
-    if np.max(np.abs(value)) > HALF_MAX:
-        return f"reaches {np.max(np.abs(value)):.3g}, beyond {HALF_MAX:g}"
-    error = value.astype(np.float16).astype(np.float64) - value
-    lost = np.linalg.norm(error) > WEIGHT_ERROR * np.linalg.norm(value)
-    return "loses too much below the range of float16" if lost else None
+    peak = lost = norm = 0.0
+    for value in _chunks(constant):
+        if np.isnan(value).any():
+            return "holds NaN"
+        finite = value[np.isfinite(value)].astype(np.float64)  # infinity stays infinity
+        peak = max(peak, float(np.max(np.abs(finite), initial=0.0)))
+        if peak > HALF_MAX:
+            return f"reaches {peak:.3g}, beyond {HALF_MAX:g}"
+        error = finite.astype(np.float16) - finite
+        lost, norm = lost + float(error @ error), norm + float(finite @ finite)
+    return "loses too much below the range of float16" if lost > WEIGHT_ERROR**2 * norm else None
+
+
+def _chunks(constant: gs.Constant) -> Iterator[Array]:
+    """The elements of a constant, some at a time: as float64, all of a large one would take twice its size."""
+    flat = value_of(constant).reshape(-1)
+    for start in range(0, flat.size, CHUNK):
+        yield flat[start : start + CHUNK]
 
 
 def _wide_without_data(nodes: Iterable[gs.Node]) -> dict[int, gs.Tensor]:
@@ -284,8 +293,7 @@ def _wide_without_data(nodes: Iterable[gs.Node]) -> dict[int, gs.Tensor]:
 def _is_beyond(tensor: gs.Tensor) -> bool:
     if not is_dense(tensor) or tensor.dtype != np.float32:
         return False
-    value = value_of(tensor)
-    return bool(np.any(np.abs(value[np.isfinite(value)]) > HALF_MAX))
+    return any(np.any(np.abs(value[np.isfinite(value)]) > HALF_MAX) for value in _chunks(tensor))
 
 
 def _integer_derived(nodes: Iterable[gs.Node], types: _Types) -> set[int]:
