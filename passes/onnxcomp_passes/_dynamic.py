@@ -186,8 +186,6 @@ def _refusal(node: gs.Node) -> str | None:
         return f"its weight has {len(values.shape)} axes, int8 kernels want 2"
     if 0 in values.shape:
         return "its weight is empty"
-    if isinstance(weight, gs.Constant) and not np.isfinite(value_of(weight)).all():
-        return "its weight holds NaN or infinity"
     if any(node.op in QUANTIZING for node in (*data.inputs, *result.outputs)):
         return "is quantized already"
     if isinstance(weight, gs.Constant) and any(not _multiplies(reader, weight) for reader in weight.outputs):
