@@ -369,4 +369,4 @@ def test_quantize_leaves_other_storage_forms_as_they_are(options: dict[str, Any]
     changes = Quantize().rewrite(model, context)
 
     assert (changes.count, model.digest) == (0, digest)
-    assert set(left(changes).values()) == {"its weight is not constant"}
+    assert set(left(changes).values()) == {"its weight is stored in a form that its int8 kernel does not have"}

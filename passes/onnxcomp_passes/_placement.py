@@ -21,6 +21,9 @@ __all__ = ["Layer", "Placement", "find_layers", "place", "rangeable"]
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
+MOST_DECODING = 16
+"""Nodes that decode a weight, at most."""
+
 FLOAT_OUTPUT = frozenset({"Gemm", "MatMul"})
 """Operators whose int8 kernels can write float: no output scale is needed where no int8 node reads the result."""
 
@@ -156,8 +159,24 @@ def _no_weight(tensor: gs.Tensor) -> str:
         return f"its weight {tensor.name!r} is a graph input"
     if tensor.inputs[0].op == "DequantizeLinear":
         return "its weight is quantized already"
+    if _comes_from_constants(tensor):
+        return "its weight is stored in a form that its int8 kernel does not have"
     # Attention: rounding both operands takes as long as an int8 kernel saves, from 50 to 256 tokens.
     return "both its operands are computed: rounding them costs what int8 gains"
+
+
+def _comes_from_constants(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is computed from constants alone, as a weight is that is decoded at load."""
+    waiting, seen = [tensor], set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, gs.Constant) or id(one) in seen or not one.name:
+            continue
+        seen.add(id(one))
+        if not one.inputs or len(seen) > MOST_DECODING:
+            return False
+        waiting += one.inputs[0].inputs
+    return True
 
 
 def _bias(node: gs.Node) -> gs.Tensor | None:
