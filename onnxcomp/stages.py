@@ -63,6 +63,8 @@ def default_stages(*, data: bool) -> list[Stage]:
     if data:
         # Takes over the int8 codes where computing in int8 pays; what it gives back to float stays stored small.
         passes.append(("quantize", {}))
+        # What fixed ranges cost too much for may hold with ranges found at each run.
+        passes.append(("quantize-dynamic", {}))
     # Last: weights that 8 bits are too few for lose half of their bytes, and next to nothing else.
     passes.append(("float16", storage))
     return [Stage((find_pass(name)(**options),)) for name, options in passes]

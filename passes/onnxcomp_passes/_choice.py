@@ -281,7 +281,7 @@ class Chooser:
             beside: list[str] = []
             if node.op == "DequantizeLinear" and node.inputs[0] in maker:
                 beside = [maker[node.inputs[0]]]
-            elif node.op == "QuantizeLinear":
+            elif node.op in {"QuantizeLinear", "DynamicQuantizeLinear"}:
                 beside = readers.get(node.outputs[0], [])
             for name in beside:
                 ways[name] = ways.get(name, 0.0) + times.get(node.name, 0.0) / len(beside)
