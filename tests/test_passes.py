@@ -160,7 +160,8 @@ def test_an_unknown_name_is_met_with_the_closest_one():
 
 def test_a_name_like_no_other_is_met_with_the_list():
     with pytest.raises(
-        OptionError, match=r"^no pass is called 'zzz'; there are .*quantize, quantize-weights, simplify"
+        OptionError,
+        match=r"^no pass is called 'zzz'; there are .*quantize, quantize-dynamic, quantize-weights, simplify",
     ):
         find_pass("zzz")
 
