@@ -21,9 +21,9 @@ __all__ = ["Kept", "StageRunner"]
 WORTH_KEEPING = 1.03
 """A lossy stage must make the model at least this much better (times faster by times smaller): less is clock noise."""
 
-LESS = 0.5
-LEAST_SHARE = 0.25
-"""A stage that does not hold on other samples chooses again within half of the budget, then within a quarter."""
+LESS = 0.7
+LEAST_SHARE = 0.3
+"""A stage that does not hold on other samples chooses again within 0.7 of the budget, then 0.49, then 0.34."""
 
 MAX_WEAKER = 6
 """Weaker forms of one stage that are tried at most."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,10 +15,12 @@ from onnx import numpy_helper, parser
 
 from onnxcomp import pipeline
 from onnxcomp.errors import DataError, OptionError, RequirementError
+from onnxcomp.judge import Judge
 from onnxcomp.ledger import Report, StageEntry
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass
 from onnxcomp.pipeline import Budget, Result, optimize
+from onnxcomp.quality import Quality
 from onnxcomp_passes import Quantize, QuantizeWeights, Simplify
 
 SAMPLES = Path(__file__).parent.parent / "sample_models"
@@ -74,6 +76,31 @@ class Breaker(Pass):
         model.graph.outputs[0].name = "broken"
         changes.add("y", "renamed")
         return changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder(QuantizeWeights):
+    """Stores weights, and notes the share of the budget that it was given."""
+
+    name: ClassVar[str] = "recorder"
+    min_elements: int = 1
+    shares: ClassVar[list[float]] = []
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        self.shares.append(round(context.share, 3))
+        return super().rewrite(model, context)
+
+
+def confirm_only_from(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
+    """Let the check on the last samples fail until the recorder has run so often."""
+    Recorder.shares.clear()
+    confirm = Judge.confirm
+
+    def judged(judge: Judge, model: Model) -> Quality:
+        quality = confirm(judge, model)
+        return quality if len(Recorder.shares) >= run else replace(quality, error=9.0, plain_error=9.0)
+
+    monkeypatch.setattr(Judge, "confirm", judged)
 
 
 def small_model(outputs: int = 6, final: str = "y = MatMul(x, W)") -> onnx.ModelProto:
@@ -143,6 +170,28 @@ def test_a_stage_that_breaks_the_budget_is_tried_weaker_then_kept() -> None:
     assert "over the budget" in entry.attempts[0].reason
     assert "does not pay" in entry.attempts[2].reason
     np.testing.assert_array_equal(result.model.weight("W"), Model.load(small_model()).weight("W"))
+
+
+def test_a_stage_that_does_not_hold_at_the_end_chooses_again_within_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirm_only_from(monkeypatch, run=3)
+
+    result = optimize(small_model(), data=small_data(), passes=[Recorder()])
+
+    entry = stage(result, "recorder")
+    assert Recorder.shares == [1.0, 0.7, 0.49]
+    assert entry.verdict == "kept"
+    assert [attempt.verdict for attempt in entry.attempts] == ["dropped", "dropped", "kept"]
+    assert "did not hold on the samples kept for confirmation" in entry.attempts[0].reason
+
+
+def test_a_stage_that_never_holds_at_the_end_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirm_only_from(monkeypatch, run=99)
+
+    result = optimize(small_model(), data=small_data(), passes=[Recorder()])
+
+    assert Recorder.shares == [1.0, 0.7, 0.49, 0.343]
+    assert stage(result, "recorder").verdict == "dropped"
+    assert result.model.digest == Model.load(small_model()).digest
 
 
 def test_force_keeps_a_stage_and_says_what_speaks_against_it() -> None:
