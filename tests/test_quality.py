@@ -403,3 +403,41 @@ def test_the_originals_own_metric_is_known():
     reference = Reference(data, in_batches(data, np.eye(4, dtype=np.float32)[labels]), get_metric("top1"), None, 0)
 
     assert reference.metric_value() == 1.0
+
+
+def boxes_and_scores(seed: int = 0) -> Array:
+    """What a detector gives: four coordinates and two scores at each of 30 places."""
+    generator = np.random.default_rng(seed)
+    boxes = generator.uniform(0, 320, (SAMPLES, 30, 4))
+    return np.concatenate([boxes, generator.beta(0.3, 4.0, (SAMPLES, 30, 2))], axis=2).astype(np.float32)
+
+
+def test_a_detector_is_judged_by_its_scores_and_by_its_boxes():
+    original = boxes_and_scores()
+    without_scores, moved_boxes = original.copy(), original.copy()
+    without_scores[..., 4:] = 0.0
+    moved_boxes[..., :4] += 100.0
+
+    lost, moved = compared([original], [without_scores]), compared([original], [moved_boxes])
+
+    assert (lost.kind, lost.detection) == ("expected-drop", True)
+    assert lost.drop is not None
+    assert lost.drop > 0.1
+    assert (lost.error, lost.score_error) == (0.0, 1.0)
+    assert lost.plain_error < 0.01  # what the whole output would have said
+    assert moved.drop == pytest.approx(0.0, abs=1e-9)
+    assert moved.error > 0.5
+
+
+def test_a_sequence_of_class_scores_is_judged_at_each_step():
+    logits = np.random.default_rng(0).normal(0, 4, (SAMPLES, 6, 10))
+    scores = (np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)).astype(np.float32)
+    turned = scores.copy()
+    turned[:, 0] = np.roll(scores[:, 0], 1, axis=1)
+
+    quality = compared([scores], [turned])
+
+    chosen = np.take_along_axis(scores[:, 0], np.roll(scores[:, 0], 1, axis=1).argmax(1)[:, None], 1)[:, 0]
+    assert quality.kind == "expected-drop"
+    assert quality.drop == pytest.approx(float((scores[:, 0].max(axis=1) - chosen).mean()) / 6, rel=1e-5)
+    assert quality.agreement == pytest.approx(5 / 6)
