@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # importing this package must not load onnx
     import onnx
 
-__all__ = ["cut_weights", "load_skeleton"]
+__all__ = ["cut_weights", "load_skeleton", "varint"]
 
 CUT_BYTES = 1 << 14
 """Smaller weights stay: ONNX Runtime may want to know their values, and each mapping has its price."""
@@ -67,7 +67,7 @@ def _without_weights(data: mmap.mmap, start: int, end: int, way: list[int], name
             kept = after
         elif not way and number == RAW_DATA and after - body >= CUT_BYTES:
             entries = {b"location": name, b"offset": b"%d" % body, b"length": b"%d" % (after - body)}
-            parts += [data[kept:head], _varint(DATA_LOCATION << 3 | VARINT) + EXTERNAL]
+            parts += [data[kept:head], varint(DATA_LOCATION << 3 | VARINT) + EXTERNAL]
             parts += [_field(EXTERNAL_DATA, _field(KEY, key) + _field(VALUE, value)) for key, value in entries.items()]
             kept = after
     return b"".join((*parts, data[kept:end]))
@@ -114,10 +114,11 @@ def _read_varint(data: mmap.mmap, at: int) -> tuple[int, int]:
 
 
 def _field(number: int, body: bytes) -> bytes:
-    return _varint(number << 3 | BYTES) + _varint(len(body)) + body
+    return varint(number << 3 | BYTES) + varint(len(body)) + body
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A number as protobuf writes it: seven bits a byte, lowest first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

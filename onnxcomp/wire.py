@@ -9,6 +9,7 @@ from typing import IO
 import onnx
 from google.protobuf.message import Message
 
+from onnxcomp.skeleton import varint
 from onnxcomp.structure import read_in, reference_of, tensors_of
 from onnxcomp.weights import Blob
 
@@ -64,13 +65,13 @@ def _tensor(stub: onnx.TensorProto, blob: Blob) -> list[Piece]:
     bare.ClearField("external_data")
     bare.ClearField("data_location")
     before, after = (_fields(bare, lambda number: number < RAW_DATA), _fields(bare, lambda number: number > RAW_DATA))
-    return [before, _tag(RAW_DATA) + _varint(blob.nbytes), blob, after]
+    return [before, _tag(RAW_DATA) + varint(blob.nbytes), blob, after]
 
 
 def _nested(number: int, pieces: list[Piece]) -> Iterator[Piece]:
     """A message field: tag, length, contents."""
     size = sum(len(piece) if isinstance(piece, bytes) else piece.nbytes for piece in pieces)
-    yield _tag(number) + _varint(size)
+    yield _tag(number) + varint(size)
     yield from pieces
 
 
@@ -94,14 +95,4 @@ def _serialized(message: Message) -> bytes:
 
 
 def _tag(number: int) -> bytes:
-    return _varint(number << 3 | LENGTH_DELIMITED)
-
-
-def _varint(value: int) -> bytes:
-    """A number as protobuf writes it: seven bits a byte, lowest first."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return varint(number << 3 | LENGTH_DELIMITED)
