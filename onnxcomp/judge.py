@@ -322,6 +322,13 @@ class Judge:
         bytes_alike = math.isclose(one.initializer_bytes, other.initializer_bytes, rel_tol=0.001, abs_tol=256)
         return bytes_alike and one.counts() == other.counts()
 
+    @staticmethod
+    def no_more_kernels(one: Census, other: Census) -> bool:
+        """Whether ONNX Runtime runs a part of the other's operators, on weights that are no larger."""
+        ours, theirs = one.counts(), other.counts()
+        within = all(count <= theirs.get(op, 0) for op, count in ours.items())
+        return within and one.initializer_bytes <= other.initializer_bytes + 256
+
     def layer_macs(self, model: Model) -> dict[str, int]:
         """Multiply-accumulates of one run, by node."""
         return analysis.mac_counts(model, self._shapes)

@@ -113,6 +113,17 @@ def test_stored_weights_have_the_same_kernels(runtime: Runtime, tmp_path: Path) 
     assert score.value == pytest.approx(score.size)
 
 
+def test_a_part_of_the_kernels_is_no_more(runtime: Runtime, tmp_path: Path) -> None:
+    more, fewer = dense_model("r = Relu(h) y = Softmax(r)"), dense_model()
+    census = {}
+    for name, model in {"more": more, "fewer": fewer}.items():
+        model.save(tmp_path / f"{name}.onnx")
+        census[name] = runtime.census(tmp_path / f"{name}.onnx")
+
+    assert Judge.no_more_kernels(census["fewer"], census["more"])
+    assert not Judge.no_more_kernels(census["more"], census["fewer"])
+
+
 def test_macs_in_int8_kernels_are_counted(runtime: Runtime, tmp_path: Path) -> None:
     model = dense_model()
     data = samples(model)

@@ -17,7 +17,9 @@ from onnxcomp.data import input_specs, open_data
 from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
+from onnxcomp.pipeline import Budget, optimize
 from onnxcomp.quality import relative_error
+from onnxcomp.report import to_json
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import find_target
 from onnxcomp_passes import Quantize, QuantizeWeights
@@ -303,3 +305,22 @@ def test_a_healthy_layer_has_no_cause(runtime: Runtime, tmp_path: Path) -> None:
     model = Model.load(models.graph_model(text, V=models.random_weights(8, 8)))
 
     assert cause_of(model, runtime, tmp_path / "m.onnx", {"x": (-4.0, 4.0)}) is None
+
+
+# --- in a whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_helped_and_is_replayed_to_the_same_model(tmp_path: Path) -> None:
+    model = norm_model()
+    data = {"x": np.concatenate([calibration(model, seed)["x"] for seed in (1, 2, 3)])}
+
+    first = optimize(model, data=data, budget=Budget(max_error=0.03), timing=False, resume=False)
+    (tmp_path / "report.json").write_text(to_json(first.report))
+    again = optimize(model, data=data, replay=tmp_path / "report.json", resume=False)
+
+    entry = next(stage for stage in first.report.stages if stage.name == "quantize")
+    told = entry.attempts[-1].passes[0]
+    assert entry.verdict == "kept"
+    assert told.options["remedies"] == ["equalize"]
+    assert any(note.startswith("equalize: relative error") and note.endswith("kept") for note in told.notes)
+    assert again.model.digest == first.model.digest
