@@ -39,7 +39,7 @@ HELPS = 0.97
 FASTER = 1.02
 """A set of layers is preferred to another when the whole model is at least this much better with it."""
 
-MOST_RANKED = 64
+MOST_RANKED = 128
 """Layers whose error is measured one by one; in larger models the others count as the median."""
 
 MIN_GAIN_MS = 1e-4

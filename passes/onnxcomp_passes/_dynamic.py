@@ -172,9 +172,12 @@ def _weight(node: gs.Node) -> Any:
 
 def _refusal(node: gs.Node) -> str | None:
     """Why a node cannot run in int8, or None."""
+    data, result = node.inputs[0], node.outputs[0]
+    if any(beside.op in QUANTIZING for beside in (*data.inputs, *result.outputs)):
+        return "is quantized already"
     if node.op in NO_KERNEL:
         return NO_KERNEL[node.op]
-    weight, data, result = _weight(node), node.inputs[0], node.outputs[0]
+    weight = _weight(node)
     if weight is None:
         return "its weight is not constant"
     if isinstance(data, gs.Constant):
@@ -186,8 +189,6 @@ def _refusal(node: gs.Node) -> str | None:
         return f"its weight has {len(values.shape)} axes, int8 kernels want 2"
     if 0 in values.shape:
         return "its weight is empty"
-    if any(node.op in QUANTIZING for node in (*data.inputs, *result.outputs)):
-        return "is quantized already"
     if isinstance(weight, gs.Constant) and any(not _multiplies(reader, weight) for reader in weight.outputs):
         return "other nodes read its weight too"
     if node.op == "Gemm":
