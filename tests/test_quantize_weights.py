@@ -394,6 +394,8 @@ def test_a_weight_that_costs_too_much_gets_its_exact_values_back():
     class StubJudge:
         """Allows W0 to be rounded and W1 not."""
 
+        timed = False
+
         def quality(self, model: Model) -> Model:
             return model
 

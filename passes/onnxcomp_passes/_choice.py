@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from onnxcomp.judge import Judge
@@ -16,7 +17,7 @@ from onnxcomp_passes._causes import find_cause
 from onnxcomp_passes._remedies import REMEDIES, SLOWING, Evidence
 from onnxcomp_passes._scheme import Scheme
 
-__all__ = ["MOST_RANKED", "Chooser", "costliest_first", "fewest"]
+__all__ = ["Chooser", "costliest_first", "fewest", "most_worth_ranking"]
 
 Layers = frozenset[int]
 Item = TypeVar("Item", int, str)
@@ -40,7 +41,8 @@ FASTER = 1.02
 """A set of layers is preferred to another when the whole model is at least this much better with it."""
 
 MOST_RANKED = 128
-"""Layers whose error is measured one by one; in larger models the others count as the median."""
+RANKING_SECONDS = 90.0
+"""Layers whose error is measured one by one, and how long that may take; the others count as the median."""
 
 MIN_GAIN_MS = 1e-4
 """Stands in for layers whose time is too short to be seen."""
@@ -204,9 +206,7 @@ class Chooser:
         """
         errors = {}
         before = self._judge.rough_error(self._base)
-        for index in sorted(gains, key=lambda i: gains[i], reverse=True)[:MOST_RANKED]:
-            if self._context.out_of_time():
-                break
+        for index in most_worth_ranking(gains, self._context):
             found = self._rough_error(self._build(frozenset({index})))
             errors[index] = math.sqrt(max(0.0, found**2 - before**2))
         return errors
@@ -297,6 +297,21 @@ class Chooser:
         models = self._build(old), self._build(new)
         slower, faster = self._judge.time([self._judge.path_of(model) for model in models])
         return (slower.median_ms / faster.median_ms) * (models[0].size_bytes / models[1].size_bytes)
+
+
+def most_worth_ranking(gains: Mapping[Item, float], context: Context) -> Iterator[Item]:
+    """The items that gain most, best first, until there were many, or time is up.
+
+    Args:
+        gains: What each item gains (milliseconds, bytes).
+        context: Its deadline counts; so does the time that ranking takes, where decisions may hang on the clock.
+    """
+    started = time.monotonic()
+    clock = context.judge is not None and context.judge.timed
+    for item in sorted(gains, key=lambda item: gains[item], reverse=True)[:MOST_RANKED]:
+        if context.out_of_time() or (clock and time.monotonic() - started > RANKING_SECONDS):
+            return
+        yield item
 
 
 def costliest_first(gains: Mapping[Item, float], errors: Mapping[Item, float]) -> list[Item]:

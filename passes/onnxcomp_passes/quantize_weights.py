@@ -12,7 +12,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.targets import host_target
 from onnxcomp.weights import Spool
-from onnxcomp_passes._choice import MOST_RANKED, costliest_first, fewest
+from onnxcomp_passes._choice import costliest_first, fewest, most_worth_ranking
 from onnxcomp_passes._codes import OPSET_OF_TYPE, Width
 from onnxcomp_passes._encoding import Encoder, Held, Weight, find_weights, wanted, write
 from onnxcomp_passes._nbits import KERNEL
@@ -237,9 +237,7 @@ class QuantizeWeights(Pass):
 
         saved = {w.name: float(w.constant._values.nbytes) for w in find_weights(base) if w.name in held}
         errors: dict[str, float] = {}
-        for name in sorted(saved, key=lambda name: saved[name], reverse=True)[:MOST_RANKED]:
-            if context.out_of_time():
-                break
+        for name in most_worth_ranking(saved, context):
             context.progress(f"measuring what storing {name} costs")
             alone = self._built(base, {name: held[name]})
             errors[name] = judge.rough_error(alone)
