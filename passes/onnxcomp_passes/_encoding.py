@@ -101,6 +101,10 @@ def wanted(
             changes.leave(weight.name, "is a graph output")
         else:
             found.append(weight)
+    for graph in model.graphs():
+        for node in graph.nodes if graph is not model.graph else ():
+            if weight_inputs(node):
+                changes.leave(node.name or node.outputs[0].name, f"the {node.op} is in a body of If, Loop or Scan")
     return found
 
 
