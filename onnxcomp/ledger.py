@@ -18,7 +18,7 @@ class Figures:
 
     Attributes:
         size_bytes: The file, external data included.
-        deflated_bytes: The same after zlib, as in an APK, a wheel or a zip.
+        deflated_bytes: The same after zlib, as in an APK, a wheel or a zip; estimated for a file above 16 MB.
         parameters: Numbers in float weights or their quantized codes.
         nonzeros: How many of them are not zero.
         macs: Multiply-accumulates of Conv, Gemm and MatMul for one run of the timed input.
