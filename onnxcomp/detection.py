@@ -18,6 +18,9 @@ Array = np.ndarray[Any, Any]
 OTHER_FROM = 1.5
 """A channel that goes beyond this holds no scores."""
 
+PIXELS = 8.0
+"""Coordinates are offsets of both signs, or pixels, which go beyond this; features behind a Relu are neither."""
+
 MOST_CHANNELS = 2048
 
 FAINT = 0.01
@@ -112,7 +115,13 @@ def find_mixed(output: Array) -> MixedOutput | None:
         low, high = np.min(output, axis=others), np.max(output, axis=others)
         scores = (low >= 0) & (high <= 1) & (high > FAINT)
         other = (high > OTHER_FROM) | (low < -OTHER_FROM)
-        if scores.any() and other.any() and np.mean(scores | other | ((low >= 0) & (high <= FAINT))) > 0.9:
+        rectified = not (low[other] < -FAINT).any() and not (high[other] > PIXELS).any()
+        if (
+            scores.any()
+            and other.any()
+            and not rectified
+            and np.mean(scores | other | ((low >= 0) & (high <= FAINT))) > 0.9
+        ):
             return MixedOutput(axis, (low >= 0) & (high <= 1))
     return None
 

@@ -36,8 +36,11 @@ def test_scores_beside_boxes_are_told_apart_on_either_axis():
         detections()[..., :4],
         np.random.default_rng(0).normal(0, 3, (8, 16, 32)).astype(np.float32),
         detections()[:, 0],
+        np.maximum(np.random.default_rng(0).normal(0, 1, (8, 16, 32)) * np.repeat([0.2, 1.5], 16), 0).astype(
+            np.float32
+        ),
     ],
-    ids=["scores alone", "boxes alone", "hidden states", "two axes"],
+    ids=["scores alone", "boxes alone", "hidden states", "two axes", "features behind a Relu"],
 )
 def test_outputs_of_one_kind_are_not_taken_for_detections(output: np.ndarray):
     assert find_mixed(output) is None
