@@ -44,6 +44,9 @@ MOST_RANKED = 128
 RANKING_SECONDS = 90.0
 """Layers whose error is measured one by one, and how long that may take; the others count as the median."""
 
+GROWTH = 1.5
+"""Between one count of layers returned to float and the next that is tried."""
+
 MIN_GAIN_MS = 1e-4
 """Stands in for layers whose time is too short to be seen."""
 
@@ -331,11 +334,24 @@ def costliest_first(gains: Mapping[Item, float], errors: Mapping[Item, float]) -
 
 
 def fewest(most: int, holds: Callable[[int], bool], context: Context) -> int:
-    """The smallest count from 1 to `most` with which something holds, by bisection; with `most` it does.
+    """A small count from 1 to `most` with which something holds; with `most` it does.
+
+    Counts are tried in growing steps until one holds, then by bisection down to the last that did not. A plain
+    bisection would trust its first, large step: on few samples a loss does not fall evenly, and it would end at twice
+    the layers that are needed.
 
     When the time is over, the smallest count that was seen to hold.
+
+    Example:
+        >>> fewest(100, lambda count: count >= 7 and count != 8, Context())
+        7
     """
-    low, high = 0, most
+    low, high = 0, 1
+    while high < most and not holds(high):
+        if context.out_of_time():
+            return most
+        low, high = high, max(high + 1, int(high * GROWTH))
+    high = min(high, most)
     while high - low > 1 and not context.out_of_time():
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
