@@ -46,12 +46,17 @@ WHOLE_OUTPUT = 0.5
 """The share of `Budget.max_error` that a whole output may be off by, its constant part included."""
 
 
+RANKING = 0.5
+"""The share of a detector's drop that the ranking of its scores may use up: boxes that moved cost precision as well."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a result may cost.
 
     Attributes:
-        max_drop: Absolute points of the metric (0.005 is half a point), or of the expected drop without labels.
+        max_drop: Absolute points of the metric (0.005 is half a point), or of the expected drop without labels; of a
+            detector, half of it for the ranking of its scores.
         max_error: Relative error of the worst output, where there is neither a metric nor class scores, of the part
             that depends on the input; half of it, where there is no metric, for the whole output (by default 10%, a
             signal-to-noise ratio of 20 dB) and for the boxes of a detector. A rule of thumb, not a bound: on one
@@ -73,7 +78,8 @@ class Budget:
         """
         if not math.isfinite(quality.error):
             return False
-        if quality.drop is not None and quality.drop > self.max_drop * share:
+        drop = self.max_drop * share * (RANKING if quality.detection else 1.0)
+        if quality.drop is not None and quality.drop > drop:
             return False
         if quality.kind == "metric":
             return True

@@ -184,6 +184,8 @@ def test_generated_inputs_are_never_taken_for_classes(runtime: Runtime, tmp_path
         (loss(kind="expected-drop", error=0.1, guessed=True), True),
         (loss(kind="expected-drop", error=0.09, score_error=0.3), True),
         (loss(kind="expected-drop", error=0.11, score_error=0.0), False),
+        (loss(kind="expected-drop", drop=0.002, score_error=0.1), True),
+        (loss(kind="expected-drop", drop=0.003, score_error=0.1), False),
         (loss(kind="relative-error", drop=None, error=0.1), True),
         (loss(kind="relative-error", drop=None, error=0.21), False),
         (loss(kind="relative-error", drop=None, error=0.1, plain_error=0.11), False),
