@@ -364,5 +364,5 @@ def _warnings(samples: Dataset, reference: Reference, target: Target) -> list[st
     elif reference.samples < samples.size:
         warnings.append(f"the outputs are large: {reference.samples} of {samples.size} samples were compared")
     if not target.is_host:
-        warnings.append(f"speed was not measured: this machine is not a {target.name}")
+        warnings.append(f"speed was not measured: the target {target.name} is not this machine")
     return warnings

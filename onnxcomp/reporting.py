@@ -194,7 +194,7 @@ def _warnings(judge: Judge, quality: Quality, samples: Dataset, model: Model) ->
     if not judge.deterministic:
         warnings.append("the model's outputs are random: they differ from run to run, so no loss can be measured")
     if not judge.target.is_host:
-        warnings.append(f"speed is estimated from the kernels: this machine is not a {judge.target.name}")
+        warnings.append(f"speed is estimated from the kernels: the target {judge.target.name} is not this machine")
     if judge.target.saturates_here and judge.score(model).int8_macs:
         warnings.append(
             f"this machine's int8 kernels saturate and those of {judge.target.name} do not: the loss may be less there"

@@ -65,7 +65,7 @@ def test_does_not_time_for_a_machine_that_this_is_not(folder):
     found = compare(folder / "a.onnx", folder / "near.onnx", target="qnn")
     assert found.speed is None
     assert found.before.latency_evidence == "not measured"
-    assert "speed was not measured: this machine is not a qnn" in found.warnings
+    assert "speed was not measured: the target qnn is not this machine" in found.warnings
 
 
 def test_without_data_inputs_are_made_up_and_it_says_so(folder):
