@@ -55,12 +55,12 @@ def quantize_static(model: Path, data: Path, output: Path, method: str) -> None:
     import onnxruntime
     from onnxruntime import quantization
 
-    class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
+    class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc] # has no types
         def __init__(self) -> None:
             super().__init__()
             self.intra_op_num_threads = 1
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc] # has no types
         def __init__(self) -> None:
             self.feeds = equal_batches(data)
 

@@ -231,7 +231,8 @@ def prepare(name: str, cache: Path) -> tuple[Path, Path, Path]:
     wheel = download(PHOTOS_WHEEL, cache)
     for part, (path, names, count) in enumerate(zip(paths[1:], (PHOTOS, TEST_PHOTOS), source.samples, strict=True)):
         photos = [Image.open(io.BytesIO(wheel.read(f"skimage/data/{photo}"))).convert("RGB") for photo in names]
-        np.savez(path, **source.inputs(np.random.default_rng(part + 1), count, Split(photos, part, package)))  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {**source.inputs(np.random.default_rng(part + 1), count, Split(photos, part, package))}
+        np.savez(path, **arrays)
     return paths
 
 

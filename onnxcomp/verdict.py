@@ -153,6 +153,8 @@ class StageRunner:
             dropped = _dropped(kept.stages[index], reason)
             before = Kept(model, kept.stages[:index], kept.before[:-1])
             again = None if _changed(kept.stages[index + 1 :]) else self._again(stages[index], before, dropped)
+            if again is None:
+                self._context.share = 1.0  # the stage before it has tries of its own
             later = kept.stages[index + 1 :]
             kept = again or Kept(model, (*before.stages, dropped), before.before)
             kept = replace(kept, stages=(*kept.stages, *later))

@@ -22,6 +22,7 @@ from onnxcomp.passes import Changes, Context, Pass
 from onnxcomp.pipeline import Budget, Result, optimize
 from onnxcomp.quality import Quality
 from onnxcomp_passes import Quantize, QuantizeWeights, Simplify
+from tests.models import mlp_model
 
 SAMPLES = Path(__file__).parent.parent / "sample_models"
 LENET = SAMPLES / "fashion_lenet.onnx"
@@ -192,6 +193,15 @@ def test_a_stage_that_never_holds_at_the_end_is_dropped(monkeypatch: pytest.Monk
     assert Recorder.shares == [1.0, 0.7, 0.49, 0.343]
     assert stage(result, "recorder").verdict == "dropped"
     assert result.model.digest == Model.load(small_model()).digest
+
+
+def test_the_stage_before_a_dropped_one_has_tries_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirm_only_from(monkeypatch, run=99)
+
+    stages = [Recorder(skip=("W1",)), Recorder(skip=("W0",))]
+    optimize(mlp_model((64, 48, 32)), data=small_data(), passes=stages)
+
+    assert Recorder.shares == [1.0, 1.0, 0.7, 0.49, 0.343, 0.7, 0.49, 0.343]
 
 
 def test_force_keeps_a_stage_and_says_what_speaks_against_it() -> None:
