@@ -133,7 +133,7 @@ class Context:
         statistics: What was measured before in this run, by (model digest, tensor, method).
         activations: What float activations look like, by model, data, tensor and method; runs for several targets share
             it.
-        exact: The model before any lossy stage, so that no weight need be rounded twice; None: the model is that.
+        exact: The model before its weights were rounded, so that none need be rounded twice; None: they are not.
         share: The part of the budget to choose within: less than all where an earlier choice did not hold on the
             samples kept for confirmation.
     """
@@ -171,12 +171,15 @@ class Pass(ABC):
         name: Its name on the command line: the class name in kebab-case.
         requires: What must be there for it to run: "data", "labels", "torch".
         lossless: It claims equal results, to float rounding; the pipeline checks the claim.
+        rounds: All that it changes in weights is how they are rounded, so that a later pass which rounds them too may
+            go back to the weights before it.
         idempotent: Running it a second time changes nothing.
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
     lossless: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

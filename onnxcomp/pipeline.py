@@ -218,10 +218,10 @@ def _run_stages(
     for index, stage in enumerate(stages):
         earlier = finished.load(index)
         if earlier is not None:
-            model, entry, lossless = earlier
+            model, entry = earlier
             if model is not None:
                 model.path = runner.original.path  # what it really comes from, and must not overwrite
-            kept = kept.after_resumed(model, entry, lossless=lossless)
+            kept = kept.after_resumed(model, entry, stage)
             continue
         kept = runner.run(stage, kept)
         finished.store(index, kept)

@@ -45,6 +45,16 @@ class Stage:
         """The names of its passes."""
         return " + ".join(item.name for item in self.passes)
 
+    @property
+    def lossless(self) -> bool:
+        """Whether all of its passes claim equal results."""
+        return all(item.lossless for item in self.passes)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its passes change nothing in weights but how they are rounded."""
+        return all(item.lossless or item.rounds for item in self.passes)
+
 
 def default_stages(*, data: bool) -> list[Stage]:
     """The stages that run when the user names none, in order.

@@ -35,8 +35,10 @@ class Kept:
 
     model: Model
     stages: tuple[StageEntry, ...] = ()
-    before: tuple[tuple[int, Model], ...] = ()
-    """For each kept lossy stage: its place in `stages`, and the model before it."""
+    before: Kept | None = None
+    """All as it was before the last lossy stage that was kept."""
+    exact: Model | None = None
+    """The model before its weights were rounded; None: they are not."""
 
     @staticmethod
     def start(original: Model) -> Kept:
@@ -47,15 +49,17 @@ class Kept:
         """A stage that changed nothing was run."""
         return replace(self, stages=(*self.stages, entry))
 
-    def after(self, model: Model, entry: StageEntry, *, lossless: bool) -> Kept:
+    def after(self, model: Model, entry: StageEntry, stage: Stage) -> Kept:
         """A stage was kept."""
-        before = self.before if lossless else (*self.before, (len(self.stages), self.model))
-        return Kept(model, (*self.stages, entry), before)
+        stages = (*self.stages, entry)
+        if stage.lossless:
+            return replace(self, model=model, stages=stages)
+        return Kept(model, stages, before=self, exact=(self.exact or self.model) if stage.rounds else None)
 
-    def after_resumed(self, model: Model | None, entry: StageEntry, *, lossless: bool) -> Kept:
+    def after_resumed(self, model: Model | None, entry: StageEntry, stage: Stage) -> Kept:
         """A stage was finished by an earlier run; None: it did not change the model."""
         entry = replace(entry, resumed=True)
-        return self.with_entry(entry) if model is None else self.after(model, entry, lossless=lossless)
+        return self.with_entry(entry) if model is None else self.after(model, entry, stage)
 
 
 @dataclass
@@ -117,22 +121,21 @@ class StageRunner:
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
-        lossless = all(step.lossless for step in stage.passes)
-        if not lossless and not self.judge.deterministic and not self._force:
+        if not stage.lossless and not self.judge.deterministic and not self._force:
             reason = "the model's outputs are random, so no loss can be measured"
             return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
-        self._context.exact = kept.before[0][1] if kept.before else None
+        self._context.exact = kept.exact
         attempts: list[Attempt] = []
         for form in itertools.islice(_forms(stage), 1 + MAX_WEAKER):
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
             trial = self._apply(form, kept.model)
-            verdict, reason = self._verdict(trial, kept.model, stage, lossless=lossless)
+            verdict, reason = self._verdict(trial, kept.model, stage)
             attempts.append(trial.attempt(verdict, reason))
             if verdict in {"kept", "forced", "unchanged"}:
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
                 if verdict == "unchanged":
                     return kept.with_entry(entry)
-                return kept.after(trial.model, entry, lossless=lossless)
+                return kept.after(trial.model, entry, stage)
             self.judge.forget(trial.model)
             if self._context.out_of_time():
                 break
@@ -148,15 +151,13 @@ class StageRunner:
             quality = self.judge.confirm(kept.model)
             if self.judge.allows(quality):
                 break
-            index, model = kept.before[-1]
+            before, index = kept.before, len(kept.before.stages)
             reason = f"did not hold on the samples kept for confirmation: {_loss(quality)}"
-            dropped = _dropped(kept.stages[index], reason)
-            before = Kept(model, kept.stages[:index], kept.before[:-1])
-            again = None if _changed(kept.stages[index + 1 :]) else self._again(stages[index], before, dropped)
+            dropped, later = _dropped(kept.stages[index], reason), kept.stages[index + 1 :]
+            again = None if _changed(later) else self._again(stages[index], before, dropped)
             if again is None:
                 self._context.share = 1.0  # the stage before it has tries of its own
-            later = kept.stages[index + 1 :]
-            kept = again or Kept(model, (*before.stages, dropped), before.before)
+            kept = again or before.with_entry(dropped)
             kept = replace(kept, stages=(*kept.stages, *later))
         self._context.share = 1.0
         return kept
@@ -168,7 +169,7 @@ class StageRunner:
             return None
         kept = self.run(stage, before)
         entry = kept.stages[-1]
-        if len(kept.before) == len(before.before):
+        if kept.before is not before:
             return None
         entry = replace(entry, seconds=entry.seconds + dropped.seconds, attempts=[*dropped.attempts, *entry.attempts])
         return replace(kept, stages=(*kept.stages[:-1], entry))
@@ -225,7 +226,7 @@ class StageRunner:
 
     # --- the verdict ------------------------------------------------------------------------------------------------
 
-    def _verdict(self, trial: Trial, base: Model, stage: Stage, *, lossless: bool) -> tuple[str, str]:
+    def _verdict(self, trial: Trial, base: Model, stage: Stage) -> tuple[str, str]:
         """The verdict and its reason."""
         if trial.failure:
             return "dropped", trial.failure
@@ -233,14 +234,14 @@ class StageRunner:
             return "unchanged", "nothing to do"
         assert trial.quality is not None
         assert trial.score is not None
-        against = self._against(trial, base, stage, lossless=lossless)
+        against = self._against(trial, base, stage)
         if against is None:
             return "kept", _gain(trial)
         return ("forced", f"{self._forced}, although: {against}") if self._force else ("dropped", against)
 
-    def _against(self, trial: Trial, base: Model, stage: Stage, *, lossless: bool) -> str | None:
+    def _against(self, trial: Trial, base: Model, stage: Stage) -> str | None:
         """What speaks against keeping a measured candidate, or None."""
-        quality, score = trial.quality, trial.score
+        quality, score, lossless = trial.quality, trial.score, stage.lossless
         assert quality is not None
         assert score is not None
         if lossless and self.judge.is_lossless(self.judge.quality(base)) and not self.judge.is_lossless(quality):
