@@ -148,6 +148,7 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
     return Figures(
         size_bytes=score.size_bytes,
         deflated_bytes=analysis.deflated_bytes(path) if score.size_bytes <= DEFLATE_LIMIT_BYTES else None,
+        resident_bytes=score.census.initializer_bytes,
         parameters=parameters,
         nonzeros=nonzeros,
         macs=score.macs,

@@ -52,6 +52,11 @@ class Stage:
         return all(item.lossless for item in self.passes)
 
     @property
+    def lossless_passes(self) -> tuple[Pass, ...]:
+        """Those of its passes that claim equal results."""
+        return tuple(item for item in self.passes if item.lossless)
+
+    @property
     def rounds(self) -> bool:
         """Whether its passes change nothing in weights but how they are rounded."""
         return all(item.lossless or item.rounds for item in self.passes)
