@@ -76,7 +76,9 @@ def applied(*passes: Pass, runtime: Runtime, folder: Path, target: str = "x86-vn
     """The pruned model after some passes, calibrated with random samples."""
     model = Model.load(pruned_model())
     data = open_data(random_samples(model), input_specs(model.proto()))
-    context = Context(data=data, runtime=runtime, workdir=folder, target=find_target(target))
+    context = Context(
+        data=data, runtime=runtime, workdir=folder, target=find_target(target), exact=Model.load(pruned_model())
+    )
     for step in passes:
         assert step.rewrite(model, context).count
     return model
