@@ -13,7 +13,7 @@ from onnxcomp import Changes, Context, Model, Pass, Stage, optimize
 from onnxcomp.judge import Judge
 from onnxcomp.pipeline import Result
 from onnxcomp.quality import Quality
-from onnxcomp_passes import QuantizeWeights, Simplify
+from onnxcomp_passes import Cluster, QuantizeWeights, Simplify
 from tests.small import INPUTS, classifier
 
 ORIGINAL = Model.load(classifier())
@@ -154,3 +154,10 @@ def test_only_the_lossless_part_of_a_stage_is_kept_where_the_rest_never_holds(mo
     assert entry.verdict == "kept"
     assert not has_identity(result)
     np.testing.assert_array_equal(result.model.weight("w1"), ORIGINAL.weight("w1"))
+
+
+def test_the_report_says_that_zeros_and_codebooks_alone_do_not_pay() -> None:
+    alone = [note for note in optimized(Cluster(bits=4), force=True).report.notes if "cluster without pack" in note]
+    assert len(alone) == 1
+    assert "add -p pack" in alone[0]
+    assert not [note for note in optimized(Cluster(bits=4)).report.notes if "without pack" in note]  # it was dropped

@@ -23,12 +23,13 @@ the error is that of the best codebook to within 0.1 % (up to 64 values; without
 runs)."""
 
 
-def codebook(values: Array, size: int, *, keep_zeros: bool = True) -> Array:
-    """The values that stand for all others with least squared error.
+def codebook(values: Array, size: int, *, weights: Array | None = None, keep_zeros: bool = True) -> Array:
+    """The values that stand for all others with least weighted squared error.
 
     Args:
         values: Finite float32 values of any shape.
         size: How many values the codebook may have.
+        weights: What the squared error of each value counts, positive, broadcastable over the values; None: 1.
         keep_zeros: Pin one value to 0 where there are zeros, and let zeros not weigh in otherwise.
 
     Returns:
@@ -38,24 +39,33 @@ def codebook(values: Array, size: int, *, keep_zeros: bool = True) -> Array:
         >>> codebook(np.array([0.0, 1.0, 1.1, 5.0, 5.2], np.float32), 3).tolist()
         [0.0, 1.0499999523162842, 5.099999904632568]
     """
-    ordered = np.sort(values, axis=None)
+    masses = None
+    if weights is None:
+        ordered = np.sort(values, axis=None)
+    else:
+        order = np.argsort(values, axis=None)
+        ordered = values.reshape(-1)[order]
+        masses = np.broadcast_to(weights, values.shape).reshape(-1)[order].astype(np.float64)
     edges = np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1, [ordered.size]])
     if len(edges) - 1 <= size:
         return ordered[edges[:-1]] if ordered.size else ordered
     zeros = keep_zeros and bool(np.any(ordered == 0))
     if zeros:
+        masses = None if masses is None else masses[ordered != 0]
         ordered = ordered[ordered != 0]
     edges = _runs(ordered)
     middle = 0.0 if zeros else float(ordered[ordered.size // 2])  # the sums lose least there
     moved = ordered.astype(np.float64) - middle
-    sums, squares = _prefix(moved), _prefix(moved * moved)
+    weighted = moved if masses is None else masses * moved
+    mass = np.arange(ordered.size + 1.0) if masses is None else _prefix(masses)
+    sums, squares = _prefix(weighted), _prefix(weighted * moved)
     pinned = None
     if zeros:  # an atom of no weight, which no run lies across
         place = int(np.searchsorted(ordered, 0))
         edges = np.union1d(edges, [place])
         pinned = int(np.searchsorted(edges, place))
         edges = np.insert(edges, pinned, place)
-    atoms = _Atoms(edges.astype(np.float64), sums[edges], squares[edges], pinned)
+    atoms = _Atoms(mass[edges], sums[edges], squares[edges], pinned)
     return np.unique((atoms.centres(size) + middle).astype(np.float32))
 
 

@@ -15,6 +15,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.weights import LazyWeight, Spool
 from onnxcomp_passes._choice import MARGIN, costliest_first, fewest, most_worth_ranking
+from onnxcomp_passes._energy import input_energies
 from onnxcomp_passes._kmeans import code_book, codebook, nearest_of
 from onnxcomp_passes._stored import lift_constants, output_channel_axis
 from onnxcomp_passes._views import Grid, WeightView, find_views, wanted_views
@@ -28,6 +29,10 @@ WIDTHS = (8, 4, 2)
 
 SAFE_BITS = 8
 """Where nothing can be measured: 256 values are off by some thousandths of the weight's spread."""
+
+
+DAMPING = 0.01
+"""Of the mean energy, added to each: channels that the data leave silent still count. As for GPTQ."""
 
 
 @register
@@ -44,8 +49,9 @@ class Cluster(Pass):
     the codes take few values, those with the least error of the weights that they stand for. So the file is as large as
     before: it gets smaller when it is compressed, or once `pack` stores codes and codebook.
 
-    With bits=0 each weight gets 8, 4 or 2 bits, the fewest that hold the budget, by the bytes that this saves for the
-    output error that it adds; without data 8.
+    With data, an error counts with the energy of what the weight is multiplied with: channels that carry little may be
+    off by more. With bits=0 each weight gets 8, 4 or 2 bits, the fewest that hold the budget, by the bytes that this
+    saves for the output error that it adds; without data 8.
 
     Left alone: weights of other types, that have few elements or few values already, that hold NaN or infinity, that
     live in a subgraph or that are a graph output.
@@ -56,6 +62,7 @@ class Cluster(Pass):
 
     bits: int = option(0, "A codebook has 2**bits values; 0: chosen for each weight.", minimum=0, maximum=8)
     per_channel: bool = option(False, "A codebook per output channel of a float weight instead of one per weight.")
+    energy: bool = option(True, "With data, errors count with the mean square of the input that they meet.")
     keep_zeros: bool = option(True, "Zeros stay zeros: 0 is in the codebook of a weight that has any.")
     min_elements: int = option(128, "Weights with fewer elements stay as they are.", minimum=1)
     widths: tuple[str, ...] = option((), "Bits of single weights, as NAME=BITS.")
@@ -86,7 +93,8 @@ class Cluster(Pass):
         base = model.fork()
         lift_constants(base.graph)
         views = wanted_views(base, context, changes, skip=self.skip, min_elements=self.min_elements)
-        clustering = _Clustering(self, base, Spool())
+        energies = input_energies(base, views, context) if self.energy else {}
+        clustering = _Clustering(self, base, energies, Spool())
         judge = context.judge
         if judge is not None and not judge.generated and not self.bits and not self.widths:
             widths = self._choose(clustering, views, context, judge, changes)
@@ -193,6 +201,7 @@ class _Clustering:
 
     options: Cluster
     base: Model
+    energies: Mapping[str, Array]
     spool: Spool
     _made: dict[tuple[str, int], LazyWeight] = field(default_factory=dict)
 
@@ -204,7 +213,8 @@ class _Clustering:
         value = view.read() if grid is None else grid.codes
         if not _is_finite(value if grid is None else grid.scale):
             return "holds NaN or infinity"
-        clustered = self._floats(view, value, bits) if grid is None else self._codes(grid, bits)
+        energy = self._energy(view)
+        clustered = self._floats(view, value, energy, bits) if grid is None else self._codes(grid, energy, bits)
         if clustered is None:
             return "its zeros have different codes"
         clustered = clustered.astype(view.holder.dtype)
@@ -221,18 +231,28 @@ class _Clustering:
                 view.holder.values = self._made[view.name, widths[view.name]]
         return fork
 
-    def _floats(self, view: WeightView, value: Array, bits: int) -> Array:
+    def _energy(self, view: WeightView) -> Array | None:
+        """What errors of a weight count, shaped as its values or codes are held; None: all the same."""
+        energy = self.energies.get(view.name)
+        if energy is None or not energy.any():
+            return None
+        damped = energy + DAMPING * np.mean(energy)
+        return np.broadcast_to(damped, view.shape).reshape(view.holder.shape)
+
+    def _floats(self, view: WeightView, value: Array, energy: Array | None, bits: int) -> Array:
         keep = self.options.keep_zeros
         per_channel = self.options.per_channel
         axis = output_channel_axis(view.node, view.index, value.ndim) if per_channel else None
         if axis is None:
-            return nearest_of(value, codebook(value, 1 << bits, keep_zeros=keep))
+            return nearest_of(value, codebook(value, 1 << bits, weights=energy, keep_zeros=keep))
         result = np.empty_like(value, order="C")
-        for channel, out in zip(np.moveaxis(value, axis, 0), np.moveaxis(result, axis, 0), strict=True):
-            out[...] = nearest_of(channel, codebook(channel, 1 << bits, keep_zeros=keep))
+        by_channel = [np.moveaxis(array, axis, 0) for array in (value, result)]
+        counts = [None] * value.shape[axis] if energy is None else np.moveaxis(energy, axis, 0)
+        for channel, out, count in zip(*by_channel, counts, strict=True):
+            out[...] = nearest_of(channel, codebook(channel, 1 << bits, weights=count, keep_zeros=keep))
         return result
 
-    def _codes(self, grid: Grid, bits: int) -> Array | None:
+    def _codes(self, grid: Grid, energy: Array | None, bits: int) -> Array | None:
         """A codebook of codes: a code's error counts with the square of its scale. None where 0 has several codes."""
         zero: int | None = None
         codes = grid.zero_code
@@ -240,7 +260,9 @@ class _Clustering:
             if np.ptp(codes.astype(np.int64)):
                 return None
             zero = int(codes.reshape(-1)[0])
-        return nearest_of(grid.codes, code_book(grid.codes, grid.scale.astype(np.float64) ** 2, 1 << bits, zero=zero))
+        counts = grid.scale.astype(np.float64) ** 2
+        counts = counts if energy is None else counts * energy
+        return nearest_of(grid.codes, code_book(grid.codes, counts, 1 << bits, zero=zero))
 
 
 def _is_finite(value: Array) -> bool:
