@@ -131,16 +131,15 @@ class StageRunner:
             trial = self._apply(form, kept)
             verdict, reason = self._verdict(trial, kept.model, form)
             attempts.append(trial.attempt(verdict, reason))
-            if verdict in {"kept", "forced", "unchanged"}:
+            if verdict in {"kept", "forced"}:
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
-                if verdict == "unchanged":
-                    return kept.with_entry(entry)
                 return kept.after(trial.model, entry, form)
-            self.judge.forget(trial.model)
-            if self._context.out_of_time():
+            if verdict == "dropped":
+                self.judge.forget(trial.model)
+            if self._context.out_of_time() or (verdict == "unchanged" and form is stage):
                 break
-        last = attempts[-1]
-        return kept.with_entry(StageEntry(stage.name, "dropped", last.reason, time.monotonic() - started, attempts))
+        last = next((attempt for attempt in reversed(attempts) if attempt.verdict == "dropped"), attempts[-1])
+        return kept.with_entry(StageEntry(stage.name, last.verdict, last.reason, time.monotonic() - started, attempts))
 
     def confirm(self, kept: Kept, stages: Sequence[Stage]) -> Kept:
         """Check the whole on samples that no choice saw.
