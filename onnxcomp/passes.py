@@ -174,6 +174,8 @@ class Pass(ABC):
         rounds: All that it changes in weights is how they are rounded, so that a later pass which rounds them too may
             go back to the weights before it.
         idempotent: Running it a second time changes nothing.
+        pays_with: The name of a later pass without which it cannot pay. Given one by one, the two and what is between
+            them are one stage.
     """
 
     name: ClassVar[str]
@@ -181,6 +183,7 @@ class Pass(ABC):
     lossless: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
+    pays_with: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check each option against what it declares.

@@ -24,7 +24,7 @@ from onnxcomp.passes import Context, Pass
 from onnxcomp.quality import Reference
 from onnxcomp.reporting import build_report, file_facts, replayed_stages
 from onnxcomp.runtime import Runtime
-from onnxcomp.stages import Stage, default_stages
+from onnxcomp.stages import Stage, default_stages, joined
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.verdict import Kept, StageRunner
 
@@ -126,7 +126,8 @@ def optimize(
         source: A path, a ModelProto or a Model. It is not changed.
         data: Samples for calibration and judgement: a path, arrays, an iterable, ...; see `onnxcomp.data.open_data`.
             Without data only rewrites that need none are tried.
-        passes: What to try, in order: passes (a stage each) or stages. By default the recipe of `default_stages`.
+        passes: What to try, in order: passes or stages. A pass is a stage by itself, but for those that pay only with a
+            later one, such as `prune` with `pack`: those are joined. By default the recipe of `default_stages`.
         budget: What the result may cost.
         metric: "top1", "top5", "mse", "auc", "module:function" or a function of (outputs, labels). All need labels but
             "top1", which falls back to the original's own answers.
@@ -258,7 +259,7 @@ def _stages(passes: Sequence[Pass | Stage] | None, replay: str | Path | None, *,
         return replayed_stages(Path(replay))
     if passes is None:
         return default_stages(data=has_data)
-    return [item if isinstance(item, Stage) else Stage(passes=(item,)) for item in passes]
+    return joined(passes)
 
 
 def _check_requirements(stages: Sequence[Stage], samples: Dataset) -> None:

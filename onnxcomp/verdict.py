@@ -66,7 +66,6 @@ class Kept:
 class Trial:
     """A form of a stage that was applied: the candidate and what its passes said."""
 
-    form: tuple[Pass, ...]
     model: Model
     passes: list[PassEntry] = field(default_factory=list)
     failure: str | None = None
@@ -114,6 +113,8 @@ class StageRunner:
         self._context = context
         self._force = force or replay
         self._forced = "the decision of the earlier run" if replay else "kept by --force"
+        self._share = 1.0
+        """The part of the budget to choose within, less where an earlier choice did not hold."""
 
     def run(self, stage: Stage, kept: Kept) -> Kept:
         """Run one stage in its first form that is worth keeping."""
@@ -124,18 +125,17 @@ class StageRunner:
         if not stage.lossless and not self.judge.deterministic and not self._force:
             reason = "the model's outputs are random, so no loss can be measured"
             return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
-        self._context.exact = kept.exact
         attempts: list[Attempt] = []
-        for form in itertools.islice(_forms(stage), 1 + MAX_WEAKER):
+        for form in _forms(stage):
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
-            trial = self._apply(form, kept.model)
-            verdict, reason = self._verdict(trial, kept.model, stage)
+            trial = self._apply(form, kept)
+            verdict, reason = self._verdict(trial, kept.model, form)
             attempts.append(trial.attempt(verdict, reason))
             if verdict in {"kept", "forced", "unchanged"}:
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
                 if verdict == "unchanged":
                     return kept.with_entry(entry)
-                return kept.after(trial.model, entry, stage)
+                return kept.after(trial.model, entry, form)
             self.judge.forget(trial.model)
             if self._context.out_of_time():
                 break
@@ -154,38 +154,58 @@ class StageRunner:
             before, index = kept.before, len(kept.before.stages)
             reason = f"did not hold on the samples kept for confirmation: {_loss(quality)}"
             dropped, later = _dropped(kept.stages[index], reason), kept.stages[index + 1 :]
-            again = None if _changed(later) else self._again(stages[index], before, dropped)
-            if again is None:
-                self._context.share = 1.0  # the stage before it has tries of its own
-            kept = again or before.with_entry(dropped)
-            kept = replace(kept, stages=(*kept.stages, *later))
-        self._context.share = 1.0
+            kept = self._with_later(self._again(stages[index], before, dropped), stages[index + 1 :], later)
+        self._share = 1.0
         return kept
 
-    def _again(self, stage: Stage, before: Kept, dropped: StageEntry) -> Kept | None:
-        """Run a stage once more within less of the budget; None if it was tried enough, or nothing comes of it."""
-        self._context.share *= LESS
-        if self._context.share < LEAST_SHARE or self._context.out_of_time():
-            return None
-        kept = self.run(stage, before)
+    def _with_later(self, kept: Kept, stages: Sequence[Stage], entries: Sequence[StageEntry]) -> Kept:
+        """Run what was kept after a stage that has chosen again: nothing lossy, or that would have gone first."""
+        for stage, entry in zip(stages, entries, strict=True):
+            if entry.verdict != "kept":
+                kept = kept.with_entry(entry)
+                continue
+            kept = self.run(replace(stage, passes=stage.lossless_passes), kept)
+            last = kept.stages[-1]
+            last = replace(last, name=entry.name, seconds=last.seconds + entry.seconds)
+            kept = replace(kept, stages=(*kept.stages[:-1], last))
+        return kept
+
+    def _again(self, stage: Stage, before: Kept, dropped: StageEntry) -> Kept:
+        """Run a stage once more within less of the budget; after some tries, its lossless passes alone."""
+        self._share *= LESS
+        enough = self._share < LEAST_SHARE or self._context.out_of_time()
+        passes = stage.lossless_passes if enough else stage.passes
+        kept = self.run(replace(stage, passes=passes), before) if passes else before.with_entry(dropped)
         entry = kept.stages[-1]
         if kept.before is not before:
-            return None
-        entry = replace(entry, seconds=entry.seconds + dropped.seconds, attempts=[*dropped.attempts, *entry.attempts])
+            self._share = 1.0  # the stage before it has tries of its own
+        if entry.verdict != "kept":
+            return before.with_entry(dropped)
+        entry = replace(
+            entry,
+            name=stage.name,
+            seconds=entry.seconds + dropped.seconds,
+            attempts=[*dropped.attempts, *entry.attempts],
+        )
         return replace(kept, stages=(*kept.stages[:-1], entry))
 
     # --- one form ---------------------------------------------------------------------------------------------------
 
-    def _apply(self, form: tuple[Pass, ...], base: Model) -> Trial:
+    def _apply(self, form: Stage, kept: Kept) -> Trial:
         """Apply the passes of one form, checking the structure after each, then measure."""
-        trial = Trial(form, base.fork())
-        for step in form:
+        base = kept.model
+        trial = Trial(base.fork())
+        self._context.exact = kept.exact
+        for step, share in zip(form.passes, self._shares(form, base), strict=True):
             started = time.monotonic()
+            self._context.share = share
             try:
                 changes = step.rewrite(trial.model, self._context)
             except (RuntimeFailure, ModelError) as error:
                 trial.failure = f"{step.name} failed: {error}"
                 return trial
+            if changes.count and not (step.lossless or step.rounds):
+                self._context.exact = None  # the weights are others now, and not for rounding
             trial.passes.append(_entry(step, changes, time.monotonic() - started))
             trial.failure = self._structure(trial.model, step, changes)
             if trial.failure:
@@ -193,6 +213,17 @@ class StageRunner:
         if trial.count:
             self._measure(trial, base)
         return trial
+
+    def _shares(self, form: Stage, base: Model) -> Iterator[float]:
+        """The part of the budget that each pass may have used up: lossy ones get equal parts of what is left.
+
+        Otherwise the first would spend it all, and nothing would be left for those that it is to pay with.
+        """
+        lossy = [not step.lossless for step in form.passes]
+        used = self.judge.used(base) if sum(lossy) > 1 else 0.0
+        for count in itertools.accumulate(lossy):
+            part = max(count, 1) / max(sum(lossy), 1)
+            yield form.share * self._share * (used + (1.0 - used) * part)
 
     def _structure(self, model: Model, step: Pass, changes: Changes) -> str | None:
         """What is wrong with the candidate's structure, if anything is."""
@@ -274,17 +305,18 @@ def _dropped(entry: StageEntry, reason: str) -> StageEntry:
     return replace(entry, verdict="dropped", reason=reason, attempts=attempts)
 
 
-def _changed(entries: tuple[StageEntry, ...]) -> bool:
-    """Whether any of these stages changed the model."""
-    return any(entry.verdict in {"kept", "forced"} for entry in entries)
-
-
-def _forms(stage: Stage) -> Iterator[tuple[Pass, ...]]:
-    """The stage as it is, then with each pass's weaker forms, one pass at a time."""
-    yield stage.passes
-    for index, step in enumerate(stage.passes):
-        for weaker in step.weaker():
-            yield (*stage.passes[:index], weaker, *stage.passes[index + 1 :])
+def _forms(stage: Stage) -> Iterator[Stage]:
+    """The stage as it is, then with each pass's weaker forms, one pass at a time, then its lossless passes alone."""
+    yield stage
+    weaker = (
+        (*stage.passes[:index], other, *stage.passes[index + 1 :])
+        for index, step in enumerate(stage.passes)
+        for other in step.weaker()
+    )
+    for passes in itertools.islice(weaker, MAX_WEAKER):
+        yield replace(stage, passes=passes)
+    if stage.lossless_passes and not stage.lossless:
+        yield replace(stage, passes=stage.lossless_passes)
 
 
 def _entry(step: Pass, changes: Changes, seconds: float) -> PassEntry:

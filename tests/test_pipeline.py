@@ -391,3 +391,12 @@ def test_generated_inputs_that_do_not_fit_ask_for_a_shape() -> None:
 
     with pytest.raises(DataError, match="give --data or --shape"):
         optimize(proto)
+
+
+def test_weights_decoded_at_load_are_as_large_in_memory_as_before() -> None:
+    stored = optimize(small_model(outputs=48), passes=[QuantizeWeights()], force=True).report
+    assert stored.after.resident_bytes == stored.before.resident_bytes == 64 * 48 * 4
+
+    computed = optimize(small_model(outputs=48), passes=[QuantizeWeights(form="compute")], force=True).report
+    assert computed.after.resident_bytes is not None
+    assert computed.after.resident_bytes < 0.3 * 64 * 48 * 4

@@ -122,6 +122,7 @@ def figure_rows(report: Figured) -> list[Row]:
     rows = [
         _ratio_row("size", old.size_bytes, new.size_bytes, bytes_text),
         _ratio_row("deflated", old.deflated_bytes, new.deflated_bytes, bytes_text),
+        _ratio_row("resident", old.resident_bytes, new.resident_bytes, bytes_text),
         _ratio_row("parameters", old.parameters, new.parameters, count_text),
         _ratio_row("non-zeros", old.nonzeros, new.nonzeros, count_text),
         _ratio_row("MACs", old.macs, new.macs, count_text),

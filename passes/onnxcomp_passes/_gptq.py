@@ -52,7 +52,9 @@ def gptq(weight: Array, grouping: Grouping, width: Width, products: Array) -> Co
     Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     arXiv 2210.17323, section 3: rows in the order of falling input energy, updates in blocks of 128 rows, the inverse
     Hessian by Cholesky with 1% damping. Scales are those of `nearest`, fixed beforehand. A column whose output error
-    does not fall stays rounded to nearest.
+    does not fall stays rounded to nearest. Zeros stay zeros, as in Frantar & Alistarh 2023, "SparseGPT: Massive
+    Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774, section 3.5: what they should take up goes
+    on to the rows after them.
 
     Args:
         weight: Shape (inputs, outputs), finite float32.
@@ -81,6 +83,7 @@ def gptq(weight: Array, grouping: Grouping, width: Width, products: Array) -> Co
             place = order[row]
             offset = np.float32(0) if zero is None else zero[place].astype(np.float32)
             code = np.clip(np.rint(left[row] / scale[place]) + offset, width.low, width.high)
+            code = np.where(weight[place] == 0, offset, code)
             codes[place] = code
             error = (left[row] - (code - offset) * scale[place]) / factor[row, row]
             left[row + 1 : end] -= np.outer(factor[row, row + 1 : end], error)

@@ -22,7 +22,7 @@ from onnx import helper
 from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context
 from onnxcomp.structure import spooled
-from onnxcomp.weights import Spool
+from onnxcomp.weights import LazyWeight, Spool
 from onnxcomp_passes._stored import weight_inputs
 
 __all__ = ["Grid", "WeightView", "find_views", "wanted_views"]
@@ -144,9 +144,13 @@ class WeightView:
         """Give it other codes, in the shape and type of those it has."""
         self._put(codes, spool)
 
-    def _put(self, held: Array, spool: Spool) -> None:
-        onnx_type = helper.np_dtype_to_tensor_dtype(held.dtype)
-        self.holder.values = spooled(np.ascontiguousarray(held).tobytes(), onnx_type, self.holder.shape, spool)
+    def held(self, values: Array, spool: Spool) -> LazyWeight:
+        """Values or codes as its holder may hold them, of the type and shape of those that it holds."""
+        onnx_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+        return spooled(np.ascontiguousarray(values).tobytes(), onnx_type, self.holder.shape, spool)
+
+    def _put(self, values: Array, spool: Spool) -> None:
+        self.holder.values = self.held(values, spool)
 
 
 def find_views(model: Model) -> list[WeightView]:
