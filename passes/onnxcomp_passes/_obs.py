@@ -26,9 +26,9 @@ def compensated(
 ) -> Array | None:
     """Prune a matrix row by row, each row's loss taken up by the rows after it.
 
-    Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
-    sections 3.2 to 3.5: the mask of each block of rows by w^2 / [H^-1]_ii, rows in the order of falling input energy
-    (in their own order for N:M), rounding and pruning in one.
+    Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv
+    2301.00774, sections 3.2 to 3.5: the mask of each block of rows by w^2 / [H^-1]_ii, rows in the order of falling
+    input energy (in their own order for N:M), rounding and pruning in one.
 
     Args:
         matrix: Shape (inputs, outputs).

@@ -51,8 +51,10 @@ class Pattern:
         return Pattern(int(found[1]), int(found[2]))
 
     def mask(self, scores: Array) -> Array:
-        """Which weights go, along axis 0: the lowest scores of each group, all but `kept`; a short last group keeps its
-        share, rounded up.
+        """Which weights go, along axis 0: the lowest scores of each group; a short last group keeps its share.
+
+        Args:
+            scores: Shape (inputs, ...).
         """
         size = scores.shape[0]
         padded = np.full((-(-size // self.group) * self.group, *scores.shape[1:]), np.inf)

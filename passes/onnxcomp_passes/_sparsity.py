@@ -28,8 +28,8 @@ GRID = np.round(np.arange(0, 0.96, 0.05), 2)
 PRICES = 96
 """Allocations along the trade of error for zeros, from none to all."""
 
-SHARE = 0.7
-"""The part of the budget that pruning may spend where it chooses: what packs the rest, such as a codebook, costs too."""
+MARGIN = 0.9
+"""The share of its budget that is spent on the samples that choices are made on: others lose a little more."""
 
 TINY = 1e-12
 
@@ -74,8 +74,10 @@ def choose_shares(elements: Mapping[str, int], build: Build, context: Context, c
     layers = {name: _Layer(elements[name], _costs(errors, base)) for name, errors in measured.items()}
     chosen = _sparsest(list(_allocations(layers)), build, judge, context)
     columns = ("weight", "weights", *(f"error at {share:.0%}" for share in MEASURED), "zeros chosen")
-    rows = [(name, elements[name], *errors, chosen.get(name, 0.0)) for name, errors in measured.items()]
-    changes.tables.append(Table("accuracy against sparsity, each weight alone", columns, rows))
+    table = Table("accuracy against sparsity, each weight alone", columns, [])
+    for name, errors in measured.items():
+        table.rows.append((name, elements[name], *errors, chosen.get(name, 0.0)))
+    changes.tables.append(table)
     return chosen
 
 
@@ -92,29 +94,30 @@ def _costs(errors: list[float], base: float) -> Array:
     squares = np.maximum.accumulate(squares)
     logs = np.log(squares)
     slopes = np.diff(logs) / np.diff(MEASURED)
-    below = logs[0] + slopes[0] * (GRID - MEASURED[0])
-    above = logs[-1] + slopes[-1] * (GRID - MEASURED[-1])
-    costs = np.exp(np.where(GRID < MEASURED[0], below, np.where(GRID > MEASURED[-1], above, np.interp(GRID, MEASURED, logs))))
+    found = np.interp(GRID, MEASURED, logs)
+    found = np.where(MEASURED[0] > GRID, logs[0] + slopes[0] * (GRID - MEASURED[0]), found)
+    found = np.where(MEASURED[-1] < GRID, logs[-1] + slopes[-1] * (GRID - MEASURED[-1]), found)
+    costs = np.exp(found)
     costs[0] = 0.0
     return np.asarray(costs)
 
 
 def _allocations(layers: Mapping[str, _Layer]) -> list[Shares]:
     """Allocations from few zeros to many, each once."""
-    ends = [float(np.max(layer.costs[1:] / (layer.elements * GRID[1:]))) for layer in layers.values()]
-    starts = [float(np.min(layer.costs[1:] / (layer.elements * GRID[1:]))) for layer in layers.values()]
-    prices = np.geomspace(max(min(starts), 1e-300) / 2, max(ends) * 4 + TINY, PRICES)
-    found: list[Shares] = []
+    steps = np.concatenate([np.diff(layer.costs) / (layer.elements * np.diff(GRID)) for layer in layers.values()])
+    steps = steps[steps > 0]
+    prices = np.geomspace(steps.min() / 2, steps.max() * 2, PRICES)
+    allocations: list[Shares] = []
     for price in prices:
         shares = {name: share for name, layer in layers.items() if (share := layer.best(float(price)))}
-        if shares and (not found or shares != found[-1]):
-            found.append(shares)
-    return found
+        if shares and (not allocations or shares != allocations[-1]):
+            allocations.append(shares)
+    return allocations
 
 
 def _sparsest(options: list[Shares], build: Build, judge: Judge, context: Context) -> Shares:
     """The last of the options that holds, by bisection; none where not even the first does."""
-    share = SHARE * context.share
+    share = MARGIN * context.share
 
     def holds(index: int) -> bool:
         model = build(options[index])

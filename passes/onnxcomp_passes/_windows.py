@@ -1,4 +1,4 @@
-"""What layers are multiplied with: X^T X of the inputs of MatMul and Gemm, and of the windows that a Conv looks through.
+"""What layers are multiplied with: X^T X of the inputs of MatMul and Gemm, and of a Conv's windows.
 
 Gathered from calibration data in the worker, in memory that does not grow with the data.
 """
@@ -69,8 +69,8 @@ class Window:
         spans = [(size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True)]
         axes = tuple(range(2, values.ndim))
         windows = np.lib.stride_tricks.sliding_window_view(values, spans, axes)
-        windows = windows[(slice(None), slice(None), *(slice(None, None, step) for step in self.strides))]
-        windows = windows[(..., *(slice(None, None, step) for step in self.dilations))]
+        steps = (slice(None, None, step) for step in (1, 1, *self.strides, *self.dilations))
+        windows = windows[tuple(steps)]
         places = windows.shape[2 : 2 + len(axes)]  # (samples, channels, *places, *kernel)
         flat = np.moveaxis(windows, 1, 1 + len(axes))
         chosen = np.unravel_index(_spread(flat.shape[0] * int(np.prod(places))), (flat.shape[0], *places))

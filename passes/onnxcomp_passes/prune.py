@@ -66,7 +66,7 @@ class Prune(Pass):
     """
 
     name: ClassVar[str] = "prune"
-    pays_with: ClassVar[str | None] = "pack"
+    pays_with: ClassVar[str] = "pack"
 
     criterion: str = option(
         "auto",
@@ -123,7 +123,9 @@ class Prune(Pass):
         """
         changes = Changes()
         if self.criterion in {"wanda", "obs"} and (context.data is None or context.runtime is None):
-            message = f"{self.name}: the criterion {self.criterion} needs data, and ONNX Runtime to run them; give --data"
+            message = (
+                f"{self.name}: the criterion {self.criterion} needs data, and ONNX Runtime to run them; give --data"
+            )
             raise RequirementError(message)
         base = model.fork()
         lift_constants(base.graph)
