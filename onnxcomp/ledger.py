@@ -69,6 +69,8 @@ class PassEntry:
     changed: list[dict[str, str]] = field(default_factory=list)
     left: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    """What was measured or counted: each with `title`, `columns` and `rows`."""
     seconds: float = 0.0
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "Context",
     "Left",
     "Pass",
+    "Table",
     "find_pass",
     "option",
     "register",
@@ -81,6 +82,21 @@ class Left:
     why: str
 
 
+@dataclass(frozen=True)
+class Table:
+    """What a pass has measured or counted, for the report.
+
+    Attributes:
+        title: What it shows.
+        columns: Names of the columns.
+        rows: A value for each column: text, a number, or None where there is none.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str | int | float | None, ...]]
+
+
 @dataclass
 class Changes:
     """What a pass did: honest, since the ledger shows it.
@@ -89,12 +105,14 @@ class Changes:
         changed: Each place that changed.
         left: Each place left alone, and why.
         notes: Anything else that the user should know.
+        tables: What was measured or counted, layer by layer.
         resolved: Options that make the pass take the same decisions again without measuring.
     """
 
     changed: list[Change] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -325,6 +326,7 @@ def _entry(step: Pass, changes: Changes, seconds: float) -> PassEntry:
         changed=[{"where": change.where, "what": change.what} for change in changes.changed],
         left=[{"where": left.where, "why": left.why} for left in changes.left],
         notes=list(changes.notes),
+        tables=[dataclasses.asdict(table) for table in changes.tables],
         seconds=seconds,
     )
 
