@@ -288,7 +288,8 @@ class StageRunner:
         before = self.judge.score(base)
         smaller = before.size_bytes / score.size_bytes
         if lossless:
-            return None if smaller >= 1 else f"larger than before: {score.size_bytes:,} bytes"
+            grows = any(step.grows for step in stage.passes)
+            return None if smaller >= 1 or grows else f"larger than before: {score.size_bytes:,} bytes"
         if score.size < 1:
             return f"larger than the original: {score.size_bytes:,} bytes"
         if trial.versus_base * smaller < WORTH_KEEPING:

@@ -76,7 +76,7 @@ def as_matrices(view: WeightView, value: Array) -> Array:
     if node.op == "Conv":
         groups = int(node.attrs.get("group", 1))
         return np.ascontiguousarray(value.reshape(groups, value.shape[0] // groups, -1).transpose(0, 2, 1))
-    if value.ndim == 2 and node.op in {"Gemm", "MatMul"}:
+    if value.ndim == 2 and node.op in {"Gemm", "MatMul", "MatMulInteger"}:
         return value[None] if reduction_axis(node, view.index, 2) == 0 else value.T[None]
     axis = reduction_axis(node, view.index, value.ndim)
     moved = value.reshape(1, -1) if axis is None else np.moveaxis(value, axis, 0)
@@ -88,7 +88,7 @@ def from_matrices(view: WeightView, matrices: Array) -> Array:
     node, shape = view.node, view.shape
     if node.op == "Conv":
         return np.ascontiguousarray(matrices.transpose(0, 2, 1)).reshape(shape)
-    if len(shape) == 2 and node.op in {"Gemm", "MatMul"}:
+    if len(shape) == 2 and node.op in {"Gemm", "MatMul", "MatMulInteger"}:
         return np.asarray(matrices[0] if reduction_axis(node, view.index, 2) == 0 else matrices[0].T)
     axis = reduction_axis(node, view.index, len(shape))
     if axis is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Table
 from onnxcomp_passes._choice import most_worth_ranking
+from onnxcomp_passes._views import WeightView
 
 __all__ = ["choose_shares"]
 
@@ -46,24 +47,26 @@ class _Layer:
         return float(GRID[int(np.argmin(self.costs - price * self.elements * GRID))])
 
 
-def choose_shares(elements: Mapping[str, int], build: Build, context: Context, changes: Changes) -> Shares:
-    """The shares of zeros, by layer, that remove most weights within the budget.
+def choose_shares(views: Sequence[WeightView], build: Build, context: Context, changes: Changes) -> Shares:
+    """The shares of zeros, by weight, that remove most weights within the budget.
 
     Each layer's error is measured alone at a few shares; errors of layers are taken to add up as squares. Every price
     of a zero then gives one allocation, and the sparsest that the judge allows for the whole model is found by
     bisection.
 
     Args:
-        elements: Weights of each layer.
-        build: The model with such shares of zeros; layers not named stay as they are.
+        views: The weights.
+        build: The model with such shares of zeros; weights not named stay as they are.
         context: Its judge measures.
         changes: Gets the table of accuracy against sparsity.
 
     Returns:
-        Layer -> share; layers that stay are left out.
+        Weight -> share; weights that stay are left out.
     """
     assert context.judge is not None
     judge = context.judge
+    elements = {view.name: int(np.prod(view.shape)) for view in views}
+    labels = {view.name: view.label for view in views}
     base = judge.rough_error(build({}))
     measured: dict[str, list[float]] = {}
     for name in most_worth_ranking(elements, context):
@@ -76,7 +79,7 @@ def choose_shares(elements: Mapping[str, int], build: Build, context: Context, c
     columns = ("weight", "weights", *(f"error at {share:.0%}" for share in MEASURED), "zeros chosen")
     table = Table("accuracy against sparsity, each weight alone", columns, [])
     for name, errors in measured.items():
-        table.rows.append((name, elements[name], *errors, chosen.get(name, 0.0)))
+        table.rows.append((labels[name], elements[name], *errors, chosen.get(name, 0.0)))
     changes.tables.append(table)
     return chosen
 

@@ -20,6 +20,8 @@ __all__ = ["Products", "Window", "gather_products", "products_bytes"]
 
 Array = np.ndarray[Any, Any]
 
+PRODUCTS = frozenset({"MatMul", "MatMulInteger"})
+
 MAX_ROWS = 4096
 """Windows of one run that are looked at, spread evenly: neighbours see nearly the same."""
 
@@ -132,14 +134,17 @@ class Products:
 def _read_tensor(view: WeightView, main: set[int]) -> gs.Tensor | None:
     """The tensor that a layer multiplies its weight with, where that is observable and all that is done with it."""
     node = view.node
-    if node.op not in {"Conv", "Gemm", "MatMul"} or view.index != 1 or node.attrs.get("transA", 0):
+    if node.op not in {"Conv", "Gemm", *PRODUCTS} or view.index != 1 or node.attrs.get("transA", 0):
         return None
-    if node.op == "MatMul" and len(view.shape) != 2:
+    if node.op in PRODUCTS and len(view.shape) != 2:
         return None
-    used = node.inputs[view.index]
-    if len(used.outputs) != 1 or id(node) not in main or isinstance(node.inputs[0], gs.Constant):
+    used, data = node.inputs[view.index], node.inputs[0]
+    if len(used.outputs) != 1 or id(node) not in main or isinstance(data, gs.Constant):
         return None
-    return node.inputs[0]
+    if node.op == "MatMulInteger":
+        maker = data.inputs[0] if data.inputs else None
+        return maker.inputs[0] if maker is not None and maker.op == "DynamicQuantizeLinear" else None
+    return data
 
 
 def products_bytes(view: WeightView) -> int:

@@ -142,7 +142,7 @@ class Prune(Pass):
                 done.append((view, zeros))
         for view, zeros in done:
             elements = int(np.prod(view.shape))
-            changes.add(view.name, f"{zeros:,} of {elements:,} weights are zero ({zeros / elements:.1%})")
+            changes.add(view.label, f"{zeros:,} of {elements:,} weights are zero ({zeros / elements:.1%})")
         if done:
             changes.tables.append(_table(candidate, {view.name for view in views}))
             model.become(candidate)
@@ -158,11 +158,11 @@ class Prune(Pass):
         for view in views:
             value, grid = view.read(), view.grid()
             if view.name in kept:
-                changes.leave(view.name, "is the first or the last layer; keep_ends=false prunes it too")
+                changes.leave(view.label, "is the first or the last layer; keep_ends=false prunes it too")
             elif not np.isfinite([np.min(value, initial=0.0), np.max(value, initial=0.0)]).all():
-                changes.leave(view.name, "holds NaN or infinity")
+                changes.leave(view.label, "holds NaN or infinity")
             elif grid is not None and grid.zero_code is None:
-                changes.leave(view.name, "its codes have none for 0")
+                changes.leave(view.label, "its codes have none for 0")
             else:
                 found.append(view)
         return found
@@ -237,10 +237,10 @@ class Prune(Pass):
         def build(asked: Mapping[str, float]) -> Model:
             return pruner.build({name: _Amount(share=share) for name, share in asked.items()})
 
-        elements = {view.name: int(np.prod(view.shape)) for view in views}
-        chosen = choose_shares(elements, build, context, changes)
-        for name in elements.keys() - chosen.keys():
-            changes.leave(name, "no share of zeros pays within the budget")
+        chosen = choose_shares(views, build, context, changes)
+        for view in views:
+            if view.name not in chosen:
+                changes.leave(view.label, "no share of zeros pays within the budget")
         changes.resolved = {"ratios": [f"{name}={share:g}" for name, share in chosen.items()]}
         return {name: _Amount(share=share) for name, share in chosen.items()}
 
@@ -294,7 +294,9 @@ class _Pruner:
         return np.abs(matrices) if products is None else wanda_scores(matrices, products)
 
     def _matrices(self, view: WeightView, matrices: Array, amount: _Amount) -> Array | None:
-        smallest = amount.threshold or amount.deviations * float(np.std(matrices))
+        smallest = amount.threshold
+        if amount.deviations:
+            smallest = amount.deviations * float(np.std(matrices, dtype=np.float64))
         if smallest:
             mask = (np.abs(matrices) < smallest) & (matrices != 0)
             return np.where(mask, np.float32(0), matrices) if mask.any() else None
@@ -381,7 +383,7 @@ def _table(model: Model, names: set[str]) -> Table:
     for view in find_views(model):
         if view.name in names:
             elements, left = int(np.prod(view.shape)), int(np.count_nonzero(view.read()))
-            rows.append(_row(view.name, "x".join(map(str, view.shape)), left, elements))
+            rows.append(_row(view.label, "x".join(map(str, view.shape)), left, elements))
             total, alive = total + elements, alive + left
     rows.append(_row("all", "", alive, total))
     columns = ("weight", "shape", "non-zeros", "total", "percent", "compression rate")
