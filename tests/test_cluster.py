@@ -80,12 +80,6 @@ def test_a_second_time_changes_nothing():
     assert left(again) == dict.fromkeys(["W0", "W1"], "has no more than 16 values already")
 
 
-def test_says_that_the_file_does_not_shrink():
-    _, changes = clustered(mlp_model((24, 32, 24)))
-
-    assert changes.notes == ["clustered weights are as large as before: the file shrinks only where they are packed"]
-
-
 def test_a_shared_weight_stays_shared():
     text = "g (float[N, 24] x) => (float[N, 24] y) { h = MatMul(x, W) y = MatMul(h, W) }"
 

@@ -116,9 +116,6 @@ class Cluster(Pass):
             kind = str(np.dtype(view.holder.dtype))
             changes.add(view.name, f"{shape} {kind} takes at most {1 << bits} values{per}")
         if changes.count:
-            changes.notes.append(
-                "clustered weights are as large as before: the file shrinks only where they are packed"
-            )
             model.become(clustering.built(widths))
         return changes
 
