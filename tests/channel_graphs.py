@@ -32,7 +32,7 @@ class Silenced:
 
     Attributes:
         model: The graph.
-        shapes: The shape of each weight once these channels are gone, by name.
+        shapes: The shape of each weight that channels are part of, once these channels are gone, by name.
         ways: How each silenced unit was silenced.
     """
 
@@ -224,6 +224,7 @@ class Builder:
                 for extent, labels in zip(weight.values.shape, weight.axes, strict=True)
             )
             for name, weight in self.weights.items()
+            if any(labels is not None for labels in weight.axes)
         }
         return Silenced(self._model(inputs), shapes, tuple(ways.values()))
 
@@ -343,7 +344,7 @@ def _cut_in_two(build: Builder, x: Flow) -> Flow:
 
 def _grouped(build: Builder, x: Flow) -> Flow:
     """A grouped Conv between two others: as many channels have to go from each group."""
-    groups, inputs, outputs = 2, build.draw(st.integers(2, 4)), build.draw(st.integers(2, 4))
+    groups, inputs, outputs = 2, build.draw(st.integers(3, 4)), build.draw(st.integers(3, 4))
     x = _padded(build, x, groups * inputs, 1)
     build.join(*np.split(x.labels, groups))
     build.mark(x.labels, "borders")

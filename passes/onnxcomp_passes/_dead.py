@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,14 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
-from onnxcomp_passes._channels_groups import Channels, Group
+from onnxcomp.weights import Spool
+from onnxcomp_passes._channels_cut import cut
+from onnxcomp_passes._channels_groups import Channels, Group, find_channels
 from onnxcomp_passes._constant_channels import ConstantChannels, by_input_channel
+from onnxcomp_passes._residual import empty_blocks, remove_blocks
 from onnxcomp_passes._workspace import is_dense, is_standard
 
-__all__ = ["dead_units", "move_constants"]
+__all__ = ["Removed", "dead_units", "move_constants", "remove_dead"]
 
 Array = np.ndarray[Any, Any]
 
@@ -63,6 +66,55 @@ class _Reading:
         matrix = weight.T if self.node.attrs.get("transB") else weight
         alpha = self.node.attrs.get("alpha", 1.0) if self.node.op == "Gemm" else 1.0
         return np.asarray(alpha * (lost @ matrix.astype(np.float64)))
+
+
+@dataclass
+class Removed:
+    """What was taken out of a model at no loss.
+
+    Attributes:
+        units: Group -> how many of its units.
+        of: Group -> how many units it had.
+        shifted: Layers that constants moved into, in the order in which they did.
+        blocks: Sums one of whose sides was always zero.
+    """
+
+    units: dict[str, int] = field(default_factory=dict)
+    of: dict[str, int] = field(default_factory=dict)
+    shifted: dict[str, None] = field(default_factory=dict)
+    blocks: list[str] = field(default_factory=list)
+
+
+def remove_dead(model: Model, *, wanted: Callable[[Group], bool] | None = None, spool: Spool | None = None) -> Removed:
+    """Take out (in place) all that adds nothing: dead units, and what is dead once they are gone.
+
+    Constants in `Constant` nodes are not seen: call `lift_constants` first.
+
+    Args:
+        model: The model.
+        wanted: Which groups may lose units; None: all.
+        spool: Where the bytes of large weights go.
+    """
+    removed = Removed()
+    while True:
+        constants = ConstantChannels(model)
+        blocks = empty_blocks(model, constants)
+        if blocks:
+            remove_blocks(model, blocks)
+            removed.blocks += [block.name for block in blocks]
+            continue
+        channels = find_channels(model)
+        dead = dead_units(model, channels, constants)
+        if wanted is not None:
+            dead = {name: units for name, units in dead.items() if wanted(channels.group(name))}
+        dead = channels.allowed(dead)
+        if not dead:
+            return removed
+        removed.shifted.update(dict.fromkeys(move_constants(model, channels, dead, constants)))
+        cut(model, channels, dead, spool)
+        for name, units in dead.items():
+            removed.of.setdefault(name, channels.group(name).units)
+            removed.units[name] = removed.units.get(name, 0) + len(units)
 
 
 def dead_units(model: Model, channels: Channels, constants: ConstantChannels) -> dict[str, Array]:
@@ -222,10 +274,13 @@ def _shift_product(model: Model, node: gs.Node, shift: Array) -> None:
 
 
 def _sum(model: Model, node: gs.Node, old: gs.Constant | None, shift: Array) -> gs.Constant:
-    """A constant and the shift, in the constant's type; a new constant, since others may read the old one."""
-    dtype = np.dtype(np.float32) if old is None else np.dtype(old.dtype)
-    if old is None and node.inputs[1].dtype is not None and np.dtype(node.inputs[1].dtype).kind == "f":
-        dtype = np.dtype(node.inputs[1].dtype)
-    value = shift if old is None else value_of(old).astype(np.float64) + shift
-    base = old.name if old is not None else f"{node.name or node.outputs[0].name}_bias"
-    return gs.Constant(model.unique_name(base), np.ascontiguousarray(value, dtype))
+    """A constant and the shift, in the constant's type: the constant itself unless others read it, too."""
+    if old is not None:
+        value = np.ascontiguousarray(value_of(old).astype(np.float64) + shift, np.dtype(old.dtype))
+        if len(old.outputs) == 1:
+            old.values = value
+            return old
+        return gs.Constant(model.unique_name(old.name), value)
+    dtype = np.dtype(node.inputs[1].dtype or np.float32)
+    name = model.unique_name(f"{node.name or node.outputs[0].name}_bias")
+    return gs.Constant(name, np.ascontiguousarray(shift, dtype if dtype.kind == "f" else np.float32))
