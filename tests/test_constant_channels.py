@@ -136,3 +136,22 @@ def test_channels_are_followed_through_reshapes(body, wanted):
     text = f"g (float[N, 3] x) => (float[N, A, B] y) {{ a = MatMul(x, W) {body} }}"
 
     assert known(text, W=weight, s=np.array([0, 2, 2])) == wanted
+
+
+def test_constants_are_followed_through_quantization():
+    text = f"""{X} {{
+        a = Conv(x, W, b) q = QuantizeLinear(a, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(V, t, v)
+        y = Conv(d, e) }}"""
+    second = np.array([[[[5]], [[0]]], [[[0]], [[7]]]], np.int8)  # its second output reads the constant alone
+    grids = {"s": np.float32(0.7), "z": np.uint8(3), "t": np.float32(0.5), "v": np.int8(0)}
+
+    assert known(text, W=DEAD, b=BIAS, V=second, **grids) == [[unknown, pytest.approx(3 * 0.7 * 3.5)]]
+
+
+def test_channels_of_a_quantized_model_are_found():
+    text = f"""{X} {{
+        e = DequantizeLinear<axis = 0>(W, t, v) c = DequantizeLinear<axis = 0>(b, t, o) y = Conv(x, e, c) }}"""
+    weight = (DEAD * 9).astype(np.int8)
+    grids = {"t": np.array([0.5, 0.25], np.float32), "v": np.zeros(2, np.int8), "o": np.zeros(2, np.int32)}
+
+    assert known(text, W=weight, b=np.array([8, 8], np.int32), **grids) == [[unknown, 2]]

@@ -17,6 +17,7 @@ from onnxcomp.targets import host_target
 from onnxcomp_passes._constant_channels import ConstantChannels
 from onnxcomp_passes._residual import choose_blocks, empty_blocks, removable_blocks, remove_blocks
 from tests.models import assert_same_outputs, graph_model, ops, random_inputs, random_weights
+from tests.patterns import attention
 
 CHAIN = """g (float[N, 4, 6, 6] x) => (float[N, 4, 6, 6] y) {
     [stem] a = Conv<pads = [1, 1, 1, 1]>(x, W0)
@@ -93,6 +94,12 @@ def test_a_sum_that_broadcasts_is_no_block():
         r = Relu(x) m = GlobalAveragePool(r) y = Add(r, m) }"""
 
     assert removable_blocks(Model.load(graph_model(text))) == []
+
+
+def test_attention_with_a_mask_is_a_block():
+    blocks = removable_blocks(Model.load(attention(masked=True)))
+
+    assert [(block.output, block.kept) for block in blocks] == [("s", "x")]
 
 
 def test_a_branch_that_is_an_output_stays():

@@ -32,6 +32,9 @@ Dims = tuple[int | str, ...]
 FIRST_OPSET = 7
 """Before it, operators broadcast in another way."""
 
+LARGEST_CONSTANT = 1 << 16
+"""Constants with more elements than this are weights and tables, not something with an entry for each channel."""
+
 # fmt: off
 ELEMENTWISE = frozenset((
     "Abs", "Add", "Ceil", "Celu", "Clip", "Cos", "Div", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
@@ -81,7 +84,7 @@ class ConstantChannels:
     def of(self, tensor: gs.Tensor) -> Array | None:
         """The values of a tensor, NaN where they are not known, float64; None: nothing is known."""
         if isinstance(tensor, gs.Constant):
-            if not is_dense(tensor) or np.prod(tensor.shape, dtype=np.int64) > LARGEST:
+            if not is_dense(tensor) or not 0 < np.prod(tensor.shape, dtype=np.int64) <= LARGEST_CONSTANT:
                 return None
             value = value_of(tensor)
             return value.astype(np.float64) if value.dtype.kind in "fiu" else None
@@ -126,12 +129,18 @@ class ConstantChannels:
         elif node.op in LAYERS:
             self.put(node.outputs[0], LAYERS[node.op](self, node))
 
-    def put(self, tensor: gs.Tensor, value: Array | None) -> None:
-        """Keep what was found, unless that is nothing, or contradicts the shape."""
+    def put(self, tensor: gs.Tensor, value: Array | None, *, kinds: str = "f") -> None:
+        """Keep what was found, unless that is nothing, or contradicts the shape or type.
+
+        Args:
+            tensor: An output.
+            value: What is known of it. Of integers that stand for floats, these.
+            kinds: The kinds of type that the tensor may have, as numpy calls them.
+        """
         if value is None or not np.any(np.isfinite(value)):
             return
         dims, dtype = self.dims(tensor), self._known[id(tensor)][1].dtype if id(tensor) in self._known else None
-        if dims is None or len(dims) != value.ndim or dtype is None or dtype.kind != "f":
+        if dims is None or len(dims) != value.ndim or dtype is None or dtype.kind not in kinds:
             return
         value = np.where(np.isfinite(value), value, np.nan)
         for axis in range(value.ndim):  # an axis along which all is equal has length 1

@@ -204,6 +204,33 @@ def _from_the_end(before: Dims, after: Dims) -> tuple[int, int] | None:
     return taken, given
 
 
+def _quantize(known: ConstantChannels, node: gs.Node) -> None:
+    """What the codes stand for: the value, rounded to the grid."""
+    x, scale = known.of(node.inputs[0]), known.of(node.inputs[1])
+    zero = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    if x is None or scale is None or scale.size != 1 or (zero is not None and not is_dense(zero)):
+        return
+    limits = np.iinfo(np.uint8 if zero is None else zero.dtype)
+    offset = 0.0 if zero is None else float(value_of(zero).reshape(-1)[0])
+    codes = np.clip(np.rint(x / scale.reshape(-1)[0]) + offset, limits.min, limits.max)
+    known.put(node.outputs[0], (codes - offset) * scale.reshape(-1)[0], kinds="iu")
+
+
+def _dequantize(known: ConstantChannels, node: gs.Node) -> Array | None:
+    """What a tensor of codes stands for is known already; constant codes are looked up."""
+    x = known.of(node.inputs[0])
+    if x is None or not isinstance(node.inputs[0], gs.Constant):
+        return x
+    scale = known.of(node.inputs[1])
+    zero = known.of(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else np.zeros(())
+    if scale is None or zero is None or node.attrs.get("block_size"):
+        return None
+    if scale.size > 1:
+        shape = [-1 if axis == int(node.attrs.get("axis", 1)) % x.ndim else 1 for axis in range(x.ndim)]
+        scale, zero = scale.reshape(shape), zero.reshape(shape) if zero.size > 1 else zero
+    return np.asarray((x - zero) * scale)
+
+
 def _single(rule: Callable[[ConstantChannels, gs.Node], Array | None]) -> Move:
     """A rule for an operator with one output."""
 
@@ -217,6 +244,8 @@ Move = Callable[["ConstantChannels", gs.Node], None]
 
 MOVES: dict[str, Move] = {
     "Split": _split,
+    "QuantizeLinear": _quantize,
+    "DequantizeLinear": _single(_dequantize),
     "Resize": _single(_resize),
     "Transpose": _single(_transpose),
     "Concat": _single(_concat),
@@ -224,7 +253,7 @@ MOVES: dict[str, Move] = {
     "Gather": _single(_gather),
     "Pad": _single(_pad),
     "Expand": _single(_expanded),
-    **dict.fromkeys(("Identity", "Dropout"), _single(_same)),
+    **dict.fromkeys(("Cast", "Identity", "Dropout"), _single(_same)),
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _single(_reshaped)),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"), _single(_pool)),
     **dict.fromkeys(REDUCTIONS, _single(_reduced)),

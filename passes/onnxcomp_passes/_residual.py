@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import operator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from onnxcomp_passes._shapes import infer_known
 from onnxcomp_passes._workspace import Workspace, is_standard, label
 
 __all__ = ["Block", "choose_blocks", "empty_blocks", "removable_blocks", "remove_blocks"]
+
+Dims = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Block:
 
 
 def removable_blocks(model: Model) -> list[Block]:
-    """The residual blocks of the main graph, in its order: y = x + f(x), all of equal shape.
+    """The residual blocks of the main graph, in its order: y = x + f(x), all of equal shape as far as is known.
 
     The branch f is what only this sum reads; it has to read x, or what x is made from within the branch's reach.
     A sum of two branches that are both computed from an earlier tensor, as where a network changes its width, is none.
@@ -56,7 +59,7 @@ def removable_blocks(model: Model) -> list[Block]:
     """
     return [
         Block(label(node), node.outputs[0].name, kept.name, frozenset(label(inner) for inner in branch))
-        for node, kept, branch in _sums(model)
+        for node, kept, branch in _sums(model, _may_be_equal)
         if any(tensor is kept for inner in branch for tensor in inner.inputs)
     ]
 
@@ -65,7 +68,7 @@ def empty_blocks(model: Model, constants: ConstantChannels) -> list[Block]:
     """The sums of the main graph one of whose sides is always zero, and of the shape of the sum."""
     return [
         Block(label(node), node.outputs[0].name, kept.name, frozenset(label(inner) for inner in branch))
-        for node, kept, branch in _sums(model)
+        for node, kept, branch in _sums(model, operator.eq)
         if _is_zero(constants.of(node.inputs[1 if node.inputs[0] is kept else 0]))
     ]
 
@@ -74,13 +77,25 @@ def _is_zero(value: np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None) ->
     return value is not None and not np.any(value != 0)  # NaN, what is not known, is not 0
 
 
-def _sums(model: Model) -> list[tuple[gs.Node, gs.Tensor, list[gs.Node]]]:
+def _may_be_equal(one: Dims, other: Dims) -> bool:
+    """Whether nothing is known to be broadcast.
+
+    An attention mask that is another input leaves the batch of what it masks unknown: it might be larger than that of
+    the tokens, though no one means it.
+    """
+    return len(one) == len(other) and all(
+        left == right or (isinstance(left, str) and isinstance(right, str))
+        for left, right in zip(one, other, strict=True)
+    )
+
+
+def _sums(model: Model, alike: Callable[[Dims, Dims], bool]) -> list[tuple[gs.Node, gs.Tensor, list[gs.Node]]]:
     """Each Add, the side that has its shape, and what only the other side is made by; at most one way for each Add."""
     known = infer_known(model)
     outputs = {id(tensor) for tensor in model.graph.outputs}
     main = {id(node) for node in model.graph.nodes}
 
-    def dims(tensor: gs.Tensor) -> tuple[int | str, ...] | None:
+    def dims(tensor: gs.Tensor) -> Dims | None:
         return known[id(tensor)][1].dims if id(tensor) in known else None
 
     found = []
@@ -88,8 +103,8 @@ def _sums(model: Model) -> list[tuple[gs.Node, gs.Tensor, list[gs.Node]]]:
         if not is_standard(node, "Add") or node.inputs[0] is node.inputs[1]:
             continue
         for kept, other in (node.inputs, node.inputs[::-1]):
-            shape = dims(node.outputs[0])
-            if shape is None or dims(kept) != shape or dims(other) != shape:
+            shape, left, right = (dims(tensor) for tensor in (node.outputs[0], kept, other))
+            if shape is None or left is None or right is None or not alike(left, shape) or not alike(right, shape):
                 continue
             branch = _only_for(other, node, {*outputs, id(kept)}, main)
             if branch:
