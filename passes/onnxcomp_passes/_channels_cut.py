@@ -151,7 +151,7 @@ class _Cut:
         if not masks:
             return
         pieces = shape_pieces(node)
-        first = self._ranks[node.outputs[0].name] - len(pieces)  # Expand aligns at the end
+        first = self._ranks.get(node.outputs[0].name, len(pieces)) - len(pieces)  # Expand aligns at the end
         before = self._of(node.inputs[0])
         for axis, stays in masks.items():
             place = axis - first

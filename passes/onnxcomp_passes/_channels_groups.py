@@ -12,6 +12,7 @@ has the same number of entries on the same axes of the same tensors.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ from onnxcomp.graph_io import sorted_nodes
 from onnxcomp.macs import mac_counts
 from onnxcomp.model import Model
 from onnxcomp.runtime.census import node_names
-from onnxcomp_passes._channels_flow import Flow
+from onnxcomp_passes._channels_flow import Flow, LostError
 from onnxcomp_passes._channels_labels import varying_axes
 from onnxcomp_passes._channels_rules import rule_for
 from onnxcomp_passes._workspace import label
@@ -115,7 +116,7 @@ class Channels:
         left: Nodes whose output channels cannot be cut -> why.
         axes: All axes that hold channels.
         members: Group name -> the class of each unit.
-        ranks: Tensor that holds channels -> its number of axes.
+        ranks: Tensor that holds channels -> its number of axes, where that is known.
     """
 
     groups: tuple[Group, ...]
@@ -262,8 +263,10 @@ class _Grouping:
                 name = f"{name} #{names[name]}"
             groups.append(self._group(name, axes, classes, macs))
             members[name] = classes
-        flow = self._flow
-        ranks = {str(tensor.name): len(flow.dims(tensor)) for tensor, _ in flow.carriers()}
+        ranks = {}
+        for tensor, _ in self._flow.carriers():
+            with contextlib.suppress(LostError):
+                ranks[str(tensor.name)] = len(self._flow.dims(tensor))
         return Channels(tuple(groups), self._left(), tuple(self._axes), members, ranks)
 
     def _cuttable(self) -> Array:
