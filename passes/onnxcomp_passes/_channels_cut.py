@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ def cut(model: Model, channels: Channels, removed: Mapping[str, Any], spool: Spo
         ValueError: An axis would lose all of its entries (see `Channels.allowed`).
         KeyError: There is no such group.
     """
+    spool = spool or Spool()
     gone = channels.is_gone(removed)
     constants: dict[str, dict[tuple[str, int], Masks]] = defaultdict(lambda: defaultdict(dict))
     kept: dict[str, Masks] = defaultdict(dict)
@@ -54,16 +55,23 @@ def cut(model: Model, channels: Channels, removed: Mapping[str, Any], spool: Spo
         constants[axis.tensor][axis.node, axis.index][axis.axis] = stays
         if axis.role == "carrier":
             kept[axis.tensor][axis.axis] = stays
+    outside = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
     work = _Cut(model, kept, channels.ranks)
     touched = [node for node in model.graph.nodes if any(t.name in constants for t in (*node.inputs, *node.outputs))]
     for tensor in {id(t): t for node in touched for t in node.inputs if isinstance(t, gs.Constant)}.values():
         if tensor.name in constants:
-            _cut_constant(model, tensor, constants[tensor.name], spool or Spool())
+            _cut_constant(model, tensor, constants[tensor.name], outside, spool)
     for node in touched:
         work.fix(node)
 
 
-def _cut_constant(model: Model, constant: gs.Constant, plans: Mapping[tuple[str, int], Masks], spool: Spool) -> None:
+def _cut_constant(
+    model: Model,
+    constant: gs.Constant,
+    plans: Mapping[tuple[str, int], Masks],
+    outside: Container[int],
+    spool: Spool,
+) -> None:
     """Give each reader its part of a constant; where all want the same, the constant itself becomes that."""
     readers: dict[Any, list[tuple[gs.Node, int]]] = defaultdict(list)
     for reader in dict.fromkeys(constant.outputs):
@@ -72,7 +80,7 @@ def _cut_constant(model: Model, constant: gs.Constant, plans: Mapping[tuple[str,
                 masks = plans.get((node_key(reader), index), {})
                 readers[tuple((axis, masks[axis].tobytes()) for axis in sorted(masks))].append((reader, index))
     whole = value_of(constant)
-    in_place = len(readers) == 1 and not any(tensor is constant for tensor in model.graph.outputs)
+    in_place = len(readers) == 1 and id(constant) not in outside
     for wanted, places in readers.items():
         if not wanted:
             continue
@@ -193,10 +201,10 @@ class _Cut:
         sizes = Flow.ints(node, "sizes", 3)
         if not masks or not sizes:
             return
-        axes = Flow.ints(node, "axes", -1) or list(range(len(sizes)))
-        self._give(
-            node, "sizes", 3, [int(masks[a].sum()) if a in masks else s for a, s in zip(axes, sizes, strict=True)]
-        )
+        rank = self._ranks[node.outputs[0].name]
+        axes = [axis % rank for axis in Flow.ints(node, "axes", -1) or range(rank)]
+        left = [int(masks[axis].sum()) if axis in masks else size for axis, size in zip(axes, sizes, strict=True)]
+        self._give(node, "sizes", 3, left)
 
     def split(self, node: gs.Node) -> None:
         """Split: the sizes of its parts."""
@@ -218,7 +226,7 @@ class _Cut:
             self._give(node, "split", 1, left)
         else:
             made = gs.Constant(self._model.unique_name("split.c"), np.array(left, np.int64))
-            node.inputs[1:] = [made]
+            node.inputs = [node.inputs[0], made]
 
     def slice(self, node: gs.Node) -> None:
         """Slice: where it starts and ends."""

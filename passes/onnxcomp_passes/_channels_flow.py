@@ -25,7 +25,7 @@ class LostError(Exception):
     """Channels cannot be followed through a node; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """Labels of one axis of a tensor, or of each combination of places on several axes.
 
@@ -44,7 +44,7 @@ class Block:
         return Block(tuple(sorted(axes)), self.labels.transpose(order))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Read:
     """A node reads channels from a weight or from another constant.
 

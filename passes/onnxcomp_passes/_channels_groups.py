@@ -205,7 +205,8 @@ def find_channels(model: Model, excluded: Callable[[gs.Node], bool] = _nothing) 
     """
     flow = Flow(model)
     order = sorted_nodes(model.graph)
-    flow.follow(rule_for, order)
+    own = {function.name for function in model.functions if function.domain in ("", "ai.onnx")}
+    flow.follow(lambda node: None if node.op in own else rule_for(node), order)
     for read in flow.reads:
         if excluded(read.node):
             flow.labels.pin(read.labels, f"{label(read.node)} is excluded")
@@ -252,11 +253,9 @@ class _Grouping:
         names: dict[str, int] = {}
         groups, members = [], {}
         macs = _macs_by_node(self._flow.model)
-        for numbers, alike in self._signatures(cuttable):
+        for numbers, classes in self._signatures(cuttable):
             axes = [self._axes[number] for number in numbers]
             first = next(axis for axis in axes if axis.role == "out")
-            place = {int(name): at for at, name in reversed(list(enumerate(first.classes.tolist())))}
-            classes = np.array(sorted(alike, key=place.__getitem__), np.int64)
             name = label(self._nodes[first.node])
             names[name] = names.get(name, 0) + 1
             if names[name] > 1:
@@ -274,12 +273,16 @@ class _Grouping:
         classes = np.unique(np.concatenate(made)) if made else np.zeros(0, np.int64)
         return classes[~np.isin(classes, np.fromiter(self._reasons, np.int64, len(self._reasons)))]
 
-    def _signatures(self, cuttable: Array) -> list[tuple[list[int], list[int]]]:
-        """Classes that are alike, with the numbers of the axes that they lie on, in the order of the axes."""
+    def _signatures(self, cuttable: Array) -> list[tuple[list[int], Array]]:
+        """Classes that are alike, with the numbers of the axes that they lie on; both as they come in the graph."""
         rows = [np.zeros((0, 3), np.int64)]
+        places: dict[int, tuple[int, int]] = {}  # class -> its first place in a weight that makes it
         for number, axis in enumerate(self._axes):
-            names, counts = np.unique(axis.classes, return_counts=True)
+            names, firsts, counts = np.unique(axis.classes, return_index=True, return_counts=True)
             rows.append(np.stack([names, np.full_like(names, number), counts], axis=1))
+            if axis.role == "out":
+                for name, first in zip(names.tolist(), firsts.tolist(), strict=True):
+                    places.setdefault(name, (number, first))
         table = np.concatenate(rows)
         table = table[np.isin(table[:, 0], cuttable)]
         table = table[np.argsort(table[:, 0], kind="stable")]
@@ -287,7 +290,9 @@ class _Grouping:
         for part in np.split(table, np.flatnonzero(np.diff(table[:, 0])) + 1) if table.size else ():
             entry = alike.setdefault(part[:, 1:].tobytes(), (part[:, 1].tolist(), []))
             entry[1].append(int(part[0, 0]))
-        return sorted(alike.values(), key=lambda entry: entry[0])
+        ordered = [(numbers, sorted(names, key=places.__getitem__)) for numbers, names in alike.values()]
+        ordered.sort(key=lambda entry: places[entry[1][0]])
+        return [(numbers, np.array(names, np.int64)) for numbers, names in ordered]
 
     def _group(self, name: str, axes: list[AxisClasses], classes: Array, macs: Mapping[str, int]) -> Group:
         slots: dict[str, list[Slot]] = defaultdict(list)

@@ -134,10 +134,11 @@ def pool(flow: Flow, node: gs.Node) -> None:
 def resize(flow: Flow, node: gs.Node) -> None:
     """Resize, Upsample, Expand, Tile: axes that keep their size keep their labels."""
     x = node.inputs[0]
+    held = flow.data(node)
     before, after = flow.dims(x), flow.dims(node.outputs[0])
     shift = len(after) - len(before)
     changed = [axis for axis, size in enumerate(before) if not isinstance(size, int) or after[axis + shift] != size]
-    blocks = flow.without(flow.blocks(x), changed, f"{label(node)} ({node.op}) changes their number")
+    blocks = flow.without(held, changed, f"{label(node)} ({node.op}) changes their number")
     moved = [block.moved(lambda axis: axis + shift) for block in blocks]
     if node.op == "Expand" and blocks:
         pieces = shape_pieces(node)

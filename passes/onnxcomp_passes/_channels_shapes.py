@@ -19,6 +19,9 @@ Array = np.ndarray[Any, Any]
 Sizes = Sequence[int | str]
 Run = tuple[list[int], list[int]]
 
+MAX_LABELS = 1 << 22
+"""Axes that become longer than this when they are merged are not followed: 32 MB of labels for each tensor."""
+
 
 def runs(before: Sizes, after: Sizes) -> list[Run]:
     """The shortest runs of axes that hold the same elements before and after a reshape.
@@ -155,6 +158,8 @@ def _through(
         return None
     olds, news = touched[0]
     sizes = [int(before[axis]) for axis in olds]
+    if math.prod(sizes) > MAX_LABELS:
+        return None
     wide = np.expand_dims(block.labels, tuple(place for place, axis in enumerate(olds) if axis not in block.axes))
     labels = np.broadcast_to(wide, sizes).reshape([int(after[axis]) for axis in news])
     return Block(tuple(news), labels)
