@@ -152,6 +152,21 @@ def test_makes_a_trained_model_several_times_smaller_at_its_accuracy(tmp_path: P
     assert top1(MOBILENET) - top1(tmp_path / "small.onnx") <= 0.005
 
 
+def test_zeros_and_codebooks_are_packed_on_top_of_int8_where_they_pay(tmp_path: Path) -> None:
+    result = optimize(LENET, data=CALIB, budget=Budget(max_drop=0.01))
+    result.save(tmp_path / "small.onnx")
+
+    report = result.report
+    assert stage(result, "prune + cluster + pack").verdict == "kept"
+    assert report.size >= 8
+    assert report.speed is not None
+    assert report.speed >= 0.97
+    assert report.after.int8_macs == report.after.macs
+    assert (report.before.resident_bytes or 0) > 3.5 * (report.after.resident_bytes or 0)
+    assert report.budget_met
+    assert top1(LENET) - top1(tmp_path / "small.onnx") <= 0.01
+
+
 def test_the_report_holds_what_a_fresh_session_computes(tmp_path: Path) -> None:
     result = optimize(LENET, data=TEST, metric="top1")
     result.save(tmp_path / "small.onnx")
