@@ -124,8 +124,7 @@ def default_stages(*, data: bool) -> list[Stage]:
     # Weights that 8 bits are too few for lose half of their bytes, and next to nothing else.
     stages.append((("float16", {"storage_only": True}),))
     # Last, since nothing looks into packed weights: zeros and few values, in whatever form the weights have by now.
-    # Speed stays as it is, so this takes what the stages for speed have left of the budget. How many zeros and values
-    # a model bears cannot be told on made-up inputs; packing costs nothing.
-    lossy: tuple[tuple[str, dict[str, bool]], ...] = (("prune", {}), ("cluster", {})) if data else ()
-    stages.append((*lossy, ("pack", {})))
+    # Speed stays as it is, so this takes what the stages for speed have left of the budget. Without data, on which
+    # alone they can be chosen, zeros and few values are left to those that are there already.
+    stages.append((("prune", {}), ("cluster", {}), ("pack", {})))
     return [Stage(tuple(find_pass(name)(**options) for name, options in stage)) for stage in stages]

@@ -123,11 +123,12 @@ class StageRunner:
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
-        if not stage.lossless and not self.judge.deterministic and not self._force:
+        forms = [form for form in _forms(stage) if form.lossless or self.judge.deterministic or self._force]
+        if not forms:
             reason = "the model's outputs are random, so no loss can be measured"
             return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
         attempts: list[Attempt] = []
-        for form in _forms(stage):
+        for form in forms:
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
             trial = self._apply(form, kept)
             verdict, reason = self._verdict(trial, kept.model, form)

@@ -243,3 +243,11 @@ def test_a_choice_is_repeated_without_measuring(tmp_path: Path):
 
     for name, bits in found["widths"].items():
         assert len(np.unique(model.weight(name))) <= 2 ** int(bits)
+
+
+def test_without_data_bits_are_not_chosen(tmp_path: Path):
+    report = optimize(save_classifier(tmp_path / "model.onnx"), passes=[Cluster()], timing=False, resume=False).report
+
+    [entry] = report.stages[0].attempts[0].passes
+    assert (report.stages[0].verdict, entry.changed) == ("unchanged", [])
+    assert entry.left[-1]["why"] == "how few values do is measured on data; give --data, or bits=BITS"

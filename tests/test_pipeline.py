@@ -185,7 +185,12 @@ def test_the_report_holds_what_a_fresh_session_computes(tmp_path: Path) -> None:
 def test_without_data_only_data_free_stages_run_and_the_report_says_so() -> None:
     report = optimize(LENET).report
 
-    assert [entry.name for entry in report.stages] == ["simplify", "quantize-weights", "float16", "pack"]
+    assert [entry.name for entry in report.stages] == [
+        "simplify",
+        "quantize-weights",
+        "float16",
+        "prune + cluster + pack",
+    ]
     assert report.data["generated"]
     assert any("no data" in warning for warning in report.warnings)
     assert report.size > 3

@@ -16,7 +16,7 @@ from tests.small import save_classifier
 
 def test_without_data_only_passes_that_need_none_run():
     stages = default_stages(data=False)
-    assert [stage.name for stage in stages] == ["simplify", "quantize-weights", "float16", "pack"]
+    assert [stage.name for stage in stages] == ["simplify", "quantize-weights", "float16", "prune + cluster + pack"]
     assert not any(step.requires for stage in stages for step in stage.passes)
 
 
