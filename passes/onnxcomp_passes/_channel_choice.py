@@ -152,23 +152,25 @@ class Candidates:
             removal[name] = count - kept_units(count, ratio, multiple)
         return {name: count for name, count in removal.items() if count}
 
-    def of_all(self, ratio: float, multiple: int) -> Removal:
-        """What removes this share of all multiply-accumulates at the least cost."""
+    def of_all(self, ratio: float, multiple: int, context: Context, changes: Changes) -> Removal:
+        """What removes this share of all multiply-accumulates at the least cost, measured where that can be."""
         wanted = (1 - ratio) * self.macs({})
-        path = self._path({name: order.errors for name, order in self.orders.items()}, multiple)
+        costs = {name: order.errors for name, order in self.orders.items()}
+        if context.judge is not None and not context.judge.generated:
+            costs |= self._measured(context.judge, multiple, context, changes)
+        path = self._path(costs, multiple)
         enough = next((removal for removal in path if self.macs(removal) <= wanted), path[-1] if path else {})
-        return self._given_back(enough, wanted, multiple)
+        return self._given_back(enough, costs, wanted, multiple)
 
-    def _given_back(self, removal: Removal, wanted: float, multiple: int) -> Removal:
+    def _given_back(self, removal: Removal, costs: Mapping[str, Array], wanted: float, multiple: int) -> Removal:
         """Less of a removal, as long as it is enough: groups go in large steps, so the best trades overshoot."""
         removal = dict(removal)
         while True:
             tries = []
             for name, count in removal.items():
-                order = self.orders[name]
-                less = _next_fewer(len(order.units), count, multiple)
+                less = _next_fewer(len(self.orders[name].units), count, multiple)
                 if count and self.macs({**removal, name: less}) <= wanted:
-                    tries.append((float(order.errors[count] - order.errors[less]), name, less))
+                    tries.append((float(costs[name][count] - costs[name][less]), name, less))
             if not tries:
                 return {name: count for name, count in removal.items() if count}
             _, name, less = max(tries)

@@ -14,14 +14,14 @@ from onnxcomp_passes._channel_scores import MAX_INPUTS
 from onnxcomp_passes._dead import shift_bias, takes_shift
 from onnxcomp_passes._pruning import as_matrices, from_matrices
 from onnxcomp_passes._views import WeightView, find_views
-from onnxcomp_passes._windows import Fit, Window, read_tensor
+from onnxcomp_passes._windows import Fit, Sums, Window, read_tensor
 
 __all__ = ["refit"]
 
 Array = np.ndarray[Any, Any]
 
-RIDGE = 0.01
-"""What ties weights to where they are, as a share of the mean energy of the inputs: calibration data are few."""
+RIDGES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))
+"""What ties weights to where they are, as shares of the mean energy of the inputs: which suits is measured."""
 
 MAX_LAYERS = 64
 """Each is a pass over the calibration data; of more layers the first are fitted."""
@@ -102,18 +102,53 @@ def _bias(view: WeightView, shifted: Mapping[str, Array]) -> Array | None:
 def _fit(model: Model, view: WeightView, found: Fit, shifted: dict[str, Array], spool: Spool) -> int:
     """Write one layer's fitted weights; whether there were any."""
     bias = _bias(view, shifted)
-    if not found.count or bias is None:
+    if bias is None or not all(half.count for half in found.halves):
         return 0
     matrix = as_matrices(view, view.read())[0].astype(np.float64)
     alive = np.append(np.any(matrix != 0, axis=1), True)
     now = np.concatenate([matrix, bias[None]])
-    inputs, results = found.inputs / found.count, found.results / found.count
-    left = (results - inputs @ now)[alive]
-    ridge = np.full(len(now), RIDGE * float(np.mean(np.diag(inputs)[:-1])))
-    ridge[-1] = 0.0
-    step = np.linalg.solve((inputs + np.diag(ridge))[alive][:, alive], left)
-    now[alive] += step
-    view.write(from_matrices(view, now[None, :-1].astype(np.float32)), spool)
+    step = _fitted(now, alive, *found.halves)
+    if step is None:
+        return 0
+    view.write(from_matrices(view, (now + step)[None, :-1].astype(np.float32)), spool)
     shift_bias(model, view.node, step[-1])
     shifted[view.name] = shifted.get(view.name, 0.0) + step[-1]
     return 1
+
+
+def _fitted(now: Array, alive: Array, one: Sums, other: Sums) -> Array | None:
+    """The change of weights with least error, tied to 0 as strongly as suits samples that the fit has not seen.
+
+    Args:
+        now: Weights with the bias as last row, shape (inputs + 1, outputs).
+        alive: The rows that may change.
+        one: What half of the samples say.
+        other: What the other half says.
+
+    Returns:
+        The change, shape of `now`; None where none helps on the samples that it was not fitted on.
+    """
+    errors = [
+        _step_error(now, alive, one, other, ridge) + _step_error(now, alive, other, one, ridge) for ridge in RIDGES
+    ]
+    best = int(np.argmin(errors))
+    if errors[best] >= one.error(now) + other.error(now):
+        return None
+    both = Sums()
+    both.inputs, both.results = one.inputs + other.inputs, one.results + other.results
+    both.count = one.count + other.count
+    return _step(now, alive, both, RIDGES[best])
+
+
+def _step_error(now: Array, alive: Array, fitted: Sums, judged: Sums, ridge: float) -> float:
+    return judged.error(now + _step(now, alive, fitted, ridge))
+
+
+def _step(now: Array, alive: Array, sums: Sums, ridge: float) -> Array:
+    """The ridge regression of what is left on the inputs; the bias is not tied."""
+    tied = np.full(len(now), ridge * max(float(np.mean(np.diag(sums.inputs)[:-1])), 1e-300))
+    tied[-1] = 1e-6 * sums.count
+    left = (sums.results - sums.inputs @ now)[alive]
+    step = np.zeros_like(now)
+    step[alive] = np.linalg.solve((sums.inputs + np.diag(tied))[alive][:, alive], left)
+    return step

@@ -141,7 +141,9 @@ class PruneChannels(Pass):
             return {name: min(asked[name], len(found.orders[name].units) - 1) for name in asked if name in found.orders}
         if self.choose:
             return found.within_budget(self.round_to, context, changes)
-        return (found.of_each if self.scope == "group" else found.of_all)(self.ratio, self.round_to)
+        if self.scope == "group":
+            return found.of_each(self.ratio, self.round_to)
+        return found.of_all(self.ratio, self.round_to, context, changes)
 
     def _held(self, model: Model, channels: Channels, context: Context) -> set[str]:
         """The layers, by `node_key`, that the user asked to leave alone."""
