@@ -16,7 +16,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp_passes._views import WeightView
 
-__all__ = ["Products", "Window", "gather_products", "products_bytes"]
+__all__ = ["Fit", "Products", "Sums", "Window", "gather_products", "products_bytes", "read_tensor", "with_ones"]
 
 Array = np.ndarray[Any, Any]
 
@@ -73,11 +73,13 @@ class Window:
         windows = np.lib.stride_tricks.sliding_window_view(values, spans, axes)
         steps = (slice(None, None, step) for step in (1, 1, *self.strides, *self.dilations))
         windows = windows[tuple(steps)]
-        places = windows.shape[2 : 2 + len(axes)]  # (samples, channels, *places, *kernel)
-        flat = np.moveaxis(windows, 1, 1 + len(axes))
-        chosen = np.unravel_index(_spread(flat.shape[0] * int(np.prod(places))), (flat.shape[0], *places))
-        rows = flat[chosen].reshape(len(chosen[0]), self.groups, -1)
-        return np.moveaxis(rows, 1, 0)
+        rows = _chosen(windows, len(axes))  # of (samples, channels, *places, *kernel)
+        return np.moveaxis(rows.reshape(len(rows), self.groups, -1), 1, 0)
+
+    def results(self, array: Array) -> Array:
+        """What came out of the layer for each of the `rows`, shape (rows, outputs)."""
+        values = np.asarray(array, np.float32)
+        return _chosen(values, len(self.kernel)) if self.kernel else values.reshape(-1, values.shape[-1])
 
     def _padding(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
         if self.pads is not None:
@@ -91,6 +93,13 @@ class Window:
         return padding
 
 
+def _chosen(values: Array, axes: int) -> Array:
+    """The places of (samples, channels, *places, ...) that are looked at, shape (rows, channels, ...)."""
+    flat = np.moveaxis(values, 1, 1 + axes)
+    places = flat.shape[: 1 + axes]
+    return np.asarray(flat[np.unravel_index(_spread(int(np.prod(places))), places)])
+
+
 def _spread(count: int) -> Array:
     """So many places of a list that are looked at; a step prime to common widths falls on every column."""
     if count <= MAX_ROWS:
@@ -98,11 +107,17 @@ def _spread(count: int) -> Array:
     return np.random.default_rng(count).choice(count, MAX_ROWS, replace=False)
 
 
+def with_ones(rows: Array) -> Array:
+    """Rows with a 1 behind each, for what a bias does."""
+    return np.concatenate([rows, np.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)
+
+
 class Products:
     """Sums X^T X for each way that layers read one tensor. Runs in the worker.
 
     Args:
         windows: The ways.
+        ones: Whether X has a last column of ones, for means.
 
     Attributes:
         totals: For each way the sum, float64 of shape (groups, inputs, inputs); empty before the first run.
@@ -115,8 +130,9 @@ class Products:
         ([[[10.0, 2.0], [2.0, 4.0]]], [2])
     """
 
-    def __init__(self, windows: Sequence[Window]) -> None:
+    def __init__(self, windows: Sequence[Window], *, ones: bool = False) -> None:
         self.windows = tuple(windows)
+        self.ones = ones
         self.totals: list[Array] = [np.zeros((0, 0, 0))] * len(self.windows)
         self.counts = [0] * len(self.windows)
 
@@ -126,12 +142,78 @@ class Products:
             rows = window.rows(array)
             finite = np.isfinite(rows).all(axis=(0, 2))
             rows = rows if finite.all() else rows[:, finite]
+            rows = with_ones(rows) if self.ones else rows
             total = np.einsum("gri,grj->gij", rows, rows, optimize=True).astype(np.float64)
             self.totals[index] = self.totals[index] + total if self.totals[index].size else total
             self.counts[index] += rows.shape[1]
 
 
-def _read_tensor(view: WeightView, main: set[int]) -> gs.Tensor | None:
+class Fit:
+    """Sums what a least-squares fit of one layer needs: its inputs in one model, its results in another.
+
+    Samples go to two halves in turn, so that what is fitted on the one can be judged on the other. Runs in the worker.
+
+    Args:
+        window: How the layer reads its input; without groups.
+
+    Attributes:
+        halves: The sums of each half.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self.halves = (Sums(), Sums())
+        self._samples = 0
+
+    def update(self, reference: Array, candidate: Array) -> None:
+        """Take in what the layer gives in the one model and reads in the other; samples lie along the first axis."""
+        for half in range(2):
+            part = slice((half + self._samples) % 2, None, 2)
+            if len(candidate[part]):
+                rows, results = self.window.rows(candidate[part])[0], self.window.results(reference[part])
+                self.halves[half].add(with_ones(rows), results)
+        self._samples += len(candidate)
+
+
+class Sums:
+    """What least squares needs of rows x and results y.
+
+    Attributes:
+        inputs: Sum of x x^T, float64 of shape (inputs, inputs).
+        results: Sum of x y^T, shape (inputs, outputs).
+        energy: Sum of y^2 of each output.
+        count: Rows seen.
+
+    Example:
+        >>> sums = Sums()
+        >>> sums.add(np.array([[2.0], [4.0]]), np.array([[1.0], [2.0]]))
+        >>> (sums.results / sums.inputs).tolist(), sums.error(np.array([[0.5]]))
+        ([[0.5]], 0.0)
+    """
+
+    def __init__(self) -> None:
+        self.inputs = np.zeros((0, 0))
+        self.results = np.zeros((0, 0))
+        self.energy = np.zeros(0)
+        self.count = 0
+
+    def add(self, rows: Array, results: Array) -> None:
+        """Take in more rows; those with NaN or infinity are left out."""
+        finite = np.isfinite(rows).all(axis=1) & np.isfinite(results).all(axis=1)
+        rows, results = rows[finite].astype(np.float64), results[finite].astype(np.float64)
+        found = rows.T @ rows, rows.T @ results, np.square(results).sum(axis=0)
+        if self.inputs.size:
+            found = self.inputs + found[0], self.results + found[1], self.energy + found[2]
+        self.inputs, self.results, self.energy = found
+        self.count += len(rows)
+
+    def error(self, weights: Array) -> float:
+        """The sum of squared errors of y = x @ weights."""
+        both = np.sum(weights * (self.inputs @ weights - 2 * self.results))
+        return float(both + self.energy.sum())
+
+
+def read_tensor(view: WeightView, main: set[int]) -> gs.Tensor | None:
     """The tensor that a layer multiplies its weight with, where that is observable and all that is done with it."""
     node = view.node
     if node.op not in {"Conv", "Gemm", *PRODUCTS} or view.index != 1 or node.attrs.get("transA", 0):
@@ -154,16 +236,19 @@ def products_bytes(view: WeightView) -> int:
     return 8 * groups * inputs**2
 
 
-def gather_products(model: Model, views: Sequence[WeightView], context: Context) -> dict[str, Array]:
+def gather_products(
+    model: Model, views: Sequence[WeightView], context: Context, *, ones: bool = False
+) -> dict[str, Array]:
     """X^T X of the inputs of layers, divided by the number of rows.
 
     Args:
         model: The model that the views are of.
         views: The layers' weights; those whose input cannot be observed are left out.
         context: Its data and runtime are used.
+        ones: Whether X has a last column of ones.
 
     Returns:
-        Weight name -> float64 of shape (groups, inputs, inputs).
+        Weight name -> float64 of shape (groups, inputs, inputs), or one more of each with ones.
     """
     assert context.runtime is not None
     assert context.workdir is not None
@@ -172,7 +257,7 @@ def gather_products(model: Model, views: Sequence[WeightView], context: Context)
     wanted: dict[str, list[Window]] = {}
     places: dict[str, tuple[str, int]] = {}
     for view in views:
-        tensor = _read_tensor(view, main)
+        tensor = read_tensor(view, main)
         if tensor is None:
             continue
         window = Window.of(view.node, view.shape)
@@ -183,7 +268,7 @@ def gather_products(model: Model, views: Sequence[WeightView], context: Context)
     path = context.workdir / "products.onnx"
     model.save(path)
     context.progress(f"gathering what {len(places)} layers are multiplied with")
-    observers = {name: Products(ways) for name, ways in wanted.items()}
+    observers = {name: Products(ways, ones=ones) for name, ways in wanted.items()}
     seen = context.runtime.observe(path, context.data.feeds, observers)
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
