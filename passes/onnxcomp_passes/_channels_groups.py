@@ -13,6 +13,7 @@ has the same number of entries on the same axes of the same tensors.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -287,7 +288,9 @@ class _Grouping:
         table = table[np.isin(table[:, 0], cuttable)]
         table = table[np.argsort(table[:, 0], kind="stable")]
         alike: dict[bytes, tuple[list[int], list[int]]] = {}
-        for part in np.split(table, np.flatnonzero(np.diff(table[:, 0])) + 1) if table.size else ():
+        edges = [0, *(np.flatnonzero(np.diff(table[:, 0])) + 1).tolist(), len(table)]
+        for start, end in itertools.pairwise(edges if table.size else ()):
+            part = table[start:end]
             entry = alike.setdefault(part[:, 1:].tobytes(), (part[:, 1].tolist(), []))
             entry[1].append(int(part[0, 0]))
         ordered = [(numbers, sorted(names, key=places.__getitem__)) for numbers, names in alike.values()]
