@@ -199,8 +199,8 @@ def find_channels(model: Model, excluded: Callable[[gs.Node], bool] = _nothing) 
         ...     y = MatMul(h, B)
         ... }'''
         >>> proto = parser.parse_model(text)
-        >>> for name, shape in (("A", (2, 8)), ("B", (8, 2))):
-        ...     proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+        >>> weights = {"A": np.ones((2, 8), np.float32), "B": np.ones((8, 2), np.float32)}
+        >>> proto.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
         >>> [(group.name, group.units, group.size_bytes) for group in find_channels(Model.load(proto)).groups]
         [('h', 8, 16)]
     """
