@@ -323,6 +323,7 @@ def _figures(
     return Figures(
         size_bytes=model.size_bytes,
         deflated_bytes=deflated_bytes(path),
+        resident_bytes=census.initializer_bytes,
         parameters=parameters,
         nonzeros=nonzeros,
         macs=sum(macs.values()),

@@ -264,6 +264,12 @@ class Judge:
         """Whether a measured loss is inside the budget."""
         return self.budget.allows(quality, generated=self.generated, share=share, rounding=self.rounding)
 
+    def used(self, model: Model) -> float:
+        """The part of the budget that a model's loss has used up, to within 1 %; 1 where it is all."""
+        quality = self.score(model).quality
+        parts = (percent / 100 for percent in range(100))
+        return next((part for part in parts if self.allows(quality, part)), 1.0)
+
     def is_lossless(self, quality: Quality) -> bool:
         """Whether the outputs equal the original's to float rounding (always, for a model with random outputs)."""
         return not self.deterministic or quality.plain_error <= max(LOSSLESS_ERROR, self.rounding)

@@ -19,6 +19,7 @@ class Figures:
     Attributes:
         size_bytes: The file, external data included.
         deflated_bytes: The same after zlib, as in an APK, a wheel or a zip; estimated for a file above 16 MB.
+        resident_bytes: What the weights take in memory once loaded, by ONNX Runtime's optimized graph.
         parameters: Numbers in float weights or their quantized codes.
         nonzeros: How many of them are not zero.
         macs: Multiply-accumulates of Conv, Gemm and MatMul for one run of the timed input.
@@ -40,6 +41,7 @@ class Figures:
 
     size_bytes: int = 0
     deflated_bytes: int | None = None
+    resident_bytes: int | None = None
     parameters: int | None = None
     nonzeros: int | None = None
     macs: int | None = None
@@ -67,6 +69,8 @@ class PassEntry:
     changed: list[dict[str, str]] = field(default_factory=list)
     left: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    """What was measured or counted: each with `title`, `columns` and `rows`."""
     seconds: float = 0.0
 
 

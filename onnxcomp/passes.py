@@ -35,6 +35,7 @@ __all__ = [
     "Context",
     "Left",
     "Pass",
+    "Table",
     "find_pass",
     "option",
     "register",
@@ -81,6 +82,21 @@ class Left:
     why: str
 
 
+@dataclass(frozen=True)
+class Table:
+    """What a pass has measured or counted, for the report.
+
+    Attributes:
+        title: What it shows.
+        columns: Names of the columns.
+        rows: A value for each column: text, a number, or None where there is none.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str | int | float | None, ...]]
+
+
 @dataclass
 class Changes:
     """What a pass did: honest, since the ledger shows it.
@@ -89,12 +105,14 @@ class Changes:
         changed: Each place that changed.
         left: Each place left alone, and why.
         notes: Anything else that the user should know.
+        tables: What was measured or counted, layer by layer.
         resolved: Options that make the pass take the same decisions again without measuring.
     """
 
     changed: list[Change] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -133,7 +151,7 @@ class Context:
         statistics: What was measured before in this run, by (model digest, tensor, method).
         activations: What float activations look like, by model, data, tensor and method; runs for several targets share
             it.
-        exact: The model before any lossy stage, so that no weight need be rounded twice; None: the model is that.
+        exact: The model before its weights were rounded, so that none need be rounded twice; None: they are not.
         share: The part of the budget to choose within: less than all where an earlier choice did not hold on the
             samples kept for confirmation.
     """
@@ -171,13 +189,23 @@ class Pass(ABC):
         name: Its name on the command line: the class name in kebab-case.
         requires: What must be there for it to run: "data", "labels", "torch".
         lossless: It claims equal results, to float rounding; the pipeline checks the claim.
+        rounds: All that it changes in weights is how they are rounded, so that a later pass which rounds them too may
+            go back to the weights before it.
         idempotent: Running it a second time changes nothing.
+        seals: Later passes cannot look into the weights that it has written, so lossy ones must come before it.
+        grows: It makes the file larger on purpose.
+        pays_with: The name of a later pass without which it cannot pay. Given one by one, the two and what is between
+            them are one stage.
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
     lossless: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
+    seals: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
+    pays_with: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check each option against what it declares.

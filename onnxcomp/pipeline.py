@@ -24,7 +24,7 @@ from onnxcomp.passes import Context, Pass
 from onnxcomp.quality import Reference
 from onnxcomp.reporting import build_report, file_facts, replayed_stages
 from onnxcomp.runtime import Runtime
-from onnxcomp.stages import Stage, default_stages
+from onnxcomp.stages import Stage, default_stages, joined
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.verdict import Kept, StageRunner
 
@@ -126,7 +126,8 @@ def optimize(
         source: A path, a ModelProto or a Model. It is not changed.
         data: Samples for calibration and judgement: a path, arrays, an iterable, ...; see `onnxcomp.data.open_data`.
             Without data only rewrites that need none are tried.
-        passes: What to try, in order: passes (a stage each) or stages. By default the recipe of `default_stages`.
+        passes: What to try, in order: passes or stages. A pass is a stage by itself, but for those that pay only with a
+            later one, such as `prune` with `pack`: those are joined. By default the recipe of `default_stages`.
         budget: What the result may cost.
         metric: "top1", "top5", "mse", "auc", "module:function" or a function of (outputs, labels). All need labels but
             "top1", which falls back to the original's own answers.
@@ -182,6 +183,7 @@ def optimize(
     original = _with_static_shapes(loaded, options)
     samples = _samples(original, data, options, image)
     stages = _stages(passes, replay, has_data=not samples.generated)
+    _check_order(stages)
     _check_requirements(stages, samples)
     chosen_metric, classifier, notes = _metric(options, samples)
     if original is not loaded:
@@ -218,10 +220,10 @@ def _run_stages(
     for index, stage in enumerate(stages):
         earlier = finished.load(index)
         if earlier is not None:
-            model, entry, lossless = earlier
+            model, entry = earlier
             if model is not None:
                 model.path = runner.original.path  # what it really comes from, and must not overwrite
-            kept = kept.after_resumed(model, entry, lossless=lossless)
+            kept = kept.after_resumed(model, entry, stage)
             continue
         kept = runner.run(stage, kept)
         finished.store(index, kept)
@@ -258,7 +260,20 @@ def _stages(passes: Sequence[Pass | Stage] | None, replay: str | Path | None, *,
         return replayed_stages(Path(replay))
     if passes is None:
         return default_stages(data=has_data)
-    return [item if isinstance(item, Stage) else Stage(passes=(item,)) for item in passes]
+    return joined(passes)
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    """Refuse a lossy pass after one that seals the weights, before any work starts."""
+    sealed = None
+    for step in (step for stage in stages for step in stage.passes):
+        if step.seals:
+            sealed = step.name
+        elif step.grows:
+            sealed = None
+        elif sealed and not step.lossless:
+            message = f"{step.name} cannot look into the weights that {sealed} has written; put {sealed} after it"
+            raise OptionError(message)
 
 
 def _check_requirements(stages: Sequence[Stage], samples: Dataset) -> None:

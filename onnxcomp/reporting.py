@@ -15,9 +15,10 @@ from onnxcomp import analysis
 from onnxcomp.errors import OptionError
 from onnxcomp.fixed_shapes import dynamic_inputs
 from onnxcomp.judge import Judge, Score
-from onnxcomp.ledger import Figures, Report
+from onnxcomp.ledger import Figures, Report, StageEntry
 from onnxcomp.model import Model, ModelSource, model_files
 from onnxcomp.pass_options import make_pass
+from onnxcomp.passes import registered_passes
 from onnxcomp.quality import Quality
 from onnxcomp.stages import Stage
 from onnxcomp.targets import cpu_features
@@ -89,7 +90,7 @@ def build_report(
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=_warnings(judge, quality, samples, kept.model),
-        notes=list(notes),
+        notes=[*notes, *_alone(kept.stages)],
     )
 
 
@@ -148,6 +149,7 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
     return Figures(
         size_bytes=score.size_bytes,
         deflated_bytes=analysis.deflated_bytes(path) if score.size_bytes <= DEFLATE_LIMIT_BYTES else None,
+        resident_bytes=score.census.initializer_bytes,
         parameters=parameters,
         nonzeros=nonzeros,
         macs=score.macs,
@@ -181,6 +183,27 @@ def _verdict(last: Score, speed: float | None, quality: Quality, *, met: bool, c
     pace = "" if speed is None else ", at the same speed" if abs(speed - 1) < 0.02 else f", {speed:.2f} times as fast"
     loss = f"drop {quality.drop:.4f}" if quality.drop is not None else f"relative error {quality.error:.2%}"
     return f"{last.size:.2f} times smaller{pace}, {loss}{'' if met else ' (over the budget)'}"
+
+
+def _alone(stages: Sequence[StageEntry]) -> list[str]:
+    """What to say where a pass was kept without the one that it pays with."""
+    passes = [
+        step
+        for stage in stages
+        if stage.verdict in {"kept", "forced"}
+        for step in stage.attempts[-1].passes
+        if step.changed
+    ]
+    told: dict[str, list[str]] = {}
+    for index, step in enumerate(passes):
+        wanted = registered_passes()[step.name].pays_with if step.name in registered_passes() else ""
+        if wanted and all(later.name != wanted for later in passes[index + 1 :]):
+            told.setdefault(wanted, []).append(step.name)
+    return [
+        f"{' and '.join(dict.fromkeys(names))} without {wanted}: ONNX Runtime has no kernels for zeros or for few "
+        f"values, so these alone change neither size nor speed; add -p {wanted}"
+        for wanted, names in told.items()
+    ]
 
 
 def _warnings(judge: Judge, quality: Quality, samples: Dataset, model: Model) -> list[str]:

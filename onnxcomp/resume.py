@@ -67,8 +67,8 @@ class Finished:
         self._mapped = False
         _remove_old(root)
 
-    def load(self, index: int) -> tuple[Model | None, StageEntry, bool] | None:
-        """A finished stage: its model (None: it changed nothing), its entry, and whether it was lossless.
+    def load(self, index: int) -> tuple[Model | None, StageEntry] | None:
+        """A finished stage: its model (None: it changed nothing) and its entry.
 
         Stages are asked for in order. After one that is missing none is taken over: they were built on it.
         """
@@ -76,7 +76,7 @@ class Finished:
         self._complete = found is not None
         return found
 
-    def _load(self, index: int) -> tuple[Model | None, StageEntry, bool] | None:
+    def _load(self, index: int) -> tuple[Model | None, StageEntry] | None:
         path = self._folder / f"{index}.json" if self._folder else None
         if path is None:
             return None
@@ -87,7 +87,7 @@ class Finished:
         except (OSError, ValueError, KeyError, TypeError, OnnxcompError):
             return None  # a damaged record is as good as none: the stage runs again
         self._mapped |= model is not None and len(model_files(path.with_suffix(".onnx"))) > 1
-        return model, entry, bool(saved["lossless"])
+        return model, entry
 
     def store(self, index: int, kept: Kept) -> None:
         """Remember that a stage is finished."""
@@ -97,12 +97,11 @@ class Finished:
         if entry.verdict == "skipped":
             return  # another run may have the time
         changed = entry.verdict in {"kept", "forced"}
-        lossless = not (kept.before and kept.before[-1][0] == index)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if changed:
                 kept.model.save(self._folder / f"{index}.onnx")
-            text = json.dumps({"entry": dataclasses.asdict(entry), "changed": changed, "lossless": lossless})
+            text = json.dumps({"entry": dataclasses.asdict(entry), "changed": changed})
             temporary = self._folder / f"{index}.json.tmp"
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self._folder / f"{index}.json")

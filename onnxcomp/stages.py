@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnxcomp.errors import OptionError
 from onnxcomp.passes import Pass, find_pass
 
-__all__ = ["Stage", "default_stages"]
+__all__ = ["Stage", "default_stages", "joined"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,62 @@ class Stage:
     def name(self) -> str:
         """The names of its passes."""
         return " + ".join(item.name for item in self.passes)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether all of its passes claim equal results."""
+        return all(item.lossless for item in self.passes)
+
+    @property
+    def lossless_passes(self) -> tuple[Pass, ...]:
+        """Those of its passes that claim equal results."""
+        return tuple(item for item in self.passes if item.lossless)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its passes change nothing in weights but how they are rounded."""
+        return all(item.lossless or item.rounds for item in self.passes)
+
+
+def joined(items: Sequence[Pass | Stage]) -> list[Stage]:
+    """The stages of passes that are given one by one: a stage each, but for those that pay only with a later one.
+
+    Such a pass (`Pass.pays_with`) is judged together with the next one of that name and with what is between them.
+    Stages are taken as they are, and no pass is joined across one.
+
+    Example:
+        >>> from onnxcomp.passes import find_pass
+        >>> [stage.name for stage in joined([find_pass(name)() for name in ("simplify", "cluster", "quantize")])]
+        ['simplify', 'cluster', 'quantize']
+    """
+    stages: list[Stage] = []
+    first = 0
+    while first < len(items):
+        item = items[first]
+        if isinstance(item, Stage):
+            stages.append(item)
+            first += 1
+            continue
+        last = here = first
+        while here <= last:
+            last = max(last, _partner(items, here))
+            here += 1
+        stages.append(Stage(tuple(items[first : last + 1])))  # type: ignore[arg-type]  # Stage refuses what is no pass
+        first = last + 1
+    return stages
+
+
+def _partner(items: Sequence[Pass | Stage], index: int) -> int:
+    """Where the pass is that this one pays with; its own place if there is none before the next stage."""
+    item = items[index]
+    wanted = item.pays_with if isinstance(item, Pass) else ""
+    for later in range(index + 1, len(items)) if wanted else ():
+        other = items[later]
+        if isinstance(other, Stage):
+            break
+        if isinstance(other, Pass) and other.name == wanted:
+            return later
+    return index
 
 
 def default_stages(*, data: bool) -> list[Stage]:

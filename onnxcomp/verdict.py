@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -35,8 +36,10 @@ class Kept:
 
     model: Model
     stages: tuple[StageEntry, ...] = ()
-    before: tuple[tuple[int, Model], ...] = ()
-    """For each kept lossy stage: its place in `stages`, and the model before it."""
+    before: Kept | None = None
+    """All as it was before the last lossy stage that was kept."""
+    exact: Model | None = None
+    """The model before its weights were rounded; None: they are not."""
 
     @staticmethod
     def start(original: Model) -> Kept:
@@ -47,22 +50,23 @@ class Kept:
         """A stage that changed nothing was run."""
         return replace(self, stages=(*self.stages, entry))
 
-    def after(self, model: Model, entry: StageEntry, *, lossless: bool) -> Kept:
+    def after(self, model: Model, entry: StageEntry, stage: Stage) -> Kept:
         """A stage was kept."""
-        before = self.before if lossless else (*self.before, (len(self.stages), self.model))
-        return Kept(model, (*self.stages, entry), before)
+        stages = (*self.stages, entry)
+        if stage.lossless:
+            return replace(self, model=model, stages=stages)
+        return Kept(model, stages, before=self, exact=(self.exact or self.model) if stage.rounds else None)
 
-    def after_resumed(self, model: Model | None, entry: StageEntry, *, lossless: bool) -> Kept:
+    def after_resumed(self, model: Model | None, entry: StageEntry, stage: Stage) -> Kept:
         """A stage was finished by an earlier run; None: it did not change the model."""
         entry = replace(entry, resumed=True)
-        return self.with_entry(entry) if model is None else self.after(model, entry, lossless=lossless)
+        return self.with_entry(entry) if model is None else self.after(model, entry, stage)
 
 
 @dataclass
 class Trial:
     """A form of a stage that was applied: the candidate and what its passes said."""
 
-    form: tuple[Pass, ...]
     model: Model
     passes: list[PassEntry] = field(default_factory=list)
     failure: str | None = None
@@ -110,6 +114,8 @@ class StageRunner:
         self._context = context
         self._force = force or replay
         self._forced = "the decision of the earlier run" if replay else "kept by --force"
+        self._share = 1.0
+        """The part of the budget to choose within, less where an earlier choice did not hold."""
 
     def run(self, stage: Stage, kept: Kept) -> Kept:
         """Run one stage in its first form that is worth keeping."""
@@ -117,22 +123,20 @@ class StageRunner:
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
-        lossless = all(step.lossless for step in stage.passes)
-        if not lossless and not self.judge.deterministic and not self._force:
+        if not stage.lossless and not self.judge.deterministic and not self._force:
             reason = "the model's outputs are random, so no loss can be measured"
             return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
-        self._context.exact = kept.before[0][1] if kept.before else None
         attempts: list[Attempt] = []
-        for form in itertools.islice(_forms(stage), 1 + MAX_WEAKER):
+        for form in _forms(stage):
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
-            trial = self._apply(form, kept.model)
-            verdict, reason = self._verdict(trial, kept.model, stage, lossless=lossless)
+            trial = self._apply(form, kept)
+            verdict, reason = self._verdict(trial, kept.model, form)
             attempts.append(trial.attempt(verdict, reason))
             if verdict in {"kept", "forced", "unchanged"}:
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
                 if verdict == "unchanged":
                     return kept.with_entry(entry)
-                return kept.after(trial.model, entry, lossless=lossless)
+                return kept.after(trial.model, entry, form)
             self.judge.forget(trial.model)
             if self._context.out_of_time():
                 break
@@ -148,43 +152,61 @@ class StageRunner:
             quality = self.judge.confirm(kept.model)
             if self.judge.allows(quality):
                 break
-            index, model = kept.before[-1]
+            before, index = kept.before, len(kept.before.stages)
             reason = f"did not hold on the samples kept for confirmation: {_loss(quality)}"
-            dropped = _dropped(kept.stages[index], reason)
-            before = Kept(model, kept.stages[:index], kept.before[:-1])
-            again = None if _changed(kept.stages[index + 1 :]) else self._again(stages[index], before, dropped)
-            if again is None:
-                self._context.share = 1.0  # the stage before it has tries of its own
-            later = kept.stages[index + 1 :]
-            kept = again or Kept(model, (*before.stages, dropped), before.before)
-            kept = replace(kept, stages=(*kept.stages, *later))
-        self._context.share = 1.0
+            dropped, later = _dropped(kept.stages[index], reason), kept.stages[index + 1 :]
+            kept = self._with_later(self._again(stages[index], before, dropped), stages[index + 1 :], later)
+        self._share = 1.0
         return kept
 
-    def _again(self, stage: Stage, before: Kept, dropped: StageEntry) -> Kept | None:
-        """Run a stage once more within less of the budget; None if it was tried enough, or nothing comes of it."""
-        self._context.share *= LESS
-        if self._context.share < LEAST_SHARE or self._context.out_of_time():
-            return None
-        kept = self.run(stage, before)
+    def _with_later(self, kept: Kept, stages: Sequence[Stage], entries: Sequence[StageEntry]) -> Kept:
+        """Run what was kept after a stage that has chosen again: nothing lossy, or that would have gone first."""
+        for stage, entry in zip(stages, entries, strict=True):
+            if entry.verdict != "kept":
+                kept = kept.with_entry(entry)
+                continue
+            kept = self.run(replace(stage, passes=stage.lossless_passes), kept)
+            last = kept.stages[-1]
+            last = replace(last, name=entry.name, seconds=last.seconds + entry.seconds)
+            kept = replace(kept, stages=(*kept.stages[:-1], last))
+        return kept
+
+    def _again(self, stage: Stage, before: Kept, dropped: StageEntry) -> Kept:
+        """Run a stage once more within less of the budget; after some tries, its lossless passes alone."""
+        self._share *= LESS
+        enough = self._share < LEAST_SHARE or self._context.out_of_time()
+        passes = stage.lossless_passes if enough else stage.passes
+        kept = self.run(replace(stage, passes=passes), before) if passes else before.with_entry(dropped)
         entry = kept.stages[-1]
-        if len(kept.before) == len(before.before):
-            return None
-        entry = replace(entry, seconds=entry.seconds + dropped.seconds, attempts=[*dropped.attempts, *entry.attempts])
+        if kept.before is not before:
+            self._share = 1.0  # the stage before it has tries of its own
+        if entry.verdict != "kept":
+            return before.with_entry(dropped)
+        entry = replace(
+            entry,
+            name=stage.name,
+            seconds=entry.seconds + dropped.seconds,
+            attempts=[*dropped.attempts, *entry.attempts],
+        )
         return replace(kept, stages=(*kept.stages[:-1], entry))
 
     # --- one form ---------------------------------------------------------------------------------------------------
 
-    def _apply(self, form: tuple[Pass, ...], base: Model) -> Trial:
+    def _apply(self, form: Stage, kept: Kept) -> Trial:
         """Apply the passes of one form, checking the structure after each, then measure."""
-        trial = Trial(form, base.fork())
-        for step in form:
+        base = kept.model
+        trial = Trial(base.fork())
+        self._context.exact = kept.exact
+        for step, share in zip(form.passes, self._shares(form, base), strict=True):
             started = time.monotonic()
+            self._context.share = share
             try:
                 changes = step.rewrite(trial.model, self._context)
             except (RuntimeFailure, ModelError) as error:
                 trial.failure = f"{step.name} failed: {error}"
                 return trial
+            if changes.count and not (step.lossless or step.rounds):
+                self._context.exact = None  # the weights are others now, and not for rounding
             trial.passes.append(_entry(step, changes, time.monotonic() - started))
             trial.failure = self._structure(trial.model, step, changes)
             if trial.failure:
@@ -192,6 +214,17 @@ class StageRunner:
         if trial.count:
             self._measure(trial, base)
         return trial
+
+    def _shares(self, form: Stage, base: Model) -> Iterator[float]:
+        """The part of the budget that each pass may have used up: lossy ones get equal parts of what is left.
+
+        Otherwise the first would spend it all, and nothing would be left for those that it is to pay with.
+        """
+        lossy = [not step.lossless for step in form.passes]
+        used = self.judge.used(base) if sum(lossy) > 1 else 0.0
+        for count in itertools.accumulate(lossy):
+            part = max(count, 1) / max(sum(lossy), 1)
+            yield form.share * self._share * (used + (1.0 - used) * part)
 
     def _structure(self, model: Model, step: Pass, changes: Changes) -> str | None:
         """What is wrong with the candidate's structure, if anything is."""
@@ -225,7 +258,7 @@ class StageRunner:
 
     # --- the verdict ------------------------------------------------------------------------------------------------
 
-    def _verdict(self, trial: Trial, base: Model, stage: Stage, *, lossless: bool) -> tuple[str, str]:
+    def _verdict(self, trial: Trial, base: Model, stage: Stage) -> tuple[str, str]:
         """The verdict and its reason."""
         if trial.failure:
             return "dropped", trial.failure
@@ -233,14 +266,14 @@ class StageRunner:
             return "unchanged", "nothing to do"
         assert trial.quality is not None
         assert trial.score is not None
-        against = self._against(trial, base, stage, lossless=lossless)
+        against = self._against(trial, base, stage)
         if against is None:
             return "kept", _gain(trial)
         return ("forced", f"{self._forced}, although: {against}") if self._force else ("dropped", against)
 
-    def _against(self, trial: Trial, base: Model, stage: Stage, *, lossless: bool) -> str | None:
+    def _against(self, trial: Trial, base: Model, stage: Stage) -> str | None:
         """What speaks against keeping a measured candidate, or None."""
-        quality, score = trial.quality, trial.score
+        quality, score, lossless = trial.quality, trial.score, stage.lossless
         assert quality is not None
         assert score is not None
         if lossless and self.judge.is_lossless(self.judge.quality(base)) and not self.judge.is_lossless(quality):
@@ -256,7 +289,8 @@ class StageRunner:
         before = self.judge.score(base)
         smaller = before.size_bytes / score.size_bytes
         if lossless:
-            return None if smaller >= 1 else f"larger than before: {score.size_bytes:,} bytes"
+            grows = any(step.grows for step in stage.passes)
+            return None if smaller >= 1 or grows else f"larger than before: {score.size_bytes:,} bytes"
         if score.size < 1:
             return f"larger than the original: {score.size_bytes:,} bytes"
         if trial.versus_base * smaller < WORTH_KEEPING:
@@ -273,17 +307,18 @@ def _dropped(entry: StageEntry, reason: str) -> StageEntry:
     return replace(entry, verdict="dropped", reason=reason, attempts=attempts)
 
 
-def _changed(entries: tuple[StageEntry, ...]) -> bool:
-    """Whether any of these stages changed the model."""
-    return any(entry.verdict in {"kept", "forced"} for entry in entries)
-
-
-def _forms(stage: Stage) -> Iterator[tuple[Pass, ...]]:
-    """The stage as it is, then with each pass's weaker forms, one pass at a time."""
-    yield stage.passes
-    for index, step in enumerate(stage.passes):
-        for weaker in step.weaker():
-            yield (*stage.passes[:index], weaker, *stage.passes[index + 1 :])
+def _forms(stage: Stage) -> Iterator[Stage]:
+    """The stage as it is, then with each pass's weaker forms, one pass at a time, then its lossless passes alone."""
+    yield stage
+    weaker = (
+        (*stage.passes[:index], other, *stage.passes[index + 1 :])
+        for index, step in enumerate(stage.passes)
+        for other in step.weaker()
+    )
+    for passes in itertools.islice(weaker, MAX_WEAKER):
+        yield replace(stage, passes=passes)
+    if stage.lossless_passes and not stage.lossless:
+        yield replace(stage, passes=stage.lossless_passes)
 
 
 def _entry(step: Pass, changes: Changes, seconds: float) -> PassEntry:
@@ -293,6 +328,7 @@ def _entry(step: Pass, changes: Changes, seconds: float) -> PassEntry:
         changed=[{"where": change.where, "what": change.what} for change in changes.changed],
         left=[{"where": left.where, "why": left.why} for left in changes.left],
         notes=list(changes.notes),
+        tables=[dataclasses.asdict(table) for table in changes.tables],
         seconds=seconds,
     )
 

@@ -47,6 +47,7 @@ def sample_report(**changes: Any) -> Report:
         "before": Figures(
             size_bytes=754883,
             deflated_bytes=688517,
+            resident_bytes=735720,
             parameters=183930,
             nonzeros=183930,
             macs=4369512,
@@ -67,6 +68,7 @@ def sample_report(**changes: Any) -> Report:
         "after": Figures(
             size_bytes=209690,
             deflated_bytes=180000,
+            resident_bytes=190000,
             parameters=183930,
             nonzeros=180000,
             macs=4369512,

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
+from onnxcomp import Budget, optimize
 from onnxcomp.errors import OptionError
-from onnxcomp.model import Model
+from onnxcomp.model import Model, value_of
+from onnxcomp.pass_options import make_pass
 from onnxcomp.passes import Changes, Context
-from onnxcomp_passes import Cluster
-from onnxcomp_passes.cluster import codebook
+from onnxcomp_passes import Cluster, Float16, QuantizeWeights
+from onnxcomp_passes._kmeans import code_book
+from onnxcomp_passes._views import find_views
 from tests.models import graph_model, matmul_model, mlp_model, random_weights
+from tests.small import save_classifier, save_samples
 
 Array = np.ndarray[Any, Any]
 
@@ -29,71 +31,6 @@ def clustered(source: onnx.ModelProto | Model, **options: Any) -> tuple[Model, C
 
 def left(changes: Changes) -> dict[str, str]:
     return {item.where: item.why for item in changes.left}
-
-
-def squared_error(weight: Array, centres: Array) -> float:
-    nearest = centres[np.argmin(np.abs(weight.reshape(-1, 1) - centres), axis=1)]
-    return float(np.sum((weight.reshape(-1) - nearest) ** 2))
-
-
-# --- the codebook -----------------------------------------------------------------------------------------------------
-
-
-def test_finds_clusters_that_lie_apart():
-    rng = np.random.default_rng(0)
-    truth = np.array([-3.0, -1.0, 0.5, 4.0], np.float32)
-    values = rng.permutation(np.repeat(truth, 200)) + rng.normal(0, 0.01, 800).astype(np.float32)
-
-    np.testing.assert_allclose(codebook(values.astype(np.float32), 4), truth, atol=0.005)
-
-
-@pytest.mark.parametrize("size", [2, 4, 16, 64])
-def test_is_near_the_best_codebook_of_normal_weights(size: int):
-    weight = random_weights(128, 256)
-    best = {2: 0.3634, 4: 0.1175, 16: 0.009497, 64: 0.0006642}
-    # Max 1960, "Quantizing for Minimum Distortion", table I (2, 4, 16); 64: Panter and Dite's limit, 2.7207 / size**2.
-
-    error = squared_error(weight, codebook(weight, size)) / weight.size
-
-    assert error <= 1.04 * best[size]
-
-
-def test_an_outlier_costs_one_value():
-    weight = np.concatenate([random_weights(4096), np.array([1e6], np.float32)])
-
-    centres = codebook(weight, 16)
-
-    assert centres[-1] == 1e6
-    assert squared_error(weight, centres) / weight.size <= 1.1 * 0.0108  # 15 values for the others
-
-
-@given(
-    values=hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-100, 100, width=32)),
-    size=st.sampled_from([2, 3, 16]),
-    keep_zeros=st.booleans(),
-)
-def test_the_codebook_is_small_sorted_and_inside_the_range(values: Array, size: int, keep_zeros: bool):
-    centres = codebook(values, size, keep_zeros=keep_zeros)
-
-    assert centres.dtype == np.float32
-    assert 1 <= len(centres) <= size
-    assert np.all(np.diff(centres) > 0)
-    low, high = (
-        min(values.min(), 0) if keep_zeros else values.min(),
-        max(values.max(), 0) if keep_zeros else values.max(),
-    )
-    assert low <= centres[0]
-    assert centres[-1] <= high
-    assert np.any(centres == 0) or not (keep_zeros and np.any(values == 0))
-
-
-def test_zeros_do_not_draw_the_other_values_to_them():
-    weight = random_weights(1000)
-    sparse = np.concatenate([weight, np.zeros(19000, np.float32)])
-
-    kept = squared_error(weight, codebook(sparse, 16))
-
-    assert kept <= 1.1 * squared_error(weight, codebook(weight, 16))
 
 
 # --- the pass ---------------------------------------------------------------------------------------------------------
@@ -134,10 +71,10 @@ def test_a_codebook_a_channel_when_asked():
 
 
 def test_a_second_time_changes_nothing():
-    model, _ = clustered(mlp_model((24, 32, 24)))
+    model, _ = clustered(mlp_model((24, 32, 24)), bits=4)
     digest = model.digest
 
-    _, again = clustered(model)
+    _, again = clustered(model, bits=4)
 
     assert (again.count, model.digest) == (0, digest)
     assert left(again) == dict.fromkeys(["W0", "W1"], "has no more than 16 values already")
@@ -146,7 +83,7 @@ def test_a_second_time_changes_nothing():
 def test_says_that_the_file_does_not_shrink():
     _, changes = clustered(mlp_model((24, 32, 24)))
 
-    assert changes.notes == ["clustered weights are still float32: the file shrinks only where they are packed"]
+    assert changes.notes == ["clustered weights are as large as before: the file shrinks only where they are packed"]
 
 
 def test_a_shared_weight_stays_shared():
@@ -167,7 +104,7 @@ def test_a_weight_that_a_subgraph_reads_changes_for_it_too():
         >
     }"""
 
-    model, _ = clustered(graph_model(text, W=random_weights(24, 24)))
+    model, _ = clustered(graph_model(text, W=random_weights(24, 24)), bits=4)
 
     assert len(np.unique(model.weight("W"))) <= 16
     assert [tensor.name for tensor in model.to_proto().graph.initializer] == ["W"]
@@ -184,12 +121,131 @@ def test_a_weight_that_a_subgraph_reads_changes_for_it_too():
     ids=["nan", "zeros", "constant", "tiny"],
 )
 def test_leaves_what_clusters_would_not_help(weight: Array, why: str):
-    model, changes = clustered(matmul_model(weight))
+    model, changes = clustered(matmul_model(weight), bits=4)
 
     assert (changes.count, left(changes)) == (0, {"W": why})
     np.testing.assert_array_equal(model.weight("W"), weight)
 
 
-def test_refuses_a_codebook_without_bits():
-    with pytest.raises(OptionError, match="cluster: bits must be from 1 to 8, got 0"):
-        Cluster(bits=0)
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"bits": 9}, "bits must be from 0 to 8, got 9"),
+        ({"widths": ("W",)}, "widths must be NAME=BITS with 1 to 8 bits, got 'W'"),
+        ({"widths": ("W=9",)}, "widths must be NAME=BITS with 1 to 8 bits, got 'W=9'"),
+    ],
+)
+def test_refuses_bits_that_no_codebook_has(options: dict[str, Any], what: str):
+    with pytest.raises(OptionError, match=f"cluster: {what}"):
+        Cluster(**options)
+
+
+# --- integers ---------------------------------------------------------------------------------------------------------
+
+
+def stored(weight: Array, **options: Any) -> Model:
+    model = matmul_model(weight)
+    QuantizeWeights(**options).rewrite(model, Context())
+    return model
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_of_integers_the_codes_take_few_values(symmetric: bool):
+    model = stored(random_weights(64, 48) * np.float32(3), symmetric=symmetric, per_channel=symmetric)
+    [before] = find_views(model)
+    held = value_of(before.holder)
+
+    after, changes = clustered(model, bits=4)
+
+    [view] = find_views(after)
+    assert (view.form, view.holder.dtype) == ("stored", held.dtype)
+    assert len(np.unique(value_of(view.holder))) <= 16
+    assert changes.changed[0].what == f"64x48 {held.dtype} takes at most 16 values"
+
+
+def test_an_error_counts_with_the_scale_of_its_channel():
+    codes = np.array([[-100, 100], [-98, 80], [-96, 60]], np.int8)
+    large = code_book(codes, np.array([[1.0, 1e-4]]), 4)
+    assert {-100, -98, -96} <= {int(code) for code in large}
+
+
+@pytest.mark.parametrize("form", ["float", "float16", "int8", "qdq", "zero points"])
+def test_zeros_stay_zeros_in_every_form(form: str):
+    weight = random_weights(64, 48)
+    weight[np.random.default_rng(1).random(weight.shape) < 0.7] = 0
+    weight[0] = np.where(weight[0] == 0, np.float32(0.1), weight[0])
+    model = matmul_model(weight)
+    if form == "float16":
+        Float16(storage_only=True).rewrite(model, Context())
+    elif form == "qdq":
+        QuantizeWeights(form="compute").rewrite(model, Context())
+    elif form != "float":
+        QuantizeWeights(symmetric=form == "int8", per_channel=form == "int8").rewrite(model, Context())
+    [view] = find_views(model)
+    zeros = view.read() == 0
+    assert zeros.any()
+
+    after, _ = clustered(model, bits=3)
+
+    [view] = find_views(after)
+    found = view.read()
+    assert len(np.unique(value_of(view.holder))) <= 8
+    np.testing.assert_array_equal(found[zeros], 0)
+    assert np.linalg.norm(found - weight) < 0.35 * np.linalg.norm(weight)
+
+
+def test_zero_points_that_differ_leave_a_sparse_weight_alone():
+    rng = np.random.default_rng(0)
+    weight = np.where(rng.random((64, 48)) < 0.5, 0, rng.uniform(-1, 2, (64, 48)) * rng.uniform(1, 5, 48))
+    weight[0], weight[1] = -np.arange(1, 49) / 10, 5.0
+    model = stored(weight.astype(np.float32), symmetric=False)
+
+    _, changes = clustered(model, bits=4)
+
+    assert left(changes) == {"W": "its zeros have different codes"}
+
+
+def test_widths_are_given_by_name():
+    model, _ = clustered(mlp_model((24, 32, 24)), widths=("W0=2",), bits=3)
+
+    assert [len(np.unique(model.weight(name))) for name in ("W0", "W1")] == [4, 8]
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def chosen(max_drop: float, tmp_path: Path) -> dict[str, Any]:
+    """What is chosen for the small classifier within a budget."""
+    result = optimize(
+        save_classifier(tmp_path / "model.onnx"),
+        data=save_samples(tmp_path / "data.npz", 512),
+        passes=[Cluster()],
+        budget=Budget(max_drop=max_drop),
+        timing=False,
+        force=True,
+    )
+    [entry] = result.report.stages[0].attempts[0].passes
+    widths = dict(item.split("=") for item in entry.options["widths"])
+    for name, bits in widths.items():
+        assert len(np.unique(result.model.weight(name))) <= 2 ** int(bits)
+    return {"drop": result.report.stages[0].attempts[0].drop, "widths": widths, "options": entry.options}
+
+
+def test_bits_are_as_few_as_the_budget_holds(tmp_path: Path):
+    strict, loose = chosen(0.005, tmp_path), chosen(0.2, tmp_path)
+
+    assert strict["drop"] <= 0.005
+    assert loose["drop"] <= 0.2
+    total = [sum(int(bits) for bits in found["widths"].values()) for found in (strict, loose)]
+    assert total[1] < total[0]
+
+
+def test_a_choice_is_repeated_without_measuring(tmp_path: Path):
+    found = chosen(0.05, tmp_path)
+
+    again = make_pass("cluster", found["options"])
+    model = Model.load(tmp_path / "model.onnx")
+    again.rewrite(model, Context())
+
+    for name, bits in found["widths"].items():
+        assert len(np.unique(model.weight(name))) <= 2 ** int(bits)

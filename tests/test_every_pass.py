@@ -18,7 +18,7 @@ from onnxcomp.data import generate
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, registered_passes
 from onnxcomp.runtime import Runtime
-from onnxcomp_passes import Quantize, QuantizeWeights
+from onnxcomp_passes import Pack, Quantize, QuantizeWeights
 from tests.models import batch_norm_weights, graph_model, mlp_model, random_weights, run
 
 Array = np.ndarray[Any, Any]
@@ -190,6 +190,17 @@ def static_mlp() -> onnx.ModelProto:
     return proto
 
 
+def packed() -> onnx.ModelProto:
+    """An MLP of few weights that are not zero, packed."""
+    model = Model.load(mlp_model((24, 48, 16)))
+    for constant in list(model.constants()):
+        constant.values = np.where(np.abs(constant.values) < np.quantile(np.abs(constant.values), 0.9), 0, 1).astype(
+            "f4"
+        )
+    Pack().rewrite(model, Context())
+    return model.to_proto()
+
+
 def silent_channels() -> onnx.ModelProto:
     """Half of the channels between two convolutions, with a depthwise one between them, are always zero."""
     text = """g (float[N, 4, 8, 8] x) => (float[N, 6, 4, 4] y) {
@@ -217,6 +228,7 @@ BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {
     "outputs": outputs_of_all_kinds,
     "overflow": overflow,
     "static mlp": static_mlp,
+    "packed": packed,
     "silent channels": silent_channels,
 }
 

@@ -201,3 +201,13 @@ def test_a_share_of_the_budget_is_smaller() -> None:
 
 def test_float_rounding_is_never_held_against_a_candidate() -> None:
     assert Budget().allows(loss(drop=None, error=0.3), generated=False, rounding=0.4)
+
+
+def test_tells_which_part_of_the_budget_is_used_up(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model("y = Identity(h)")
+    judge = make_judge(model, samples(model), runtime, tmp_path, timing=False)
+
+    assert judge.used(model) == 0.0
+    used = judge.used(scaled(model, 1.05))
+    assert used == pytest.approx(0.5, abs=0.011)  # 5 % of the whole output, of which 10 % are allowed
+    assert judge.used(scaled(model, 2.0)) == 1.0

@@ -92,6 +92,19 @@ class Recorder(QuantizeWeights):
         return super().rewrite(model, context)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeenExact(Pass):
+    """Notes the unrounded weight that it may go back to. Left alone: all."""
+
+    name: ClassVar[str] = "seen-exact"
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        changes = Changes()
+        seen = "none" if context.exact is None else f"{context.exact.weight('W').ravel()[0]:.6f}"
+        changes.notes.append(seen)
+        return changes
+
+
 def confirm_only_from(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
     """Let the check on the last samples fail until the recorder has run so often."""
     Recorder.shares.clear()
@@ -202,6 +215,19 @@ def test_the_stage_before_a_dropped_one_has_tries_of_its_own(monkeypatch: pytest
     optimize(mlp_model((64, 48, 32)), data=small_data(), passes=stages)
 
     assert Recorder.shares == [1.0, 1.0, 0.7, 0.49, 0.343, 0.7, 0.49, 0.343]
+
+
+def test_later_passes_go_back_behind_rounding_but_not_behind_other_changes_of_weights() -> None:
+    first = float(Model.load(small_model()).weight("W").ravel()[0])
+
+    def seen(*passes: Pass) -> str:
+        stages = optimize(small_model(), data=small_data(), passes=[*passes, SeenExact()], force=True).report.stages
+        return str(stages[-1].attempts[0].passes[0].notes[0])
+
+    assert seen(QuantizeWeights(min_elements=1)) == f"{first:.6f}"
+    assert seen(QuantizeWeights(min_elements=1), Simplify()) == f"{first:.6f}"
+    assert seen(Scale(factor=1.001)) == "none"
+    assert seen(Scale(factor=1.001), QuantizeWeights(min_elements=1)) == f"{1.001 * first:.6f}"
 
 
 def test_force_keeps_a_stage_and_says_what_speaks_against_it() -> None:
@@ -365,3 +391,12 @@ def test_generated_inputs_that_do_not_fit_ask_for_a_shape() -> None:
 
     with pytest.raises(DataError, match="give --data or --shape"):
         optimize(proto)
+
+
+def test_weights_decoded_at_load_are_as_large_in_memory_as_before() -> None:
+    stored = optimize(small_model(outputs=48), passes=[QuantizeWeights()], force=True).report
+    assert stored.after.resident_bytes == stored.before.resident_bytes == 64 * 48 * 4
+
+    computed = optimize(small_model(outputs=48), passes=[QuantizeWeights(form="compute")], force=True).report
+    assert computed.after.resident_bytes is not None
+    assert computed.after.resident_bytes < 0.3 * 64 * 48 * 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxcomp.report.rows import Row, figure_rows, ledger_lines, summary_lines, title
+from onnxcomp.report.rows import Row, figure_rows, ledger_lines, summary_lines, tables, title
 from onnxcomp.report.text import printable
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ def plain_text(report: Report, *, verbose: bool = False) -> str:
         lines.append(f"{'  ' * (line.depth + 1)}{head}: {line.text}{took}")
     if not report.stages:
         lines.append("  no stage was run")
+    for table in tables(report, verbose=verbose):
+        lines += ["", table.title, *_columns([table.columns, *table.rows])]
+        lines += [table.more] if table.more else []
     lines += [f"warning: {printable(text)}" for text in report.warnings]
     lines += [f"note: {printable(text)}" for text in report.notes]
     return "\n".join(lines) + "\n"
@@ -32,9 +35,13 @@ def plain_text(report: Report, *, verbose: bool = False) -> str:
 
 def plain_table(rows: Sequence[Row], head: tuple[str, str, str, str] = ("", "before", "after", "change")) -> list[str]:
     """Rows in columns that are as wide as what is in them; no spaces at the ends of lines."""
-    cells = [head, *((row.label, row.before, row.after, row.change) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(4)]
+    return _columns([head, *((row.label, row.before, row.after, row.change) for row in rows)])
+
+
+def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
+    """The first column is aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
-        f"{line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}  {line[3]:>{widths[3]}}".rstrip()
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
         for line in cells
     ]

@@ -16,6 +16,7 @@ from onnxcomp.report.text import (
     milliseconds,
     percent,
     printable,
+    shortened,
     signed,
     times,
 )
@@ -47,6 +48,9 @@ __all__ = ["Line", "Row", "figure_rows", "ledger_lines", "outcome", "summary_lin
 
 ALIKE_SHOWN = 3
 """Places that share one reason are named up to this many; the rest are counted."""
+
+TABLE_ROWS = 24
+"""Rows of a table that are shown without -v: the first, and the last one, which may be a sum."""
 
 OPTIONS_SHOWN = 60
 """Characters of an option's value that are shown; the JSON holds all of it."""
@@ -122,6 +126,7 @@ def figure_rows(report: Figured) -> list[Row]:
     rows = [
         _ratio_row("size", old.size_bytes, new.size_bytes, bytes_text),
         _ratio_row("deflated", old.deflated_bytes, new.deflated_bytes, bytes_text),
+        _ratio_row("resident", old.resident_bytes, new.resident_bytes, bytes_text),
         _ratio_row("parameters", old.parameters, new.parameters, count_text),
         _ratio_row("non-zeros", old.nonzeros, new.nonzeros, count_text),
         _ratio_row("MACs", old.macs, new.macs, count_text),
@@ -203,6 +208,42 @@ def _interval(figures: Figures) -> str:
 
 def _fits(loss: float, limit: object) -> bool | None:
     return loss <= limit if isinstance(limit, int | float) else None
+
+
+# --- tables of passes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a pass, as text; the first column is a name, numbers are aligned to the right."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    more: str
+
+
+def tables(report: Report, *, verbose: bool) -> Iterator[Table]:
+    """The tables of the passes that changed the model, in the form that was kept."""
+    for stage in report.stages:
+        if stage.verdict not in {"kept", "forced"}:
+            continue
+        for entry in stage.attempts[-1].passes:
+            for table in entry.tables:
+                rows = table["rows"]
+                shown = rows if verbose or len(rows) <= TABLE_ROWS else [*rows[: TABLE_ROWS - 1], rows[-1]]
+                more = f"and {len(rows) - len(shown)} more rows (-v shows them)" if len(shown) < len(rows) else ""
+                cells = [tuple(_cell(value) for value in row) for row in shown]
+                columns = tuple(map(printable, table["columns"]))
+                yield Table(f"{printable(entry.name)}: {printable(table['title'])}", columns, cells, more)
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return shortened(printable(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from onnxcomp.report.rows import Line, Row, figure_rows, ledger_lines, outcome, summary_lines, title
+from onnxcomp.report.rows import Line, Row, figure_rows, ledger_lines, outcome, summary_lines, tables, title
+from onnxcomp.report.rows import Table as PassTable
 from onnxcomp.report.text import printable
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ def render(report: Report, *, verbose: bool = False) -> RenderableType:
     about = Text("\n".join([title(report).replace(" -> ", " → "), *summary_lines(report)]), style="dim")
     parts: list[RenderableType] = [Text(), head, Padding(about, (0, 0, 0, 2))]
     parts += [figures_table(figure_rows(report)), _ledger(ledger_lines(report, verbose=verbose))]
+    for table in tables(report, verbose=verbose):
+        parts += [Text(), Text(table.title, "cyan"), _table(table)]
+        parts += [Text(table.more, "dim")] if table.more else []
     messages = [Text(f"⚠ {printable(text)}", style="yellow") for text in report.warnings]
     messages += [Text(f"  {printable(text)}", style="dim") for text in report.notes]
     if messages:
@@ -60,6 +64,15 @@ def figures_table(rows: Sequence[Row], head: tuple[str, str, str] = ("before", "
             Text(_typeset(row.after), after),
             Text(row.change, style),
         )
+    return table
+
+
+def _table(shown: PassTable) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for index, name in enumerate(shown.columns):
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
+    for row in shown.rows:
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from onnxcomp_passes.cluster import Cluster
 from onnxcomp_passes.float16 import Float16
+from onnxcomp_passes.pack import Pack
+from onnxcomp_passes.prune import Prune
 from onnxcomp_passes.prune_channels import PruneChannels
 from onnxcomp_passes.quantize import Quantize
 from onnxcomp_passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp_passes.quantize_weights import QuantizeWeights
 from onnxcomp_passes.simplify import Simplify
+from onnxcomp_passes.unpack import Unpack
 
-__all__ = ["Cluster", "Float16", "PruneChannels", "Quantize", "QuantizeDynamic", "QuantizeWeights", "Simplify"]
+__all__ = [
+    "Cluster",
+    "Float16",
+    "Pack",
+    "Prune",
+    "PruneChannels",
+    "Quantize",
+    "QuantizeDynamic",
+    "QuantizeWeights",
+    "Simplify",
+    "Unpack",
+]

@@ -32,7 +32,7 @@ from onnxcomp_passes._channels_labels import varying_axes
 from onnxcomp_passes._channels_rules import rule_for
 from onnxcomp_passes._workspace import label
 
-__all__ = ["AxisClasses", "Channels", "Group", "Slot", "find_channels", "node_key"]
+__all__ = ["AxisClasses", "Channels", "Group", "Slot", "find_channels", "macs_by_node", "node_key"]
 
 Array = np.ndarray[Any, Any]
 
@@ -253,7 +253,7 @@ class _Grouping:
         cuttable = self._cuttable()
         names: dict[str, int] = {}
         groups, members = [], {}
-        macs = _macs_by_node(self._flow.model)
+        macs = macs_by_node(self._flow.model)
         for numbers, classes in self._signatures(cuttable):
             axes = [self._axes[number] for number in numbers]
             first = next(axis for axis in axes if axis.role == "out")
@@ -373,7 +373,7 @@ def _item_bytes(tensor: gs.Tensor) -> int:
     return np.dtype(tensor.dtype).itemsize if isinstance(tensor, gs.Constant) else 0
 
 
-def _macs_by_node(model: Model) -> dict[str, int]:
+def macs_by_node(model: Model) -> dict[str, int]:
     """Multiply-accumulates of the main graph's nodes, by `node_key`."""
     shapes = {
         tensor.name: [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]

@@ -24,7 +24,7 @@ from onnxcomp_passes._constant_channels import ConstantChannels, by_input_channe
 from onnxcomp_passes._residual import empty_blocks, remove_blocks
 from onnxcomp_passes._workspace import is_dense, is_standard
 
-__all__ = ["Removed", "dead_units", "move_constants", "remove_dead"]
+__all__ = ["Removed", "dead_units", "move_constants", "remove_dead", "shift_bias", "takes_shift"]
 
 Array = np.ndarray[Any, Any]
 
@@ -51,7 +51,7 @@ class _Reading:
     def free(self) -> Array:
         """Whether each unit can go from here, shape (units,); what it adds moves into the bias if that can be."""
         takes = self.idle | (self.constant == 0)
-        if _takes_shift(self.node):
+        if takes_shift(self.node):
             takes |= np.isfinite(self.constant)
         return np.asarray(takes[self.entries].all(axis=1))
 
@@ -170,7 +170,7 @@ def move_constants(
                 before = shifts.get(id(reading.node), (None, 0.0))[1]
                 shifts[id(reading.node)] = reading.node, before + shift
     for node, shift in shifts.values():
-        _shift(model, node, shift)
+        shift_bias(model, node, shift)
     return [node.name or node.outputs[0].name for node, _ in shifts.values()]
 
 
@@ -227,7 +227,7 @@ def _reading(node: gs.Node, weight: Array, entries: Array, constants: ConstantCh
 # --- biases -----------------------------------------------------------------------------------------------------------
 
 
-def _takes_shift(node: gs.Node) -> bool:
+def takes_shift(node: gs.Node) -> bool:
     """Whether a constant can be added to what a layer adds up."""
     if node.op == "MatMul":
         return True
@@ -240,7 +240,7 @@ def _has_no(node: gs.Node, index: int) -> bool:
     return len(node.inputs) <= index or not node.inputs[index].name
 
 
-def _shift(model: Model, node: gs.Node, shift: Array) -> None:
+def shift_bias(model: Model, node: gs.Node, shift: Array) -> None:
     """Add a constant to each output channel of a layer."""
     if node.op == "MatMul":
         _shift_product(model, node, shift)

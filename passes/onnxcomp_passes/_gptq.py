@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxcomp_passes._codes import Codes, Grouping, Width, nearest
 
-__all__ = ["InputProducts", "gptq", "output_error"]
+__all__ = ["InputProducts", "gptq", "inverse_factor", "output_error"]
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +52,9 @@ def gptq(weight: Array, grouping: Grouping, width: Width, products: Array) -> Co
     Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     arXiv 2210.17323, section 3: rows in the order of falling input energy, updates in blocks of 128 rows, the inverse
     Hessian by Cholesky with 1% damping. Scales are those of `nearest`, fixed beforehand. A column whose output error
-    does not fall stays rounded to nearest.
+    does not fall stays rounded to nearest. Zeros stay zeros, as in Frantar & Alistarh 2023, "SparseGPT: Massive
+    Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774, section 3.5: what they should take up goes
+    on to the rows after them.
 
     Args:
         weight: Shape (inputs, outputs), finite float32.
@@ -67,7 +69,7 @@ def gptq(weight: Array, grouping: Grouping, width: Width, products: Array) -> Co
     rows, columns = weight.shape
     energy = np.diag(products)
     order = np.argsort(-energy, kind="stable")
-    factor = _inverse_factor(products[np.ix_(order, order)])
+    factor = inverse_factor(products[np.ix_(order, order)])
     if factor is None:
         return plain
     scale = _by_row(plain.scale, rows, columns)
@@ -81,6 +83,7 @@ def gptq(weight: Array, grouping: Grouping, width: Width, products: Array) -> Co
             place = order[row]
             offset = np.float32(0) if zero is None else zero[place].astype(np.float32)
             code = np.clip(np.rint(left[row] / scale[place]) + offset, width.low, width.high)
+            code = np.where(weight[place] == 0, offset, code)
             codes[place] = code
             error = (left[row] - (code - offset) * scale[place]) / factor[row, row]
             left[row + 1 : end] -= np.outer(factor[row, row + 1 : end], error)
@@ -106,7 +109,7 @@ def _by_row(values: Array, rows: int, columns: int) -> Array:
     return np.broadcast_to(flat, (rows, columns))
 
 
-def _inverse_factor(products: Array) -> Array | None:
+def inverse_factor(products: Array) -> Array | None:
     """The upper Cholesky factor of the damped inverse; None where the data say nothing at all."""
     mean = float(np.mean(np.diag(products)))
     if not np.isfinite(mean) or mean <= 0:

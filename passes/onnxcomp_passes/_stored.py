@@ -112,7 +112,7 @@ def output_channel_axis(node: gs.Node, index: int, rank: int) -> int | None:
     if node.op == "Gemm":
         transposed = bool(node.attrs.get("transB" if index else "transA", 0))
         return (0 if transposed else 1) if index else (1 if transposed else 0)
-    if node.op == "MatMul":
+    if node.op in {"MatMul", "MatMulInteger"}:
         return rank - 1 if index else max(rank - 2, 0)
     if node.op == "Gather":
         return 0
@@ -134,7 +134,7 @@ def reduction_axis(node: gs.Node, index: int, rank: int) -> int | None:
     if node.op == "Gemm":
         channel = output_channel_axis(node, index, rank)
         return None if channel is None else 1 - channel
-    if node.op == "MatMul":
+    if node.op in {"MatMul", "MatMulInteger"}:
         return max(rank - 2, 0) if index else rank - 1
     if node.op == "Gather":
         return rank - 1 if rank > 1 else None

@@ -6,6 +6,7 @@
     W_float16 -> Cast -> Conv                                       stored as float16
     W_int8 -> Cast [-> Sub(zero)] -> Mul(scale) [-> Reshape] -> Conv    stored as integers
     W_int8 -> DequantizeLinear(scale[, zero]) -> Conv               computed in int8
+    W_int8 -> MatMulInteger -> Cast -> Mul(., Mul(., scale))        computed in int8 with ranges found at run time
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from onnx import helper
 from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context
 from onnxcomp.structure import spooled
-from onnxcomp.weights import Spool
+from onnxcomp.weights import LazyWeight, Spool
 from onnxcomp_passes._stored import weight_inputs
 
 __all__ = ["Grid", "WeightView", "find_views", "wanted_views"]
@@ -87,7 +88,7 @@ class WeightView:
         shape: As that operator sees it.
         holder: The constant with its values or codes.
         form: "float" (float32 or float16, as the operator reads it), "float16" (behind a Cast), "stored" (integers
-            decoded at load) or "qdq" (integers behind a DequantizeLinear).
+            decoded at load), "qdq" (integers behind a DequantizeLinear) or "integer" (the operator multiplies them).
     """
 
     name: str
@@ -100,6 +101,13 @@ class WeightView:
     _zero: gs.Constant | None = None
     _axis: int | None = None
     _block: int = 0
+
+    @property
+    def label(self) -> str:
+        """What reports call it: codes have names that say nothing, their operator has one."""
+        if self.form in {"qdq", "integer"}:
+            return str(self.node.name or self.node.outputs[0].name)
+        return self.name
 
     def read(self) -> Array:
         """The values, float32, of `shape`. Nothing is kept in memory."""
@@ -144,9 +152,13 @@ class WeightView:
         """Give it other codes, in the shape and type of those it has."""
         self._put(codes, spool)
 
-    def _put(self, held: Array, spool: Spool) -> None:
-        onnx_type = helper.np_dtype_to_tensor_dtype(held.dtype)
-        self.holder.values = spooled(np.ascontiguousarray(held).tobytes(), onnx_type, self.holder.shape, spool)
+    def held(self, values: Array, spool: Spool) -> LazyWeight:
+        """Values or codes as its holder may hold them, of the type and shape of those that it holds."""
+        onnx_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+        return spooled(np.ascontiguousarray(values).tobytes(), onnx_type, self.holder.shape, spool)
+
+    def _put(self, values: Array, spool: Spool) -> None:
+        self.holder.values = self.held(values, spool)
 
 
 def find_views(model: Model) -> list[WeightView]:
@@ -157,7 +169,7 @@ def find_views(model: Model) -> list[WeightView]:
     """
     found: dict[int, WeightView] = {}
     for node in model.graph.nodes:
-        for index in weight_inputs(node):
+        for index in (1,) if node.op == "MatMulInteger" else weight_inputs(node):
             tensor = node.inputs[index] if index < len(node.inputs) else None
             view = _view(tensor, node, index) if tensor is not None else None
             if view is not None and getattr(view.holder, "owner", model.graph) is model.graph:
@@ -182,14 +194,14 @@ def wanted_views(
     for view in find_views(model):
         dtype = np.dtype(view.holder.dtype)
         if context.excludes(view.node) or view.name in skip:
-            changes.leave(view.name, "excluded")
+            changes.leave(view.label, "excluded")
         elif view.form == "float" and dtype not in FLOATS:
             floating = np.issubdtype(dtype, np.floating)
-            changes.leave(view.name, f"is {dtype}, not float32" if floating else "not a float")
+            changes.leave(view.label, f"is {dtype}, not float32" if floating else "not a float")
         elif math.prod(view.shape) < min_elements:
-            changes.leave(view.name, f"has fewer than {min_elements} elements")
+            changes.leave(view.label, f"has fewer than {min_elements} elements")
         elif view.name in outputs or view.holder.name in outputs:
-            changes.leave(view.name, "is a graph output")
+            changes.leave(view.label, "is a graph output")
         else:
             found.append(view)
     for graph in model.graphs():
@@ -200,6 +212,8 @@ def wanted_views(
 
 
 def _view(tensor: gs.Tensor, node: gs.Node, index: int) -> WeightView | None:
+    if node.op == "MatMulInteger":
+        return _of_integers(tensor, node)
     if isinstance(tensor, gs.Constant):
         return WeightView(str(tensor.name), node, index, tuple(tensor.shape), tensor, "float")
     maker = _maker(tensor)
@@ -231,6 +245,25 @@ def _behind_dequantize(decode: gs.Node, node: gs.Node, index: int) -> WeightView
     axis = int(decode.attrs.get("axis", 1)) % max(1, len(codes.shape))
     block = int(decode.attrs.get("block_size", 0))
     return WeightView(str(codes.name), node, index, tuple(codes.shape), codes, "qdq", scale, zero, axis, block)
+
+
+def _of_integers(codes: gs.Tensor, node: gs.Node) -> WeightView | None:
+    """Integers that are multiplied as they are; their scale is a factor of the product's."""
+    if (
+        not isinstance(codes, gs.Constant)
+        or codes.dtype not in CODES
+        or len(codes.outputs) != 1
+        or len(node.inputs) > 3
+    ):
+        return None
+    reader = node.outputs[0].outputs[0] if len(node.outputs[0].outputs) == 1 else None
+    scaled = reader.outputs[0].outputs if reader is not None and reader.op == "Cast" else []
+    factors = [_maker(tensor) for mul in scaled if mul.op == "Mul" for tensor in mul.inputs]
+    steps = [maker for maker in factors if maker is not None and maker.op == "Mul"]
+    scales = [tensor for step in steps for tensor in step.inputs if isinstance(tensor, gs.Constant)]
+    if len(scaled) != 1 or len(scales) != 1 or len(scales[0].shape) > 1:
+        return None
+    return WeightView(str(codes.name), node, 1, tuple(codes.shape), codes, "integer", scales[0], None, 1)
 
 
 def _behind_cast(tensor: gs.Tensor, node: gs.Node, index: int) -> WeightView | None:

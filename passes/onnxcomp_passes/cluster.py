@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
-import onnx
 
-from onnxcomp.model import Model, value_of
+from onnxcomp.errors import OptionError
+from onnxcomp.judge import Judge
+from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
-from onnxcomp.structure import spooled
-from onnxcomp.weights import Spool
-from onnxcomp_passes._encoding import wanted
+from onnxcomp.weights import LazyWeight, Spool
+from onnxcomp_passes._choice import MARGIN, costliest_first, fewest, most_worth_ranking
+from onnxcomp_passes._energy import input_energies
+from onnxcomp_passes._kmeans import code_book, codebook, nearest_of
 from onnxcomp_passes._stored import lift_constants, output_channel_axis
+from onnxcomp_passes._views import Grid, WeightView, find_views, wanted_views
 
-__all__ = ["Cluster", "codebook"]
+__all__ = ["Cluster"]
 
 Array = np.ndarray[Any, Any]
 
-ROUNDS = 100
-"""Of Lloyd's algorithm; from its start it settles in some tens."""
+WIDTHS = (8, 4, 2)
+"""Bits that codes are packed in without waste, and so those that are chosen from."""
 
-START_RUNS = 512
-"""Of sorted values, whose best clustering is the start: more than twice the largest codebook."""
+SAFE_BITS = 8
+"""Where nothing can be measured: 256 values are off by some thousandths of the weight's spread."""
+
+
+DAMPING = 0.01
+"""Of the mean energy, added to each: channels that the data leave silent still count. As for GPTQ."""
 
 
 @register
@@ -33,128 +42,228 @@ class Cluster(Pass):
 
     ::
 
-        before   Y = MatMul(X, W)      W: float32
-        after    Y = MatMul(X, W)      W: float32, at most 2**bits different values, zeros where there were zeros
+        before   Y = MatMul(X, W)
+        after    Y = MatMul(X, W)      W: at most 2**bits different values, zeros where there were zeros
 
-    The weights stay float32, so the file is as large as before: it gets smaller when it is compressed, or once a later
-    stage packs codes and codebook. No data are needed.
+    Weights keep the form that they have: float32, float16, or integers decoded at load or computed with. Of integers
+    the codes take few values, those with the least error of the weights that they stand for. So the file is as large as
+    before: it gets smaller when it is compressed, or once `pack` stores codes and codebook.
 
-    Left alone: weights that are not float32, that have few elements or few values already, that hold NaN or infinity,
-    that live in a subgraph or that are a graph output.
+    With data, an error counts with the energy of what the weight is multiplied with: channels that carry little may be
+    off by more. With bits=0 each weight gets 8, 4 or 2 bits, the fewest that hold the budget, by the bytes that this
+    saves for the output error that it adds; without data 8.
+
+    Left alone: weights of other types, that have few elements or few values already, that hold NaN or infinity, that
+    live in a subgraph or that are a graph output.
     """
 
     name: ClassVar[str] = "cluster"
+    pays_with: ClassVar[str] = "pack"
 
-    bits: int = option(4, "A codebook has 2**bits values.", minimum=1, maximum=8)
-    per_channel: bool = option(False, "A codebook per output channel instead of one per weight.")
+    bits: int = option(0, "A codebook has 2**bits values; 0: chosen for each weight.", minimum=0, maximum=8)
+    per_channel: bool = option(False, "A codebook per output channel of a float weight instead of one per weight.")
+    energy: bool = option(True, "With data, errors count with the mean square of the input that they meet.")
     keep_zeros: bool = option(True, "Zeros stay zeros: 0 is in the codebook of a weight that has any.")
     min_elements: int = option(128, "Weights with fewer elements stay as they are.", minimum=1)
+    widths: tuple[str, ...] = option((), "Bits of single weights, as NAME=BITS.")
     skip: tuple[str, ...] = option((), "Names of weights that stay as they are.")
+
+    def __post_init__(self) -> None:
+        """See the base class; widths must be names and bits.
+
+        Raises:
+            OptionError: An option has the wrong type or is out of range.
+        """
+        super().__post_init__()
+        for item in self.widths:
+            name, _, bits = item.rpartition("=")
+            if not name or bits not in set("12345678"):
+                message = f"{self.name}: widths must be NAME=BITS with 1 to 8 bits, got {item!r}"
+                raise OptionError(message)
+
+    def weaker(self) -> Iterator[Self]:
+        """Twice the bits."""
+        for bits in (4, 8):
+            if 0 < self.bits < bits:
+                yield replace(self, bits=bits)
 
     def rewrite(self, model: Model, context: Context) -> Changes:
         """See the class."""
         changes = Changes()
-        candidate, spool = model.fork(), Spool()
-        lift_constants(candidate.graph)
-        for weight in wanted(candidate, context, changes, skip=self.skip, min_elements=self.min_elements):
-            context.progress(f"clustering {weight.name}")
-            value = value_of(weight.constant)
-            if not np.isfinite([np.min(value, initial=0.0), np.max(value, initial=0.0)]).all():
-                changes.leave(weight.name, "holds NaN or infinity")
+        base = model.fork()
+        lift_constants(base.graph)
+        views = wanted_views(base, context, changes, skip=self.skip, min_elements=self.min_elements)
+        energies = input_energies(base, views, context) if self.energy else {}
+        clustering = _Clustering(self, base, energies, Spool())
+        judge = context.judge
+        if judge is not None and not judge.generated and not self.bits and not self.widths:
+            widths = self._choose(clustering, views, context, judge, changes)
+        else:
+            given = {name: int(bits) for name, _, bits in (item.rpartition("=") for item in self.widths)}
+            widths = {view.name: given.get(view.name, self.bits or SAFE_BITS) for view in views}
+        for view in views:
+            if view.name not in widths:
                 continue
-            axis = output_channel_axis(weight.node, weight.index, value.ndim) if self.per_channel else None
-            clustered = self._clustered(value, axis)
-            if np.array_equal(clustered, value):
-                changes.leave(weight.name, f"has no more than {1 << self.bits} values already")
+            context.progress(f"clustering {view.name}")
+            bits = widths[view.name]
+            why = clustering.refusal(view, bits)
+            if why is not None:
+                changes.leave(view.name, why)
+                del widths[view.name]
                 continue
-            weight.constant.values = spooled(clustered.tobytes(), onnx.TensorProto.FLOAT, value.shape, spool)
-            what = "x".join(map(str, value.shape))
-            per = " a channel" if axis is not None else ""
-            changes.add(weight.name, f"{what} float32 takes at most {1 << self.bits} values{per}")
+            shape = "x".join(map(str, view.shape))
+            per = " a channel" if self.per_channel and view.form.startswith("float") else ""
+            kind = str(np.dtype(view.holder.dtype))
+            changes.add(view.name, f"{shape} {kind} takes at most {1 << bits} values{per}")
         if changes.count:
-            changes.notes.append("clustered weights are still float32: the file shrinks only where they are packed")
-            model.become(candidate)
+            changes.notes.append(
+                "clustered weights are as large as before: the file shrinks only where they are packed"
+            )
+            model.become(clustering.built(widths))
         return changes
 
-    def _clustered(self, value: Array, axis: int | None) -> Array:
-        """The weight with each element at its nearest codebook value."""
+    # --- choosing -----------------------------------------------------------------------------------------------------
+
+    def _choose(
+        self, clustering: _Clustering, views: list[WeightView], context: Context, judge: Judge, changes: Changes
+    ) -> dict[str, int]:
+        """The fewest bits for each weight that hold the budget; those with most error per byte saved are widened."""
+        steps: list[tuple[str, int]] = []
+        saved: dict[int, float] = {}
+        for view in views:
+            before = 8 * np.dtype(view.holder.dtype).itemsize
+            stored = int(np.count_nonzero(view.read())) if before else 0
+            for bits in (width for width in WIDTHS if width < before):
+                if clustering.refusal(view, bits) is None:
+                    saved[len(steps)] = max(stored, 1) * (before - bits) / 8
+                    steps.append((view.name, bits))
+                    before = bits
+        errors = self._errors(clustering, steps, saved, context, judge)
+        order = costliest_first(saved, errors)
+
+        def widths_without(count: int) -> dict[str, int]:
+            """Each weight's bits when the costliest steps are not taken, nor those that follow them."""
+            gone = {steps[index] for index in order[:count]}
+            found: dict[str, int] = {}
+            stopped: set[str] = set()
+            for name, bits in steps:
+                if (name, bits) in gone:
+                    stopped.add(name)
+                elif name not in stopped:
+                    found[name] = bits
+            return found
+
+        def holds(count: int) -> bool:
+            context.progress(f"trying codebooks, {len(order) - count} of {len(order)} steps")
+            built = clustering.built(widths_without(count))
+            quality = judge.quality(built)
+            judge.forget(built)
+            return judge.allows(quality, MARGIN * context.share)
+
+        count = 0 if holds(0) else fewest(len(order), holds, context)
+        widths = widths_without(count)
+        stay = [view.name for view in views if view.name not in widths]
+        tried = {name for name, _ in steps}
+        for name in stay:
+            if name in tried:
+                changes.leave(name, "costs too much accuracy")
+        told = [f"{name}={bits}" for name, bits in widths.items()]
+        changes.resolved = {"bits": SAFE_BITS, "widths": told, "skip": [*self.skip, *stay]}
+        return widths
+
+    @staticmethod
+    def _errors(
+        clustering: _Clustering,
+        steps: list[tuple[str, int]],
+        saved: Mapping[int, float],
+        context: Context,
+        judge: Judge,
+    ) -> dict[int, float]:
+        """The output error that each step adds to the step before it, alone; independent errors add up as squares."""
+        before = judge.rough_error(clustering.base)
+        alone: dict[int, float] = {}
+        for index in most_worth_ranking(saved, context):
+            name, bits = steps[index]
+            context.progress(f"measuring {name} in {bits} bits")
+            built = clustering.built({name: bits})
+            alone[index] = judge.rough_error(built)
+            judge.forget(built)
+        errors = {}
+        for index, error in alone.items():
+            follows = index - 1 in alone and steps[index - 1][0] == steps[index][0]
+            errors[index] = math.sqrt(max(0.0, error**2 - max(before, alone[index - 1] if follows else 0.0) ** 2))
+        return errors
+
+
+@dataclass
+class _Clustering:
+    """Clustered weights of one model, each made once."""
+
+    options: Cluster
+    base: Model
+    energies: Mapping[str, Array]
+    spool: Spool
+    _made: dict[tuple[str, int], LazyWeight] = field(default_factory=dict)
+
+    def refusal(self, view: WeightView, bits: int) -> str | None:
+        """Why a weight stays as it is, if it does; else it is made."""
+        if (view.name, bits) in self._made:
+            return None
+        grid = view.grid()
+        value = view.read() if grid is None else grid.codes
+        if not _is_finite(value if grid is None else grid.scale):
+            return "holds NaN or infinity"
+        energy = self._energy(view)
+        clustered = self._floats(view, value, energy, bits) if grid is None else self._codes(grid, energy, bits)
+        if clustered is None:
+            return "its zeros have different codes"
+        clustered = clustered.astype(view.holder.dtype)
+        if np.array_equal(clustered, value.astype(view.holder.dtype)):
+            return f"has no more than {1 << bits} values already"
+        self._made[view.name, bits] = view.held(clustered, self.spool)
+        return None
+
+    def built(self, widths: Mapping[str, int]) -> Model:
+        """The model with these weights in codebooks of so many bits."""
+        fork = self.base.fork()
+        for view in find_views(fork):
+            if view.name in widths:
+                view.holder.values = self._made[view.name, widths[view.name]]
+        return fork
+
+    def _energy(self, view: WeightView) -> Array | None:
+        """What errors of a weight count, shaped as its values or codes are held; None: all the same."""
+        energy = self.energies.get(view.name)
+        if energy is None or not energy.any():
+            return None
+        damped = energy + DAMPING * np.mean(energy)
+        return np.broadcast_to(damped, view.shape).reshape(view.holder.shape)
+
+    def _floats(self, view: WeightView, value: Array, energy: Array | None, bits: int) -> Array:
+        keep = self.options.keep_zeros
+        per_channel = self.options.per_channel
+        axis = output_channel_axis(view.node, view.index, value.ndim) if per_channel else None
         if axis is None:
-            return _nearest(value, codebook(value, 1 << self.bits, keep_zeros=self.keep_zeros))
+            return nearest_of(value, codebook(value, 1 << bits, weights=energy, keep_zeros=keep))
         result = np.empty_like(value, order="C")
-        for channel, out in zip(np.moveaxis(value, axis, 0), np.moveaxis(result, axis, 0), strict=True):
-            out[...] = _nearest(channel, codebook(channel, 1 << self.bits, keep_zeros=self.keep_zeros))
+        by_channel = [np.moveaxis(array, axis, 0) for array in (value, result)]
+        counts = [None] * value.shape[axis] if energy is None else np.moveaxis(energy, axis, 0)
+        for channel, out, count in zip(*by_channel, counts, strict=True):
+            out[...] = nearest_of(channel, codebook(channel, 1 << bits, weights=count, keep_zeros=keep))
         return result
 
-
-def codebook(values: Array, size: int, *, keep_zeros: bool = True) -> Array:
-    """The values that stand for all others with least squared error, by Lloyd's algorithm on sorted values.
-
-    Lloyd 1982, "Least Squares Quantization in PCM", section V, method I. It starts from the best clustering of runs of
-    values, so that neither outliers nor chance mislead it.
-
-    Args:
-        values: Finite float32 values of any shape.
-        size: How many values the codebook may have.
-        keep_zeros: Pin one value to 0 where there are zeros, and let zeros not weigh in otherwise.
-
-    Returns:
-        At most `size` float32 values, sorted. Values that are no more than that are their own codebook.
-
-    Example:
-        >>> codebook(np.array([0.0, 1.0, 1.1, 5.0, 5.2], np.float32), 3).tolist()
-        [0.0, 1.0499999523162842, 5.099999904632568]
-    """
-    ordered = np.sort(values, axis=None)
-    distinct = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if ordered.size else ordered
-    if distinct.size <= size:
-        return distinct
-    pinned = keep_zeros and bool(np.any(distinct == 0))
-    if pinned:
-        ordered = ordered[ordered != 0]
-    centres = np.sort(np.append(_start(ordered, size - 1), 0.0)) if pinned else _start(ordered, size)
-    zero = int(np.argmin(np.abs(centres))) if pinned else None
-    sums = np.concatenate([[0.0], np.cumsum(ordered, dtype=np.float64)])
-    for _ in range(ROUNDS):
-        edges = np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2)
-        edges = np.concatenate([[0], edges, [ordered.size]])
-        counts = np.diff(edges)
-        fresh = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centres)
-        if zero is not None:
-            fresh[zero] = 0.0
-        if np.array_equal(fresh, centres):
-            break
-        centres = np.sort(fresh)
-    return np.unique(centres.astype(np.float32))
+    def _codes(self, grid: Grid, energy: Array | None, bits: int) -> Array | None:
+        """A codebook of codes: a code's error counts with the square of its scale. None where 0 has several codes."""
+        zero: int | None = None
+        codes = grid.zero_code
+        if codes is not None and self.options.keep_zeros and np.any(grid.codes == codes):
+            if np.ptp(codes.astype(np.int64)):
+                return None
+            zero = int(codes.reshape(-1)[0])
+        counts = grid.scale.astype(np.float64) ** 2
+        counts = counts if energy is None else counts * energy
+        return nearest_of(grid.codes, code_book(grid.codes, counts, 1 << bits, zero=zero))
 
 
-def _start(ordered: Array, size: int) -> Array:
-    """The best codebook for runs of equally many sorted values, by dynamic programming.
-
-    Wang & Song 2011, "Ckmeans.1d.dp: Optimal k-means Clustering in One Dimension by Dynamic Programming", the R
-    Journal 3(2), here over the runs in the place of single values.
-    """
-    places = np.unique(np.linspace(0, ordered.size, START_RUNS + 1).astype(np.int64))
-    middle = ordered[ordered.size // 2]
-    values = ordered.astype(np.float64) - middle
-    sums = np.concatenate([[0.0], np.cumsum(values)])[places]
-    squares = np.concatenate([[0.0], np.cumsum(values * values)])[places]
-    counts = (places[None, :] - places[:, None]).astype(np.float64)
-    totals = sums[None, :] - sums[:, None]
-    costs = squares[None, :] - squares[:, None] - totals**2 / np.maximum(counts, 1)
-    costs[counts <= 0] = np.inf  # costs[i, j]: of one cluster of the runs from i to before j
-    least = costs[0]
-    cuts = []
-    for _ in range(1, min(size, places.size - 1)):
-        through = least[:, None] + costs
-        cuts.append(np.argmin(through, axis=0))
-        least = np.min(through, axis=0)
-    ends = [places.size - 1]
-    for cut in reversed(cuts):
-        ends.append(int(cut[ends[-1]]))
-    edges = np.array([0, *ends[::-1]])
-    return np.asarray(np.diff(sums[edges]) / np.diff(places[edges]) + middle)
-
-
-def _nearest(values: Array, centres: Array) -> Array:
-    """Each value's nearest codebook value."""
-    return np.asarray(centres[np.searchsorted((centres[1:] + centres[:-1]) / 2, values)])
+def _is_finite(value: Array) -> bool:
+    return bool(np.isfinite([np.min(value, initial=0.0), np.max(value, initial=0.0)]).all())

@@ -56,6 +56,7 @@ class Float16(Pass):
     """
 
     name: ClassVar[str] = "float16"
+    rounds: ClassVar[bool] = True
 
     keep_io: bool = option(True, "Inputs and outputs of the model stay float32.")
     storage_only: bool = option(False, "Weights are stored as float16 and decoded at load; computation stays float32.")

@@ -57,6 +57,7 @@ class Quantize(Pass):
 
     name: ClassVar[str] = "quantize"
     requires: ClassVar[frozenset[str]] = frozenset({"data"})
+    rounds: ClassVar[bool] = True
 
     calibration: str = option("minmax", "How ranges are found.", choices=METHODS)
     percentile: float = option(99.99, "Share of values covered, in percent, for 'percentile'.", minimum=50, maximum=100)

@@ -48,6 +48,7 @@ class QuantizeDynamic(Pass):
     """
 
     name: ClassVar[str] = "quantize-dynamic"
+    rounds: ClassVar[bool] = True
 
     per_channel: bool = option(True, "One weight scale per output channel, where the target has such kernels.")
     min_elements: int = option(256, "Layers with a smaller weight stay float.", minimum=1)

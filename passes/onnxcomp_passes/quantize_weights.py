@@ -56,6 +56,7 @@ class QuantizeWeights(Pass):
     """
 
     name: ClassVar[str] = "quantize-weights"
+    rounds: ClassVar[bool] = True
 
     bits: int = option(8, "Bits of a code, 2 to 8.", minimum=2, maximum=8)
     block: int = option(

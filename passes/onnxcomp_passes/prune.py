@@ -1,0 +1,394 @@
+"""Set the weights to zero that matter least."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from onnxcomp.errors import OptionError, RequirementError
+from onnxcomp.model import Model
+from onnxcomp.passes import Changes, Context, Pass, Table, option, register
+from onnxcomp.weights import Spool
+from onnxcomp_passes._obs import compensated
+from onnxcomp_passes._pruning import (
+    Pattern,
+    as_matrices,
+    ends,
+    from_matrices,
+    lamp_curve,
+    lowest,
+    shares,
+    wanda_scores,
+)
+from onnxcomp_passes._sparsity import choose_shares
+from onnxcomp_passes._stored import lift_constants
+from onnxcomp_passes._views import Grid, WeightView, find_views, wanted_views
+from onnxcomp_passes._windows import gather_products, products_bytes
+
+__all__ = ["Prune"]
+
+Array = np.ndarray[Any, Any]
+
+ENDS_SHARE = 0.05
+"""First and last layer stay where they hold no more of all weights than this: they are the most sensitive (Han et al.
+2015, section 3.4), and so few zeros would save next to nothing."""
+
+DEFAULT_SPARSITY = 0.5
+"""Where nothing was asked for and nothing can be measured."""
+
+PRODUCTS_BYTES = 1 << 30
+"""Input products that are held at a time; layers beyond are pruned by magnitude."""
+
+CLOSE = 1e-3
+"""A weight with this close to the zeros asked for has them: a second run changes nothing."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Prune(Pass):
+    """Set the weights to zero that matter least.
+
+    ::
+
+        before   Y = MatMul(X, W)
+        after    Y = MatMul(X, W')      W': zeros in place of the least of W, in the form that W is held in
+
+    ONNX Runtime has no sparse kernels: zeros make a model neither smaller nor faster until `pack` stores them. Where
+    there are calibration data, the weights that stay are changed to make up for those that go. Without an amount, the
+    share of zeros of each weight is chosen within the accuracy budget.
+
+    Left alone: weights that are not float32, float16, or integers decoded to floats; those with NaN or infinity, or
+    whose codes have none for 0; first and last layer where they are small; weights in subgraphs, and packed ones.
+    """
+
+    name: ClassVar[str] = "prune"
+    pays_with: ClassVar[str] = "pack"
+
+    criterion: str = option(
+        "auto",
+        "What matters least: the smallest magnitude; times the norm of its input (wanda); the least change of the"
+        " output once the others make up for it (obs); auto: obs where there are data, else magnitude.",
+        choices=("auto", "magnitude", "wanda", "obs"),
+    )
+    sparsity: float = option(0.0, "The share of zeros; 0: chosen within the budget.", minimum=0, maximum=1)
+    scope: str = option(
+        "global",
+        "Whether that is the share of all weights together, or of each weight.",
+        choices=("global", "layer"),
+    )
+    ratios: tuple[str, ...] = option((), "Shares of zeros by weight, as NAME=SHARE; the other weights stay.")
+    threshold: float = option(0.0, "Weights of a smaller magnitude than this go.", minimum=0)
+    deviations: float = option(0.0, "Weights go that are smaller than so many standard deviations.", minimum=0)
+    pattern: str = option("", "N:M, as 2:4: of each M weights along the inputs N stay.")
+    operators: tuple[str, ...] = option((), "Only weights of these operators, such as MatMul; none named: all.")
+    include: tuple[str, ...] = option((), "Only weights whose name fits one of these patterns; none: all.")
+    keep_ends: str = option(
+        "auto",
+        "Leave the first and the last layer; auto: where they hold little of all weights.",
+        choices=("auto", "true", "false"),
+    )
+    min_elements: int = option(128, "Weights with fewer elements stay as they are.", minimum=1)
+    skip: tuple[str, ...] = option((), "Names of weights that stay as they are.")
+
+    def __post_init__(self) -> None:
+        """See the base class; an amount is asked for in one way, and magnitudes have no other criterion.
+
+        Raises:
+            OptionError: An option has the wrong type or is out of range, or two contradict each other.
+        """
+        super().__post_init__()
+        asked = [name for name in ("sparsity", "ratios", "threshold", "deviations", "pattern") if getattr(self, name)]
+        if len(asked) > 1:
+            message = f"{self.name}: {' and '.join(asked)} both say how much; give one"
+            raise OptionError(message)
+        if self.pattern and Pattern.parse(self.pattern) is None:
+            message = f"{self.name}: pattern must be N:M with 0 < N < M, such as 2:4, got {self.pattern!r}"
+            raise OptionError(message)
+        if (self.threshold or self.deviations) and self.criterion not in {"auto", "magnitude"}:
+            message = f"{self.name}: {asked[0]} is about magnitudes; leave out criterion={self.criterion}"
+            raise OptionError(message)
+        _parsed(self.ratios)
+        if self.criterion in {"wanda", "obs"}:
+            object.__setattr__(self, "requires", frozenset({"data"}))
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        """See the class.
+
+        Raises:
+            RequirementError: The criterion needs data that are not there.
+        """
+        changes = Changes()
+        if self.criterion in {"wanda", "obs"} and (context.data is None or context.runtime is None):
+            message = (
+                f"{self.name}: the criterion {self.criterion} needs data, and ONNX Runtime to run them; give --data"
+            )
+            raise RequirementError(message)
+        base = model.fork()
+        lift_constants(base.graph)
+        views = self._prunable(base, context, changes)
+        if not views:
+            return changes
+        pruner = _Pruner(base, self._products(base, views, context, changes), self.criterion)
+        amounts = self._amounts(pruner, views, context, changes)
+        candidate, done = pruner.build(amounts), []
+        before = {view.name: view for view in views}
+        for view in find_views(candidate):
+            if view.name in amounts and view.holder._values is not before[view.name].holder._values:
+                zeros = int(np.count_nonzero(view.read() == 0))
+                done.append((view, zeros))
+        for view, zeros in done:
+            elements = int(np.prod(view.shape))
+            changes.add(view.label, f"{zeros:,} of {elements:,} weights are zero ({zeros / elements:.1%})")
+        if done:
+            changes.tables.append(_table(candidate, {view.name for view in views}))
+            model.become(candidate)
+        return changes
+
+    # --- which weights --------------------------------------------------------------------------------------------
+
+    def _prunable(self, model: Model, context: Context, changes: Changes) -> list[WeightView]:
+        found = []
+        views = wanted_views(model, context, changes, skip=self.skip, min_elements=self.min_elements)
+        views = [view for view in views if self._is_named(view)]
+        kept = self._kept_ends(views)
+        for view in views:
+            value, grid = view.read(), view.grid()
+            if view.name in kept:
+                changes.leave(view.label, "is the first or the last layer; keep_ends=false prunes it too")
+            elif not np.isfinite([np.min(value, initial=0.0), np.max(value, initial=0.0)]).all():
+                changes.leave(view.label, "holds NaN or infinity")
+            elif grid is not None and grid.zero_code is None:
+                changes.leave(view.label, "its codes have none for 0")
+            else:
+                found.append(view)
+        return found
+
+    def _is_named(self, view: WeightView) -> bool:
+        named = not self.include or any(fnmatch.fnmatchcase(view.name, pattern) for pattern in self.include)
+        return named and (not self.operators or view.node.op in self.operators)
+
+    def _kept_ends(self, views: Sequence[WeightView]) -> set[str]:
+        if self.keep_ends == "false" or self.ratios:
+            return set()
+        found = ends(views)
+        elements = {view.name: int(np.prod(view.shape)) for view in views}
+        few = sum(elements[name] for name in found) <= ENDS_SHARE * sum(elements.values())
+        return found if self.keep_ends == "true" or few else set()
+
+    # --- how much -------------------------------------------------------------------------------------------------
+
+    def _products(
+        self, model: Model, views: Sequence[WeightView], context: Context, changes: Changes
+    ) -> dict[str, Array]:
+        """What the layers are multiplied with, as far as the criterion asks and memory allows."""
+        if self.criterion == "magnitude" or self.threshold or self.deviations:
+            return {}
+        if context.data is None or context.runtime is None or context.workdir is None:
+            return {}
+        wanted, total = [], 0
+        for view in sorted(views, key=products_bytes):
+            total += products_bytes(view)
+            if total <= PRODUCTS_BYTES:
+                wanted.append(view)
+        found = gather_products(model, wanted, context)
+        others = len(views) - len(found)
+        if others:
+            changes.notes.append(f"{others} of {len(views)} weights are pruned by magnitude: their inputs are not seen")
+        return found
+
+    def _amounts(
+        self, pruner: _Pruner, views: Sequence[WeightView], context: Context, changes: Changes
+    ) -> dict[str, _Amount]:
+        names = [view.name for view in views]
+        pattern = Pattern.parse(self.pattern)
+        if pattern is not None:
+            return dict.fromkeys(names, _Amount(pattern=pattern))
+        if self.ratios:
+            asked = _parsed(self.ratios)
+            return {name: _Amount(share=asked[name]) for name in names if name in asked}
+        if self.threshold:
+            return dict.fromkeys(names, _Amount(threshold=self.threshold))
+        if self.deviations:
+            return dict.fromkeys(names, _Amount(deviations=self.deviations))
+        if not self.sparsity and context.judge is not None:
+            return self._chosen(pruner, views, context, changes)
+        sparsity = self.sparsity or DEFAULT_SPARSITY
+        if self.scope == "layer":
+            return dict.fromkeys(names, _Amount(share=sparsity))
+        zeros = sum(int(np.count_nonzero(view.read() == 0)) for view in views)
+        if zeros >= (sparsity - CLOSE) * sum(int(np.prod(view.shape)) for view in views):
+            return {}
+        curves = {view.name: lamp_curve(pruner.scores(view, as_matrices(view, view.read()))) for view in views}
+        return {name: _Amount(share=share) for name, share in shares(curves, sparsity).items()}
+
+    def _chosen(
+        self, pruner: _Pruner, views: Sequence[WeightView], context: Context, changes: Changes
+    ) -> dict[str, _Amount]:
+        """Shares of zeros within the budget; made-up inputs are too rough a judge of them."""
+        assert context.judge is not None
+        if context.judge.generated:
+            changes.leave("the model", "how much may go is measured on data; give --data, or sparsity=SHARE")
+            return {}
+
+        def build(asked: Mapping[str, float]) -> Model:
+            return pruner.build({name: _Amount(share=share) for name, share in asked.items()})
+
+        chosen = choose_shares(views, build, context, changes)
+        for view in views:
+            if view.name not in chosen:
+                changes.leave(view.label, "no share of zeros pays within the budget")
+        changes.resolved = {"ratios": [f"{name}={share:g}" for name, share in chosen.items()]}
+        return {name: _Amount(share=share) for name, share in chosen.items()}
+
+
+@dataclass(frozen=True)
+class _Amount:
+    """How much of one weight goes; one of these is given."""
+
+    share: float = 0.0
+    threshold: float = 0.0
+    deviations: float = 0.0
+    pattern: Pattern | None = None
+
+
+@dataclass
+class _Pruner:
+    """Prunes weights of one model; remembers the results, since choices come back to them."""
+
+    base: Model
+    products: Mapping[str, Array]
+    criterion: str
+    _spool: Spool = field(default_factory=Spool)
+    _done: dict[tuple[str, _Amount], Any] = field(default_factory=dict)
+
+    def build(self, amounts: Mapping[str, _Amount]) -> Model:
+        """A copy of the model with weights pruned, by name."""
+        fork = self.base.fork()
+        for view in find_views(fork):
+            amount = amounts.get(view.name)
+            if amount is None:
+                continue
+            key = view.name, amount
+            if key not in self._done:
+                self._done[key] = self._pruned(view, amount)
+            if self._done[key] is not None:
+                view.holder._values = self._done[key]
+        return fork
+
+    def _pruned(self, view: WeightView, amount: _Amount) -> Any:
+        """The pruned weight, in the form that it is held in; None where it has the zeros already."""
+        value = view.read()
+        pruned = self._matrices(view, as_matrices(view, value), amount)
+        if pruned is None:
+            return None
+        view.write(from_matrices(view, pruned), self._spool)
+        return view.holder._values
+
+    def scores(self, view: WeightView, matrices: Array) -> Array:
+        """What each weight matters."""
+        products = self.products.get(view.name)
+        return np.abs(matrices) if products is None else wanda_scores(matrices, products)
+
+    def _matrices(self, view: WeightView, matrices: Array, amount: _Amount) -> Array | None:
+        smallest = amount.threshold
+        if amount.deviations:
+            smallest = amount.deviations * float(np.std(matrices, dtype=np.float64))
+        if smallest:
+            mask = (np.abs(matrices) < smallest) & (matrices != 0)
+            return np.where(mask, np.float32(0), matrices) if mask.any() else None
+        if self._has_it(matrices, amount):
+            return None
+        products = self.products.get(view.name)
+        if products is not None and self.criterion != "wanda":
+            found = self._compensated(view, matrices, products, amount)
+            if found is not None:
+                return found
+        scores = self.scores(view, matrices)
+        if amount.pattern is not None:
+            mask = np.stack([amount.pattern.mask(matrix) for matrix in scores])
+        elif products is None:
+            mask = lowest(scores, round(amount.share * scores.size))
+        else:  # within each output, as Wanda says
+            count = round(amount.share * scores.shape[1])
+            order = np.argsort(scores, axis=1, kind="stable")
+            mask = np.zeros(scores.shape, bool)
+            np.put_along_axis(mask, order[:, :count], True, axis=1)
+        return np.where(mask, np.float32(0), matrices)
+
+    @staticmethod
+    def _has_it(matrices: Array, amount: _Amount) -> bool:
+        if amount.pattern is None:
+            return bool(np.count_nonzero(matrices == 0) >= (amount.share - CLOSE) * matrices.size)
+        present = np.stack([amount.pattern.mask(np.abs(matrix)) for matrix in matrices])
+        return not np.any(matrices[present])
+
+    @staticmethod
+    def _compensated(view: WeightView, matrices: Array, products: Array, amount: _Amount) -> Array | None:
+        grid = view.grid()
+        pruned = []
+        for group, (matrix, product) in enumerate(zip(matrices, products, strict=True)):
+            rounding = None if grid is None else _Rounding.of(view, grid, group).row
+            found = compensated(matrix, product, amount.pattern or amount.share, rounding)
+            if found is None:
+                return None
+            pruned.append(found)
+        return np.stack(pruned)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """The grid of one group's matrix: what a row may be rounded to."""
+
+    scale: Array
+    low: Array
+    high: Array
+
+    @staticmethod
+    def of(view: WeightView, grid: Grid, group: int) -> _Rounding:
+        """Scale and extremes of each weight, in the shape of the matrix."""
+        limits = [int(end) for end in (grid.codes.min(initial=0), grid.codes.max(initial=0))]
+        zero = 0.0 if grid.zero is None else grid.zero
+        parts = (grid.scale, *((limit - zero) * grid.scale for limit in limits))
+        shaped = (np.broadcast_to(part, grid.codes.shape).reshape(view.shape) for part in parts)
+        return _Rounding(*(as_matrices(view, part)[group] for part in shaped))
+
+    def row(self, values: Array, place: int) -> Array:
+        """A row rounded to the grid."""
+        rounded = np.rint(values / self.scale[place]) * self.scale[place]
+        return np.asarray(np.clip(rounded, self.low[place], self.high[place]), np.float32)
+
+
+def _parsed(ratios: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for text in ratios:
+        name, _, share = text.rpartition("=")
+        try:
+            found[name] = float(share)
+        except ValueError:
+            found[name] = -1.0
+        if not name or not 0 <= found[name] <= 1:
+            message = f"prune: ratios must be NAME=SHARE with a share from 0 to 1, got {text!r}"
+            raise OptionError(message)
+    return found
+
+
+def _table(model: Model, names: set[str]) -> Table:
+    """What is left of each weight, and of all."""
+    rows: list[tuple[Any, ...]] = []
+    total = alive = 0
+    for view in find_views(model):
+        if view.name in names:
+            elements, left = int(np.prod(view.shape)), int(np.count_nonzero(view.read()))
+            rows.append(_row(view.label, "x".join(map(str, view.shape)), left, elements))
+            total, alive = total + elements, alive + left
+    rows.append(_row("all", "", alive, total))
+    columns = ("weight", "shape", "non-zeros", "total", "percent", "compression rate")
+    return Table(f"{alive:,} weights alive, {total - alive:,} pruned", columns, rows)
+
+
+def _row(name: str, shape: str, alive: int, total: int) -> tuple[Any, ...]:
+    return name, shape, alive, total, round(100 * alive / total, 2), round(total / alive, 2) if alive else None

@@ -1,0 +1,163 @@
+"""Stages of several passes: what each may spend, what is kept of them, and how they are tried again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from onnxcomp import Changes, Context, Model, Pass, Stage, optimize
+from onnxcomp.judge import Judge
+from onnxcomp.pipeline import Result
+from onnxcomp.quality import Quality
+from onnxcomp_passes import Cluster, QuantizeWeights, Simplify
+from tests.small import INPUTS, classifier
+
+ORIGINAL = Model.load(classifier())
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Spend.shares.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spend(Pass):
+    """Multiplies a weight, and notes the share of the budget that it was given."""
+
+    name: ClassVar[str] = "spend"
+    shares: ClassVar[list[float]] = []
+    factor: float = 1.0
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        self.shares.append(round(context.share, 3))
+        changes = Changes()
+        if self.factor != 1.0:
+            model.set_weight("b1", model.weight("b1") * np.float32(self.factor))
+            changes.add("b1", f"times {self.factor}")
+        return changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store(QuantizeWeights):
+    """Stores weights, and notes the share of the budget that it was given."""
+
+    name: ClassVar[str] = "store"
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        Spend.shares.append(round(context.share, 3))
+        return super().rewrite(model, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenExact(Spend):
+    """Notes the unrounded weight that it may go back to."""
+
+    name: ClassVar[str] = "seen-exact"
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        return Changes(notes=["none" if context.exact is None else "exact"])
+
+
+def optimized(*passes: Pass | Stage, **options: Any) -> Result:
+    """A run on the small classifier, which Simplify makes smaller by an Identity, judged by relative error."""
+    data = {"x": np.random.default_rng(1).standard_normal((64, INPUTS)).astype(np.float32)}
+    return optimize(classifier(), data=data, passes=passes, metric=None, timing=False, **options)
+
+
+def hold_from(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
+    """Let the check on the last samples fail, for what is not exact, until lossy passes have run so often."""
+    confirm = Judge.confirm
+
+    def judged(judge: Judge, model: Model) -> Quality:
+        quality = confirm(judge, model)
+        fine = len(Spend.shares) >= runs or judge.is_lossless(quality)
+        return quality if fine else replace(quality, error=9.0, plain_error=9.0)
+
+    monkeypatch.setattr(Judge, "confirm", judged)
+
+
+def has_identity(result: Result) -> bool:
+    return any(node.op == "Identity" for node in result.model.graph.nodes)
+
+
+# --- the budget -------------------------------------------------------------------------------------------------------
+
+
+def test_lossy_passes_of_a_stage_get_equal_parts_of_the_budget() -> None:
+    optimized(Stage((Spend(), Simplify(), Spend())))
+    assert Spend.shares == [0.5, 1.0]
+
+
+def test_a_pass_chooses_within_the_share_of_its_stage() -> None:
+    optimized(Stage((Spend(),), 0.4))
+    assert Spend.shares == [0.4]
+
+
+def test_what_earlier_stages_used_up_is_not_divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Judge, "used", lambda judge, model: 0.4)
+    optimized(Stage((Spend(), Spend())))
+    assert Spend.shares == [0.7, 1.0]
+
+
+def test_a_pass_does_not_go_back_behind_a_change_in_its_own_stage() -> None:
+    def seen(*passes: Pass) -> str:
+        stages = optimized(QuantizeWeights(), Stage((*passes, SeenExact())), force=True).report.stages
+        return stages[-1].attempts[0].passes[-1].notes[0]
+
+    assert seen(Simplify()) == "exact"
+    assert seen(Spend(factor=1.02)) == "none"
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_lossless_passes_are_kept_alone_where_the_others_do_not_hold() -> None:
+    result = optimized(Stage((Spend(factor=9.0), Simplify())))
+
+    [entry] = result.report.stages
+    assert (entry.name, entry.verdict) == ("spend + simplify", "kept")
+    assert [[step.name for step in attempt.passes] for attempt in entry.attempts] == [
+        ["spend", "simplify"],
+        ["simplify"],
+    ]
+    assert "over the budget" in entry.attempts[0].reason
+    np.testing.assert_array_equal(result.model.weight("b1"), ORIGINAL.weight("b1"))
+    assert not has_identity(result)
+
+
+@pytest.mark.parametrize(("runs", "verdict"), [(3, "kept"), (99, "dropped")])
+def test_a_lossless_stage_stays_when_the_stage_before_it_chooses_again(
+    monkeypatch: pytest.MonkeyPatch, runs: int, verdict: str
+) -> None:
+    hold_from(monkeypatch, runs)
+
+    result = optimized(Store(), Simplify())
+
+    assert Spend.shares == [1.0, 0.7, 0.49, 0.343][:runs]
+    assert [(entry.name, entry.verdict) for entry in result.report.stages] == [("store", verdict), ("simplify", "kept")]
+    assert not has_identity(result)
+    held = [constant.dtype for constant in result.model.constants() if constant.shape == [INPUTS, 48]]
+    assert held == [np.int8 if verdict == "kept" else np.float32]
+
+
+def test_only_the_lossless_part_of_a_stage_is_kept_where_the_rest_never_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold_from(monkeypatch, 99)
+
+    result = optimized(Stage((Store(), Simplify())))
+
+    [entry] = result.report.stages
+    assert entry.verdict == "kept"
+    assert not has_identity(result)
+    np.testing.assert_array_equal(result.model.weight("w1"), ORIGINAL.weight("w1"))
+
+
+def test_the_report_says_that_zeros_and_codebooks_alone_do_not_pay() -> None:
+    alone = [note for note in optimized(Cluster(bits=4), force=True).report.notes if "cluster without pack" in note]
+    assert len(alone) == 1
+    assert "add -p pack" in alone[0]
+    assert not [note for note in optimized(Cluster(bits=4)).report.notes if "without pack" in note]  # it was dropped
