@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, parser
 from onnxcomp.data import generate
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.passes import Context
-from onnxcomp_passes import PruneChannels, Simplify
+from onnxcomp_passes import Pack, PruneChannels, Simplify
 from tests.models import FLOAT_ROUNDING, graph_model, mlp_model, proto_of, random_weights, run
 
 Array = np.ndarray[Any, Any]
@@ -160,6 +160,20 @@ def test_a_function_of_the_model_is_not_looked_into():
 
     assert not changes.count
     assert "channels are not followed" in changes.left[0].why
+
+
+def test_packed_weights_are_named_and_stay():
+    weights = {"W": np.sign(random_weights(64, 128)), "V": np.sign(random_weights(128, 64, seed=1))}
+    weights["W"][:, 5] = 0
+    model = Model.load(
+        graph_model("g (float[N, 64] x) => (float[N, 64] y) { h = MatMul(x, W) y = MatMul(h, V) }", weights)
+    )
+    assert Pack().rewrite(model, Context()).count
+
+    changes = PruneChannels().rewrite(model, Context())
+
+    assert not changes.count
+    assert {left.why for left in changes.left} == {"is packed: unpack the model first (onnxcomp optimize --unpack)"}
 
 
 def test_declared_shapes_between_nodes_follow():

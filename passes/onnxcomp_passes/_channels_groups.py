@@ -334,7 +334,7 @@ class _Grouping:
         )
 
     def _left(self) -> dict[str, str]:
-        left: dict[str, str] = {}
+        left = dict(self._flow.unseen)
         for axis in self._axes:
             if axis.role != "out":
                 continue
