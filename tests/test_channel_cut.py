@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from onnxcomp.data import generate
 from onnxcomp.model import Model
+from onnxcomp.passes import Context, Pass
+from onnxcomp_passes import Float16, QuantizeWeights
 from onnxcomp_passes._channels_cut import cut
 from onnxcomp_passes._channels_groups import Channels, Group, Slot, find_channels
 from onnxcomp_passes._stored import lift_constants
@@ -105,6 +108,36 @@ def test_a_cut_graph_has_the_same_units_but_those_that_went(case: str):
 
     left = [group.units - len(removed.get(group.name, ())) for group in channels.groups]
     assert [group.units for group in find_channels(model).groups] == left
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        QuantizeWeights(choose=False),
+        QuantizeWeights(choose=False, symmetric=False),
+        QuantizeWeights(choose=False, bits=4),
+        Float16(),
+    ],
+    ids=["int8", "zero points", "int4", "float16"],
+)
+def test_weights_are_cut_in_the_form_that_they_are_held_in(stored: Pass):
+    """The stored form has the groups of the float one; codes and scales of silenced units go with them."""
+    model = load(onnx.load(Path(__file__).parent.parent / "sample_models" / "fashion_lenet.onnx"))
+    channels = find_channels(model)
+    removed = some_units(channels)
+    for group in channels.groups:
+        silence(model, group, removed[group.name])
+    stored.rewrite(model, Context())
+    held = find_channels(model)
+    small = model.fork()
+
+    cut(small, held, removed)
+
+    assert [(group.name, group.units) for group in held.groups] == [(g.name, g.units) for g in channels.groups]
+    assert small.size_bytes < 0.6 * model.size_bytes
+    for feeds in generate(model.to_proto(), count=2, seed=1).feeds():
+        [before], [after] = run(model, feeds), run(small, feeds)
+        np.testing.assert_allclose(after, before, rtol=0, atol=FLOAT_ROUNDING * np.abs(before).max())
 
 
 def test_bytes_and_products_of_a_unit_are_what_its_cut_saves():

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import subgraphs, walk
 from onnxcomp.model import Model, value_of
+from onnxcomp.packed import packed_weight
 from onnxcomp_passes._channels_labels import Labels, varying_axes
 from onnxcomp_passes._shapes import infer_known
 from onnxcomp_passes._workspace import is_dense, label
@@ -74,6 +75,7 @@ class Flow:
         opset: Of the default domain.
         labels: What is tied and what is pinned.
         reads: What nodes read, in the order of the nodes.
+        unseen: Node -> why nothing is known of the channels that its weight makes.
     """
 
     def __init__(self, model: Model) -> None:
@@ -81,6 +83,7 @@ class Flow:
         self.opset = model.opset
         self.labels = Labels()
         self.reads: list[Read] = []
+        self.unseen: dict[str, str] = {}
         self._known = infer_known(model)
         self._blocks: dict[int, tuple[gs.Tensor, list[Block]]] = {}
         self._rooted: set[int] = set()
@@ -165,6 +168,12 @@ class Flow:
         labels = self.axis(tensor, axis)
         if labels is not None:
             self.reads.append(Read(tensor, (axis,), labels, node, index, role))
+        elif role == "out" and not (isinstance(tensor, gs.Constant) and tensor.shape[axis] == 1):
+            packed = packed_weight(tensor) is not None
+            why = (
+                "is packed: unpack the model first (onnxcomp optimize --unpack)" if packed else "its weight is computed"
+            )
+            self.unseen.setdefault(label(node), why)
         return labels
 
     def vector(self, node: gs.Node, index: int, labels: Array | None) -> None:

@@ -13,6 +13,7 @@ has the same number of entries on the same axes of the same tensors.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -198,8 +199,8 @@ def find_channels(model: Model, excluded: Callable[[gs.Node], bool] = _nothing) 
         ...     y = MatMul(h, B)
         ... }'''
         >>> proto = parser.parse_model(text)
-        >>> for name, shape in (("A", (2, 8)), ("B", (8, 2))):
-        ...     proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+        >>> weights = {"A": np.ones((2, 8), np.float32), "B": np.ones((8, 2), np.float32)}
+        >>> proto.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
         >>> [(group.name, group.units, group.size_bytes) for group in find_channels(Model.load(proto)).groups]
         [('h', 8, 16)]
     """
@@ -287,7 +288,9 @@ class _Grouping:
         table = table[np.isin(table[:, 0], cuttable)]
         table = table[np.argsort(table[:, 0], kind="stable")]
         alike: dict[bytes, tuple[list[int], list[int]]] = {}
-        for part in np.split(table, np.flatnonzero(np.diff(table[:, 0])) + 1) if table.size else ():
+        edges = [0, *(np.flatnonzero(np.diff(table[:, 0])) + 1).tolist(), len(table)]
+        for start, end in itertools.pairwise(edges if table.size else ()):
+            part = table[start:end]
             entry = alike.setdefault(part[:, 1:].tobytes(), (part[:, 1].tolist(), []))
             entry[1].append(int(part[0, 0]))
         ordered = [(numbers, sorted(names, key=places.__getitem__)) for numbers, names in alike.values()]
@@ -331,7 +334,7 @@ class _Grouping:
         )
 
     def _left(self) -> dict[str, str]:
-        left: dict[str, str] = {}
+        left = dict(self._flow.unseen)
         for axis in self._axes:
             if axis.role != "out":
                 continue
