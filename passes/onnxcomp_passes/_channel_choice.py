@@ -87,7 +87,7 @@ class Candidates:
         wanted = [views[key] for key in sorted(read & views.keys()) if views[key].node.op in {"Conv", "Gemm", "MatMul"}]
         products = {}
         if context.data is not None and context.runtime is not None and context.workdir is not None:
-            products = gather_products(model, wanted, context, ones=True)
+            products = gather_products(model, wanted, context)
         found = Candidates(model, channels, {}, {}, macs_by_node(model))
         for group in groups:
             consumers = consumers_of(group, views, products)

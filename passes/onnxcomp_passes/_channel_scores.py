@@ -11,6 +11,7 @@ import numpy as np
 from onnxcomp_passes._channels_groups import Group
 from onnxcomp_passes._pruning import as_matrices
 from onnxcomp_passes._views import WeightView
+from onnxcomp_passes._windows import Moments
 
 __all__ = ["Consumer", "Order", "compensated_rows", "consumers_of", "order_units"]
 
@@ -57,14 +58,14 @@ class Order:
 
 
 def consumers_of(
-    group: Group, views: Mapping[tuple[str, int], WeightView], products: Mapping[str, Array]
+    group: Group, views: Mapping[tuple[str, int], WeightView], products: Mapping[str, Moments]
 ) -> list[Consumer] | None:
     """The layers that read a group, or None where one is no plain Conv, Gemm or MatMul.
 
     Args:
         group: The group.
         views: Weights by the first output of their operator and the index of the input.
-        products: By weight name.
+        products: Moments of the inputs, by weight name.
     """
     found = []
     for slot in group.consumers:
@@ -77,8 +78,14 @@ def consumers_of(
         each = matrix.shape[0] // view.shape[slot.axis]
         rows = (slot.entries[:, :, None] * each + np.arange(each)).reshape(len(slot.entries), -1)
         known = products.get(view.name)
-        found.append(Consumer(view, rows, matrix, None if known is None else known[0]))
+        found.append(Consumer(view, rows, matrix, None if known is None else _with_means(known)))
     return found or None
+
+
+def _with_means(moments: Moments) -> Array:
+    """X^T X of inputs with a 1 behind each."""
+    means = moments.means[0][:, None]
+    return np.block([[moments.products[0], means], [means.T, np.ones((1, 1))]])
 
 
 def order_units(group: Group, consumers: Sequence[Consumer], criterion: str, producers: Sequence[Array]) -> Order:

@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxcomp_passes._codes import Codes, Grouping, Width, nearest
 
-__all__ = ["InputProducts", "gptq", "inverse_factor", "output_error"]
+__all__ = ["InputProducts", "gptq", "output_error"]
 
 Array = np.ndarray[Any, Any]
 
@@ -69,7 +69,7 @@ def gptq(weight: Array, grouping: Grouping, width: Width, products: Array) -> Co
     rows, columns = weight.shape
     energy = np.diag(products)
     order = np.argsort(-energy, kind="stable")
-    factor = inverse_factor(products[np.ix_(order, order)])
+    factor = _inverse_factor(products[np.ix_(order, order)])
     if factor is None:
         return plain
     scale = _by_row(plain.scale, rows, columns)
@@ -109,7 +109,7 @@ def _by_row(values: Array, rows: int, columns: int) -> Array:
     return np.broadcast_to(flat, (rows, columns))
 
 
-def inverse_factor(products: Array) -> Array | None:
+def _inverse_factor(products: Array) -> Array | None:
     """The upper Cholesky factor of the damped inverse; None where the data say nothing at all."""
     mean = float(np.mean(np.diag(products)))
     if not np.isfinite(mean) or mean <= 0:

@@ -2,78 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from onnxcomp_passes._gptq import inverse_factor
 from onnxcomp_passes._pruning import Pattern, lowest
 
 __all__ = ["compensated"]
 
 Array = np.ndarray[Any, Any]
 
-BLOCK = 128
-"""Rows whose mask is chosen together: the authors' setting."""
+DAMPING = 0.01
+"""Added to the products, as a share of each input's own: the setting of GPTQ and SparseGPT."""
+
+ROUNDS, GROWING = 20, 15
+"""Rounds of the search for the mask, and those in which it grows: the authors' settings."""
+
+REFIT_STEPS, REFIT_ERROR = 60, 1e-4
+"""Steps of the refit at most, and the residual that ends it: float32 products are not known better."""
+
+DEAD = 1e-6
+"""An input this much smaller than the largest, in its norm, counts as that small: nothing is divided by zero."""
 
 
-def compensated(
-    matrix: Array,
-    products: Array,
-    share: float | Pattern,
-    round_row: Callable[[Array, int], Array] | None = None,
-) -> Array | None:
-    """Prune a matrix row by row, each row's loss taken up by the rows after it.
+def compensated(matrices: Array, products: Array, cross: Array, amount: float | Pattern) -> Array | None:
+    """Choose the weights that go, and the values of those that stay, for the least error of the layer's outputs.
 
-    Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv
-    2301.00774, sections 3.2 to 3.5: the mask of each block of rows by w^2 / [H^-1]_ii, rows in the order of falling
-    input energy (in their own order for N:M), rounding and pruning in one.
+    Both come from the quadratic form of optimal brain surgeons (Frantar & Alistarh 2022, "Optimal Brain Compression",
+    arXiv 2208.11580, section 3). The mask is found as in Boza 2024, "Fast and Effective Weight Update for Pruned Large
+    Language Models", arXiv 2401.02938, section 3: by alternating directions (ADMM) on weights scaled by the norms of
+    their inputs, more going in each round. The weights that stay are then refitted to it by least squares, all outputs
+    at once by conjugate gradients. This costs a few dozen products of (inputs, inputs) with (inputs, outputs). On
+    held-out data it lost less than the single sweep of SparseGPT (arXiv 2301.00774), and about as much as surgery with
+    an exact inverse for each output.
 
     Args:
-        matrix: Shape (inputs, outputs).
-        products: X^T X of the layer's inputs, shape (inputs, inputs).
-        share: Of zeros; or N:M along the inputs.
-        round_row: Rounds a row to the values that it may have, given its place; None: any.
+        matrices: Weights, shape (groups, inputs, outputs).
+        products: X'^T X' of the inputs that the layer gets now, shape (groups, inputs, inputs), float64.
+        cross: X'^T X with the inputs X that it had when its outputs were right; the same as `products` if they are.
+        amount: The share of zeros over all groups; or N:M along the inputs.
 
     Returns:
-        The pruned matrix, float32; None where the data say nothing at all.
+        The pruned matrices, float32; None where the data say nothing.
+
+    Example:
+        Both inputs are always the same, so that the weight that stays takes over the other's part.
+
+        >>> alike = np.ones((1, 2, 2))
+        >>> compensated(np.array([[[1.0], [3.0]]]), alike, alike, 0.5).round(1).tolist()
+        [[[0.0], [4.0]]]
     """
-    rows = len(matrix)
-    pattern = share if isinstance(share, Pattern) else None
-    energy = np.diag(products)
-    order = np.arange(rows) if pattern else np.argsort(-energy, kind="stable")
-    factor = inverse_factor(products[np.ix_(order, order)])
-    if factor is None:
+    norms = np.sqrt(np.maximum(np.diagonal(products, axis1=1, axis2=2), 0))[:, :, None]
+    if not np.isfinite(products).all() or not np.isfinite(cross).all() or not norms.any():
         return None
-    left = matrix[order].astype(np.float32)
-    result = np.zeros_like(left)
-    block = BLOCK if pattern is None else max(1, BLOCK // pattern.group) * pattern.group
-    goes = _shares_of_blocks(matrix[order], factor, share, block)
-    for start in range(0, rows, block):
-        end = min(start + block, rows)
-        scores = np.square(left[start:end] / np.diag(factor)[start:end, None])
-        mask = pattern.mask(scores) if pattern else lowest(scores, goes[start // block])
-        errors = np.empty((end - start, left.shape[1]), np.float32)
-        for row in range(start, end):
-            kept = left[row] if round_row is None else round_row(left[row], int(order[row]))
-            result[row] = np.where(mask[row - start], np.float32(0), kept)
-            error = (left[row] - result[row]) / factor[row, row]
-            left[row + 1 : end] -= np.outer(factor[row, row + 1 : end], error)
-            errors[row - start] = error
-        left[end:] -= factor[start:end, end:].T @ errors
-    restored = np.empty_like(result)
-    restored[order] = result
-    return restored
+    norms = np.maximum(norms, DEAD * norms.max())
+    both = norms * norms.transpose(0, 2, 1)
+    unit = np.eye(matrices.shape[1])
+    hessian = products / both + DAMPING * unit
+    scaled = matrices * norms
+    target = ((cross / both + DAMPING * unit) @ scaled).astype(np.float32)
+    inverse = np.linalg.inv(hessian + unit).astype(np.float32)
+    hessian, scaled = hessian.astype(np.float32), scaled.astype(np.float32)
+    goes, found = _search(scaled, target, inverse, amount)
+    found = _refit(hessian, target, np.where(goes, np.float32(0), found), goes)
+    plain = np.where(goes, np.float32(0), scaled)
+    better = _loss(hessian, target, found) < _loss(hessian, target, plain)
+    return np.asarray(np.where(better, found, plain) / norms, np.float32)
 
 
-def _shares_of_blocks(ordered: Array, factor: Array, share: float | Pattern, block: int) -> list[int]:
-    """How many weights go from each block of rows: as many as a ranking over the whole matrix takes from it.
+def _search(scaled: Array, target: Array, inverse: Array, amount: float | Pattern) -> tuple[Array, Array]:
+    """The mask of what goes, and weights near to those that suit it; the step size of ADMM is 1."""
+    dual, found = np.zeros_like(scaled), scaled
+    kept = goes = np.zeros(scaled.shape, bool)
+    for step in range(ROUNDS):
+        wanted = found + dual
+        if step < GROWING:
+            goes = _mask(np.abs(wanted), amount, 1 - (1 - (step + 1) / GROWING) ** 3)
+        kept = np.where(goes, np.float32(0), wanted)
+        dual = wanted - kept
+        found = inverse @ (target + kept - dual)
+    return goes, kept
 
-    A fixed share of each block would prune rows of much energy as hard as those of next to none.
-    """
-    if isinstance(share, Pattern):
-        return []
-    scores = np.square(ordered / np.diag(factor)[:, None])
-    mask = lowest(scores, round(share * ordered.size))
-    return [int(np.count_nonzero(mask[start : start + block])) for start in range(0, len(ordered), block)]
+
+def _mask(scores: Array, amount: float | Pattern, part: float) -> Array:
+    if isinstance(amount, Pattern):
+        return amount.mask(scores.swapaxes(0, 1)).swapaxes(0, 1)
+    return lowest(scores, round(amount * part * scores.size))
+
+
+def _refit(hessian: Array, target: Array, start: Array, goes: Array) -> Array:
+    """Least squares over the weights that stay, by conjugate gradients; the scaling has the diagonal equal already."""
+
+    def staying(values: Array) -> Array:
+        return np.where(goes, np.float32(0), values)
+
+    found, residual = start.copy(), staying(target - hessian @ start)
+    direction, square = residual, _sums(residual, residual)
+    enough = REFIT_ERROR**2 * _sums(staying(target), staying(target))
+    for _ in range(REFIT_STEPS):
+        unfinished = square > enough  # what is finished stays: a quotient of two rounding errors may be anything
+        if not unfinished.any():
+            break
+        moved = staying(hessian @ direction)
+        length = _ratio(square, _sums(direction, moved)) * unfinished
+        found += length * direction
+        residual = residual - length * moved
+        before, square = square, _sums(residual, residual)
+        direction = residual + _ratio(square, before) * direction
+    return found
+
+
+def _loss(hessian: Array, target: Array, values: Array) -> Array:
+    """The squared error of each output, but for a constant."""
+    return _sums(values, hessian @ values - 2 * target)
+
+
+def _sums(one: Array, other: Array) -> Array:
+    return np.asarray(np.sum(one * other, axis=1, keepdims=True))
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)

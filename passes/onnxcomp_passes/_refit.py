@@ -12,9 +12,10 @@ from onnxcomp.passes import Context
 from onnxcomp.weights import Spool
 from onnxcomp_passes._channel_scores import MAX_INPUTS
 from onnxcomp_passes._dead import shift_bias, takes_shift
+from onnxcomp_passes._fits import Fit, Sums
 from onnxcomp_passes._pruning import as_matrices, from_matrices
 from onnxcomp_passes._views import WeightView, find_views
-from onnxcomp_passes._windows import Fit, Sums, Window, read_tensor
+from onnxcomp_passes._windows import Window, inputs_of
 
 __all__ = ["refit"]
 
@@ -72,15 +73,16 @@ def refit(model: Model, original: Model, shifts: Mapping[str, Array], context: C
 
 def _layers(model: Model, first: Collection[str]) -> list[WeightView]:
     """The layers that can be fitted, from the first one with a named weight on."""
-    main = {id(node) for node in model.graph.nodes}
+    views = find_views(model)
+    seen = inputs_of(model, views)
     found: list[WeightView] = []
-    for view in find_views(model):
+    for view in views:
         node = view.node
         if not found and view.name not in first:
             continue
         plain = int(node.attrs.get("group", 1)) == 1 and takes_shift(node) and _bias(view, {}) is not None
         small = int(np.prod(view.shape[1:])) <= MAX_INPUTS
-        if plain and small and view.form in {"float", "float16"} and read_tensor(view, main) is not None:
+        if plain and small and view.form in {"float", "float16"} and view.name in seen:
             found.append(view)
     return found
 

@@ -16,7 +16,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp_passes._views import WeightView
 
-__all__ = ["Fit", "Products", "Sums", "Window", "gather_products", "products_bytes", "read_tensor", "with_ones"]
+__all__ = ["Moments", "Products", "Window", "gather_products", "inputs_of", "products_bytes"]
 
 Array = np.ndarray[Any, Any]
 
@@ -107,113 +107,76 @@ def _spread(count: int) -> Array:
     return np.random.default_rng(count).choice(count, MAX_ROWS, replace=False)
 
 
-def with_ones(rows: Array) -> Array:
-    """Rows with a 1 behind each, for what a bias does."""
-    return np.concatenate([rows, np.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)
+@dataclass(frozen=True)
+class Moments:
+    """Second and first moments of what a layer is multiplied with; all are means over rows, float64.
+
+    Attributes:
+        products: X'^T X' of the inputs that it gets, shape (groups, inputs, inputs).
+        cross: X'^T X with those of the original model; the same array where they are the same.
+        means: Of X', shape (groups, inputs).
+        original_means: Of X.
+    """
+
+    products: Array
+    cross: Array
+    means: Array
+    original_means: Array
+
+    def centred(self) -> Moments:
+        """What is left of the products where a bias takes care of the means."""
+        products = self.products - self.means[:, :, None] * self.means[:, None, :]
+        same = self.cross is self.products
+        cross = products if same else self.cross - self.means[:, :, None] * self.original_means[:, None, :]
+        return Moments(products, cross, self.means, self.original_means)
 
 
 class Products:
-    """Sums X^T X for each way that layers read one tensor. Runs in the worker.
+    """Sums over many runs for each way that layers read one tensor. Runs in the worker.
 
     Args:
         windows: The ways.
-        ones: Whether X has a last column of ones, for means.
-
-    Attributes:
-        totals: For each way the sum, float64 of shape (groups, inputs, inputs); empty before the first run.
-        counts: For each way, rows seen.
 
     Example:
         >>> watch = Products([Window()])
         >>> watch.update(np.array([[1.0, 2.0], [3.0, 0.0]], np.float32))
-        >>> watch.totals[0].tolist(), watch.counts
-        ([[[10.0, 2.0], [2.0, 4.0]]], [2])
+        >>> watch.moments(0).products.tolist()
+        [[[5.0, 1.0], [1.0, 2.0]]]
     """
 
-    def __init__(self, windows: Sequence[Window], *, ones: bool = False) -> None:
+    def __init__(self, windows: Sequence[Window]) -> None:
         self.windows = tuple(windows)
-        self.ones = ones
-        self.totals: list[Array] = [np.zeros((0, 0, 0))] * len(self.windows)
-        self.counts = [0] * len(self.windows)
+        self._sums: list[tuple[Array, ...] | None] = [None] * len(self.windows)
+        self._counts = [0] * len(self.windows)
 
-    def update(self, array: Array) -> None:
-        """Take in one run's values; rows with NaN or infinity are left out."""
+    def update(self, original: Array, now: Array | None = None) -> None:
+        """Take in one run's values; rows with NaN or infinity are left out.
+
+        Args:
+            original: The tensor in the original model.
+            now: That in the model which is pruned; None: the same.
+        """
         for index, window in enumerate(self.windows):
-            rows = window.rows(array)
-            finite = np.isfinite(rows).all(axis=(0, 2))
-            rows = rows if finite.all() else rows[:, finite]
-            rows = with_ones(rows) if self.ones else rows
-            total = np.einsum("gri,grj->gij", rows, rows, optimize=True).astype(np.float64)
-            self.totals[index] = self.totals[index] + total if self.totals[index].size else total
-            self.counts[index] += rows.shape[1]
+            rows = [window.rows(array) for array in (original, now) if array is not None]
+            finite = np.logical_and.reduce([np.isfinite(each).all(axis=(0, 2)) for each in rows])
+            rows = rows if finite.all() else [each[:, finite] for each in rows]
+            last = rows[-1].swapaxes(1, 2)
+            parts = [part for each in rows for part in (last @ each, each.sum(axis=1))]
+            sums, known = [part.astype(np.float64) for part in parts], self._sums[index]
+            self._sums[index] = tuple(sums if known is None else map(np.add, known, sums))
+            self._counts[index] += rows[0].shape[1]
+
+    def moments(self, way: int) -> Moments | None:
+        """The means for one of the ways; None before the first row, and where all are zero."""
+        sums, count = self._sums[way], self._counts[way]
+        if sums is None or not count:
+            return None
+        parts = [part / count for part in sums]
+        (cross, original_means), (products, means) = parts[:2], parts[-2:]  # one and the same without another model
+        return Moments(products, cross, means, original_means) if products.any() else None
 
 
-class Fit:
-    """Sums what a least-squares fit of one layer needs: its inputs in one model, its results in another.
-
-    Samples go to two halves in turn, so that what is fitted on the one can be judged on the other. Runs in the worker.
-
-    Args:
-        window: How the layer reads its input; without groups.
-
-    Attributes:
-        halves: The sums of each half.
-    """
-
-    def __init__(self, window: Window) -> None:
-        self.window = window
-        self.halves = (Sums(), Sums())
-        self._samples = 0
-
-    def update(self, reference: Array, candidate: Array) -> None:
-        """Take in what the layer gives in the one model and reads in the other; samples lie along the first axis."""
-        for half in range(2):
-            part = slice((half + self._samples) % 2, None, 2)
-            if len(candidate[part]):
-                rows, results = self.window.rows(candidate[part])[0], self.window.results(reference[part])
-                self.halves[half].add(with_ones(rows), results)
-        self._samples += len(candidate)
-
-
-class Sums:
-    """What least squares needs of rows x and results y.
-
-    Attributes:
-        inputs: Sum of x x^T, float64 of shape (inputs, inputs).
-        results: Sum of x y^T, shape (inputs, outputs).
-        energy: Sum of y^2 of each output.
-        count: Rows seen.
-
-    Example:
-        >>> sums = Sums()
-        >>> sums.add(np.array([[2.0], [4.0]]), np.array([[1.0], [2.0]]))
-        >>> (sums.results / sums.inputs).tolist(), sums.error(np.array([[0.5]]))
-        ([[0.5]], 0.0)
-    """
-
-    def __init__(self) -> None:
-        self.inputs = np.zeros((0, 0))
-        self.results = np.zeros((0, 0))
-        self.energy = np.zeros(0)
-        self.count = 0
-
-    def add(self, rows: Array, results: Array) -> None:
-        """Take in more rows; those with NaN or infinity are left out."""
-        finite = np.isfinite(rows).all(axis=1) & np.isfinite(results).all(axis=1)
-        rows, results = rows[finite].astype(np.float64), results[finite].astype(np.float64)
-        found = rows.T @ rows, rows.T @ results, np.square(results).sum(axis=0)
-        if self.inputs.size:
-            found = self.inputs + found[0], self.results + found[1], self.energy + found[2]
-        self.inputs, self.results, self.energy = found
-        self.count += len(rows)
-
-    def error(self, weights: Array) -> float:
-        """The sum of squared errors of y = x @ weights."""
-        both = np.sum(weights * (self.inputs @ weights - 2 * self.results))
-        return float(both + self.energy.sum())
-
-
-def read_tensor(view: WeightView, main: set[int]) -> gs.Tensor | None:
+def _read_tensor(view: WeightView, main: set[int]) -> gs.Tensor | None:
     """The tensor that a layer multiplies its weight with, where that is observable and all that is done with it."""
     node = view.node
     if node.op not in {"Conv", "Gemm", *PRODUCTS} or view.index != 1 or node.attrs.get("transA", 0):
@@ -237,44 +200,59 @@ def products_bytes(view: WeightView) -> int:
 
 
 def gather_products(
-    model: Model, views: Sequence[WeightView], context: Context, *, ones: bool = False
-) -> dict[str, Array]:
-    """X^T X of the inputs of layers, divided by the number of rows.
+    model: Model, views: Sequence[WeightView], context: Context, original: Model | None = None
+) -> dict[str, Moments]:
+    """Moments of the inputs of layers.
 
     Args:
         model: The model that the views are of.
         views: The layers' weights; those whose input cannot be observed are left out.
         context: Its data and runtime are used.
-        ones: Whether X has a last column of ones.
+        original: The same graph with the weights that outputs are right with; None: the model itself.
 
     Returns:
-        Weight name -> float64 of shape (groups, inputs, inputs), or one more of each with ones.
+        By the names of the weights.
     """
     assert context.runtime is not None
     assert context.workdir is not None
     assert context.data is not None
-    main = {id(node) for node in model.graph.nodes}
     wanted: dict[str, list[Window]] = {}
     places: dict[str, tuple[str, int]] = {}
-    for view in views:
-        tensor = read_tensor(view, main)
-        if tensor is None:
-            continue
-        window = Window.of(view.node, view.shape)
-        ways = wanted.setdefault(str(tensor.name), [])
+    read, by_name = inputs_of(model, views), {view.name: view for view in views}
+    for name, tensor in read.items():
+        window = Window.of(by_name[name].node, by_name[name].shape)
+        ways = wanted.setdefault(tensor, [])
         if window not in ways:
             ways.append(window)
-        places[view.name] = str(tensor.name), ways.index(window)
-    path = context.workdir / "products.onnx"
-    model.save(path)
+        places[name] = tensor, ways.index(window)
     context.progress(f"gathering what {len(places)} layers are multiplied with")
-    observers = {name: Products(ways, ones=ones) for name, ways in wanted.items()}
-    seen = context.runtime.observe(path, context.data.feeds, observers)
-    for file in path.parent.glob(f"{path.name}*"):
-        file.unlink()
-    found = {}
-    for name, (tensor_name, index) in places.items():
-        total, count = seen[tensor_name].totals[index], seen[tensor_name].counts[index]
-        if count and np.any(total):
-            found[name] = total / count
-    return found
+    seen = _observed(model, {name: Products(ways) for name, ways in wanted.items()}, context, original)
+    found = {name: seen[tensor].moments(way) for name, (tensor, way) in places.items()}
+    return {name: moments for name, moments in found.items() if moments is not None}
+
+
+def inputs_of(model: Model, views: Sequence[WeightView]) -> dict[str, str]:
+    """The tensor that each layer multiplies its weight with, by the weight's name, where that can be observed."""
+    main = {id(node) for node in model.graph.nodes}
+    tensors = {view.name: _read_tensor(view, main) for view in views}
+    return {name: str(tensor.name) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _observed(
+    model: Model, observers: dict[str, Products], context: Context, original: Model | None
+) -> dict[str, Products]:
+    assert context.runtime is not None
+    assert context.workdir is not None
+    assert context.data is not None
+    path, other = context.workdir / "products.onnx", context.workdir / "products_original.onnx"
+    model.save(path)
+    try:
+        if original is None:
+            return context.runtime.observe(path, context.data.feeds, observers)
+        original.save(other)
+        pairs = {(name, name): observer for name, observer in observers.items()}
+        seen = context.runtime.observe_pair(other, path, context.data.feeds, pairs)
+        return {name: observer for (name, _), observer in seen.items()}
+    finally:
+        for file in [*path.parent.glob(f"{path.name}*"), *other.parent.glob(f"{other.name}*")]:
+            file.unlink()

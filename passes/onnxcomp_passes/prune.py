@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,22 +12,12 @@ import numpy as np
 from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, Table, option, register
-from onnxcomp.weights import Spool
-from onnxcomp_passes._obs import compensated
-from onnxcomp_passes._pruning import (
-    Pattern,
-    as_matrices,
-    ends,
-    from_matrices,
-    lamp_curve,
-    lowest,
-    shares,
-    wanda_scores,
-)
+from onnxcomp_passes._pruner import CLOSE, Amount, Pruner
+from onnxcomp_passes._pruning import Pattern, as_matrices, ends, lamp_curve, shares
 from onnxcomp_passes._sparsity import choose_shares
 from onnxcomp_passes._stored import lift_constants
-from onnxcomp_passes._views import Grid, WeightView, find_views, wanted_views
-from onnxcomp_passes._windows import gather_products, products_bytes
+from onnxcomp_passes._views import WeightView, find_views, wanted_views
+from onnxcomp_passes._windows import Moments, gather_products, products_bytes
 
 __all__ = ["Prune"]
 
@@ -43,8 +33,8 @@ DEFAULT_SPARSITY = 0.5
 PRODUCTS_BYTES = 1 << 30
 """Input products that are held at a time; layers beyond are pruned by magnitude."""
 
-CLOSE = 1e-3
-"""A weight with this close to the zeros asked for has them: a second run changes nothing."""
+TRIAL_PASSES = 4
+"""Passes over the data for a model that is only tried: what is chosen then gets all of them, and is better."""
 
 
 @register
@@ -132,7 +122,8 @@ class Prune(Pass):
         views = self._prunable(base, context, changes)
         if not views:
             return changes
-        pruner = _Pruner(base, self._products(base, views, context, changes), self.criterion)
+        products = self._products(base, views, context, changes)
+        pruner = Pruner(base, products, context, compensate=self.criterion != "wanda")
         amounts = self._amounts(pruner, views, context, changes)
         candidate, done = pruner.build(amounts), []
         before = {view.name: view for view in views}
@@ -183,7 +174,7 @@ class Prune(Pass):
 
     def _products(
         self, model: Model, views: Sequence[WeightView], context: Context, changes: Changes
-    ) -> dict[str, Array]:
+    ) -> dict[str, Moments]:
         """What the layers are multiplied with, as far as the criterion asks and memory allows."""
         if self.criterion == "magnitude" or self.threshold or self.deviations:
             return {}
@@ -201,33 +192,33 @@ class Prune(Pass):
         return found
 
     def _amounts(
-        self, pruner: _Pruner, views: Sequence[WeightView], context: Context, changes: Changes
-    ) -> dict[str, _Amount]:
+        self, pruner: Pruner, views: Sequence[WeightView], context: Context, changes: Changes
+    ) -> dict[str, Amount]:
         names = [view.name for view in views]
         pattern = Pattern.parse(self.pattern)
         if pattern is not None:
-            return dict.fromkeys(names, _Amount(pattern=pattern))
+            return dict.fromkeys(names, Amount(pattern=pattern))
         if self.ratios:
             asked = _parsed(self.ratios)
-            return {name: _Amount(share=asked[name]) for name in names if name in asked}
+            return {name: Amount(share=asked[name]) for name in names if name in asked}
         if self.threshold:
-            return dict.fromkeys(names, _Amount(threshold=self.threshold))
+            return dict.fromkeys(names, Amount(threshold=self.threshold))
         if self.deviations:
-            return dict.fromkeys(names, _Amount(deviations=self.deviations))
+            return dict.fromkeys(names, Amount(deviations=self.deviations))
         if not self.sparsity and context.judge is not None:
             return self._chosen(pruner, views, context, changes)
         sparsity = self.sparsity or DEFAULT_SPARSITY
         if self.scope == "layer":
-            return dict.fromkeys(names, _Amount(share=sparsity))
+            return dict.fromkeys(names, Amount(share=sparsity))
         zeros = sum(int(np.count_nonzero(view.read() == 0)) for view in views)
         if zeros >= (sparsity - CLOSE) * sum(int(np.prod(view.shape)) for view in views):
             return {}
         curves = {view.name: lamp_curve(pruner.scores(view, as_matrices(view, view.read()))) for view in views}
-        return {name: _Amount(share=share) for name, share in shares(curves, sparsity).items()}
+        return {name: Amount(share=share) for name, share in shares(curves, sparsity).items()}
 
     def _chosen(
-        self, pruner: _Pruner, views: Sequence[WeightView], context: Context, changes: Changes
-    ) -> dict[str, _Amount]:
+        self, pruner: Pruner, views: Sequence[WeightView], context: Context, changes: Changes
+    ) -> dict[str, Amount]:
         """Shares of zeros within the budget; made-up inputs are too rough a judge of them."""
         assert context.judge is not None
         if context.judge.generated:
@@ -235,131 +226,14 @@ class Prune(Pass):
             return {}
 
         def build(asked: Mapping[str, float]) -> Model:
-            return pruner.build({name: _Amount(share=share) for name, share in asked.items()})
+            return pruner.build({name: Amount(share=share) for name, share in asked.items()}, most_passes=TRIAL_PASSES)
 
         chosen = choose_shares(views, build, context, changes)
         for view in views:
             if view.name not in chosen:
                 changes.leave(view.label, "no share of zeros pays within the budget")
         changes.resolved = {"ratios": [f"{name}={share:g}" for name, share in chosen.items()]}
-        return {name: _Amount(share=share) for name, share in chosen.items()}
-
-
-@dataclass(frozen=True)
-class _Amount:
-    """How much of one weight goes; one of these is given."""
-
-    share: float = 0.0
-    threshold: float = 0.0
-    deviations: float = 0.0
-    pattern: Pattern | None = None
-
-
-@dataclass
-class _Pruner:
-    """Prunes weights of one model; remembers the results, since choices come back to them."""
-
-    base: Model
-    products: Mapping[str, Array]
-    criterion: str
-    _spool: Spool = field(default_factory=Spool)
-    _done: dict[tuple[str, _Amount], Any] = field(default_factory=dict)
-
-    def build(self, amounts: Mapping[str, _Amount]) -> Model:
-        """A copy of the model with weights pruned, by name."""
-        fork = self.base.fork()
-        for view in find_views(fork):
-            amount = amounts.get(view.name)
-            if amount is None:
-                continue
-            key = view.name, amount
-            if key not in self._done:
-                self._done[key] = self._pruned(view, amount)
-            if self._done[key] is not None:
-                view.holder._values = self._done[key]
-        return fork
-
-    def _pruned(self, view: WeightView, amount: _Amount) -> Any:
-        """The pruned weight, in the form that it is held in; None where it has the zeros already."""
-        value = view.read()
-        pruned = self._matrices(view, as_matrices(view, value), amount)
-        if pruned is None:
-            return None
-        view.write(from_matrices(view, pruned), self._spool)
-        return view.holder._values
-
-    def scores(self, view: WeightView, matrices: Array) -> Array:
-        """What each weight matters."""
-        products = self.products.get(view.name)
-        return np.abs(matrices) if products is None else wanda_scores(matrices, products)
-
-    def _matrices(self, view: WeightView, matrices: Array, amount: _Amount) -> Array | None:
-        smallest = amount.threshold
-        if amount.deviations:
-            smallest = amount.deviations * float(np.std(matrices, dtype=np.float64))
-        if smallest:
-            mask = (np.abs(matrices) < smallest) & (matrices != 0)
-            return np.where(mask, np.float32(0), matrices) if mask.any() else None
-        if self._has_it(matrices, amount):
-            return None
-        products = self.products.get(view.name)
-        if products is not None and self.criterion != "wanda":
-            found = self._compensated(view, matrices, products, amount)
-            if found is not None:
-                return found
-        scores = self.scores(view, matrices)
-        if amount.pattern is not None:
-            mask = np.stack([amount.pattern.mask(matrix) for matrix in scores])
-        elif products is None:
-            mask = lowest(scores, round(amount.share * scores.size))
-        else:  # within each output, as Wanda says
-            count = round(amount.share * scores.shape[1])
-            order = np.argsort(scores, axis=1, kind="stable")
-            mask = np.zeros(scores.shape, bool)
-            np.put_along_axis(mask, order[:, :count], True, axis=1)
-        return np.where(mask, np.float32(0), matrices)
-
-    @staticmethod
-    def _has_it(matrices: Array, amount: _Amount) -> bool:
-        if amount.pattern is None:
-            return bool(np.count_nonzero(matrices == 0) >= (amount.share - CLOSE) * matrices.size)
-        present = np.stack([amount.pattern.mask(np.abs(matrix)) for matrix in matrices])
-        return not np.any(matrices[present])
-
-    @staticmethod
-    def _compensated(view: WeightView, matrices: Array, products: Array, amount: _Amount) -> Array | None:
-        grid = view.grid()
-        pruned = []
-        for group, (matrix, product) in enumerate(zip(matrices, products, strict=True)):
-            rounding = None if grid is None else _Rounding.of(view, grid, group).row
-            found = compensated(matrix, product, amount.pattern or amount.share, rounding)
-            if found is None:
-                return None
-            pruned.append(found)
-        return np.stack(pruned)
-
-
-@dataclass(frozen=True)
-class _Rounding:
-    """The grid of one group's matrix: what a row may be rounded to."""
-
-    scale: Array
-    low: Array
-    high: Array
-
-    @staticmethod
-    def of(view: WeightView, grid: Grid, group: int) -> _Rounding:
-        """Scale and extremes of each weight, in the shape of the matrix."""
-        limits = [int(end) for end in (grid.codes.min(initial=0), grid.codes.max(initial=0))]
-        zero = 0.0 if grid.zero is None else grid.zero
-        parts = (grid.scale, *((limit - zero) * grid.scale for limit in limits))
-        shaped = (np.broadcast_to(part, grid.codes.shape).reshape(view.shape) for part in parts)
-        return _Rounding(*(as_matrices(view, part)[group] for part in shaped))
-
-    def row(self, values: Array, place: int) -> Array:
-        """A row rounded to the grid."""
-        rounded = np.rint(values / self.scale[place]) * self.scale[place]
-        return np.asarray(np.clip(rounded, self.low[place], self.high[place]), np.float32)
+        return {name: Amount(share=share) for name, share in chosen.items()}
 
 
 def _parsed(ratios: Sequence[str]) -> dict[str, float]:
