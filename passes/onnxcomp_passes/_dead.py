@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,9 @@ from onnxcomp_passes._channels_cut import cut
 from onnxcomp_passes._channels_groups import Channels, Group, find_channels
 from onnxcomp_passes._constant_channels import ConstantChannels, by_input_channel
 from onnxcomp_passes._residual import empty_blocks, remove_blocks
-from onnxcomp_passes._workspace import is_dense, is_standard
+from onnxcomp_passes._workspace import is_dense, is_standard, label
 
-__all__ = ["Removed", "dead_units", "move_constants", "remove_dead", "shift_bias", "takes_shift"]
+__all__ = ["Removed", "dead_units", "remove_dead", "shift_bias", "takes_shift"]
 
 Array = np.ndarray[Any, Any]
 
@@ -41,18 +42,19 @@ class _Reading:
         entries: Which channels of its input belong to each unit, shape (units, entries a unit).
         constant: What each channel of its input is, shape (channels,), NaN where that is not constant.
         idle: Whether its weights for each channel are all zero, shape (channels,).
+        finite: Whether they are all finite, shape (channels,).
     """
 
     node: gs.Node
     entries: Array
     constant: Array
     idle: Array
+    finite: Array
 
     def free(self) -> Array:
         """Whether each unit can go from here, shape (units,); what it adds moves into the bias if that can be."""
-        takes = self.idle | (self.constant == 0)
-        if takes_shift(self.node):
-            takes |= np.isfinite(self.constant)
+        known = np.isfinite(self.constant) if takes_shift(self.node) else self.constant == 0
+        takes = self.idle | (known & self.finite)
         return np.asarray(takes[self.entries].all(axis=1))
 
     def shift(self, units: Array, weight: Array) -> Array:
@@ -85,13 +87,20 @@ class Removed:
     blocks: list[str] = field(default_factory=list)
 
 
-def remove_dead(model: Model, *, wanted: Callable[[Group], bool] | None = None, spool: Spool | None = None) -> Removed:
+def remove_dead(
+    model: Model,
+    excludes: Callable[[gs.Node], bool] | None = None,
+    *,
+    wanted: Callable[[Group], bool] | None = None,
+    spool: Spool | None = None,
+) -> Removed:
     """Take out (in place) all that adds nothing: dead units, and what is dead once they are gone.
 
     Constants in `Constant` nodes are not seen: call `lift_constants` first.
 
     Args:
         model: The model.
+        excludes: Says which nodes the user wants left alone; None: none.
         wanted: Which groups may lose units; None: all.
         spool: Where the bytes of large weights go.
     """
@@ -103,14 +112,19 @@ def remove_dead(model: Model, *, wanted: Callable[[Group], bool] | None = None, 
             remove_blocks(model, blocks)
             removed.blocks += [block.name for block in blocks]
             continue
-        channels = find_channels(model)
+        channels = find_channels(model, excludes) if excludes else find_channels(model)
         dead = dead_units(model, channels, constants)
         if wanted is not None:
             dead = {name: units for name, units in dead.items() if wanted(channels.group(name))}
         dead = channels.allowed(dead)
         if not dead:
             return removed
-        removed.shifted.update(dict.fromkeys(move_constants(model, channels, dead, constants)))
+        shifts = _shifts(model, channels, dead, constants)
+        if [node for node, _ in shifts if _give_bias(model, node)]:
+            continue  # the groups have to know these biases
+        for node, shift in shifts:
+            _add(node, shift)
+            removed.shifted[label(node)] = None
         cut(model, channels, dead, spool)
         for name, units in dead.items():
             removed.of.setdefault(name, channels.group(name).units)
@@ -144,20 +158,10 @@ def dead_units(model: Model, channels: Channels, constants: ConstantChannels) ->
     return found
 
 
-def move_constants(
+def _shifts(
     model: Model, channels: Channels, removed: Mapping[str, Array], constants: ConstantChannels
-) -> list[str]:
-    """Add to biases what units add, before they are cut (in place).
-
-    Args:
-        model: The model.
-        channels: Its groups.
-        removed: Group name -> units that are about to go, out of those of `dead_units`.
-        constants: Its constant channels.
-
-    Returns:
-        The names of the layers whose bias has changed.
-    """
+) -> list[tuple[gs.Node, Array]]:
+    """What the layers that read dead units lose with them, for each of their output channels."""
     nodes = _nodes(model)
     shifts: dict[int, tuple[gs.Node, Array]] = {}
     for name, units in removed.items():
@@ -167,11 +171,9 @@ def move_constants(
             assert weight is not None
             shift = reading.shift(units, weight) if reading.node.op != "ConvTranspose" else np.zeros(1)
             if shift.any():
-                before = shifts.get(id(reading.node), (None, 0.0))[1]
+                before = shifts[id(reading.node)][1] if id(reading.node) in shifts else 0.0
                 shifts[id(reading.node)] = reading.node, before + shift
-    for node, shift in shifts.values():
-        shift_bias(model, node, shift)
-    return [node.name or node.outputs[0].name for node, _ in shifts.values()]
+    return list(shifts.values())
 
 
 def _nodes(model: Model) -> dict[str, gs.Node]:
@@ -215,72 +217,105 @@ def _readings(group: Group, nodes: Mapping[str, gs.Node], constants: ConstantCha
 
 def _reading(node: gs.Node, weight: Array, entries: Array, constants: ConstantChannels) -> _Reading:
     if node.op == "Conv":
-        idle = ~np.any(by_input_channel(node, weight) != 0, axis=(1, 3)).reshape(-1)
-        return _Reading(node, entries, constants.channels_read(node, idle.size), idle)
-    if node.op == "ConvTranspose":
-        idle = ~np.any(weight != 0, axis=tuple(range(1, weight.ndim)))
-        return _Reading(node, entries, constants.channels_read(node, idle.size), idle)
-    idle = ~np.any(weight != 0, axis=0 if node.attrs.get("transB") else 1)
-    return _Reading(node, entries, constants.along(node.inputs[0], -1, idle.size), idle)
+        parts = by_input_channel(node, weight)
+        rows = np.moveaxis(parts, 2, 1).reshape(parts.shape[0] * parts.shape[2], -1)
+    elif node.op == "Gemm" and node.attrs.get("transB"):
+        rows = weight.T
+    else:
+        rows = weight.reshape(weight.shape[0], -1)
+    if node.op in {"Conv", "ConvTranspose"}:
+        constant = constants.channels_read(node, rows.shape[0])
+    else:
+        constant = constants.along(node.inputs[0], -1, rows.shape[0])
+    return _Reading(node, entries, constant, ~np.any(rows != 0, axis=1), np.asarray(np.isfinite(rows).all(axis=1)))
 
 
 # --- biases -----------------------------------------------------------------------------------------------------------
 
 
 def takes_shift(node: gs.Node) -> bool:
-    """Whether a constant can be added to what a layer adds up."""
+    """Whether a constant can be added to each output channel of a layer."""
     if node.op == "MatMul":
         return True
-    if node.op == "Gemm" and node.attrs.get("beta", 1.0) == 0:
+    if node.op == "ConvTranspose" or (node.op == "Gemm" and node.attrs.get("beta", 1.0) == 0):
         return False
-    return node.op != "ConvTranspose" and (_has_no(node, 2) or is_dense(node.inputs[2]))
+    return _has_no(node, 2) or _is_bias(node.inputs[2], _output_channels(node))
+
+
+def shift_bias(model: Model, node: gs.Node, shift: Array) -> None:
+    """Add a constant to each output channel of a layer, which `takes_shift`; it gets a bias where it has none."""
+    _give_bias(model, node)
+    _add(node, shift)
+
+
+def _is_bias(tensor: gs.Tensor, channels: int) -> bool:
+    """Whether a constant has one value for all channels, or one for each."""
+    return is_dense(tensor) and np.dtype(tensor.dtype).kind == "f" and math.prod(tensor.shape) in (1, channels)
 
 
 def _has_no(node: gs.Node, index: int) -> bool:
     return len(node.inputs) <= index or not node.inputs[index].name
 
 
-def shift_bias(model: Model, node: gs.Node, shift: Array) -> None:
-    """Add a constant to each output channel of a layer."""
-    if node.op == "MatMul":
-        _shift_product(model, node, shift)
-        return
-    beta = node.attrs.get("beta", 1.0) if node.op == "Gemm" else 1.0
-    old = None if _has_no(node, 2) else node.inputs[2]
-    fresh = _sum(model, node, old, shift / beta)
-    if old is None:
-        del node.inputs[2:]
-        node.inputs.append(fresh)
-    else:
-        node.inputs[2] = fresh
-
-
-def _shift_product(model: Model, node: gs.Node, shift: Array) -> None:
-    """The constant goes into the Add behind a MatMul, or into a new one."""
+def _bias_place(node: gs.Node) -> tuple[gs.Node, int]:
+    """The node that adds the bias of a layer, and at which input: the layer itself, or the Add behind a MatMul."""
+    if node.op != "MatMul":
+        return node, 2
     product = node.outputs[0]
     reader = product.outputs[0] if len(product.outputs) == 1 else None
-    is_output = any(tensor is product for tensor in model.graph.outputs)
-    if reader is not None and not is_output and is_standard(reader, "Add"):
+    if reader is not None and is_standard(reader, "Add"):
         index = 1 if reader.inputs[0] is product else 0
-        other = reader.inputs[index]
-        if is_dense(other) and len(other.shape) <= 1 and np.dtype(other.dtype).kind == "f":
-            reader.inputs[index] = _sum(model, node, other, shift)
-            return
+        if _is_bias(reader.inputs[index], _output_channels(node)) and len(reader.inputs[index].shape) <= 1:
+            return reader, index
+    return node, 2
+
+
+def _give_bias(model: Model, node: gs.Node) -> bool:
+    """Give a layer a bias of its own, with a value for each output channel; False: it has one."""
+    channels = _output_channels(node)
+    place, index = _bias_place(node)
+    old = None if _has_no(place, index) else place.inputs[index]
+    if old is not None and len(old.outputs) == 1 and tuple(old.shape) == (channels,):
+        return False
+    if old is not None:
+        value = np.broadcast_to(value_of(old).reshape(-1), (channels,))
+        name = old.name
+    else:
+        value = np.zeros(channels, _float_type(node))
+        name = f"{label(node)}_bias"
+    fresh = gs.Constant(model.unique_name(name), np.ascontiguousarray(value))
+    if node.op == "MatMul" and place is node:
+        _insert_add(model, node, fresh)
+    elif len(place.inputs) > index:
+        place.inputs[index] = fresh
+    else:
+        place.inputs.append(fresh)
+    return True
+
+
+def _output_channels(node: gs.Node) -> int:
+    shape = node.inputs[1].shape
+    rows = node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB"))
+    return int(shape[0] if rows else shape[1])
+
+
+def _insert_add(model: Model, node: gs.Node, bias: gs.Constant) -> None:
+    """Put an Add behind a MatMul."""
+    product = node.outputs[0]
     inner = Variable(model.unique_name(f"{product.name}_product"), dtype=product.dtype, shape=product.shape)
     node.outputs[0] = inner
-    bias = _sum(model, node, None, shift)
-    added = Node("Add", model.unique_name(f"{node.name or product.name}_bias"), inputs=[inner, bias], outputs=[product])
+    added = Node("Add", model.unique_name(f"{label(node)}_bias"), inputs=[inner, bias], outputs=[product])
     model.graph.nodes.insert(next(i for i, each in enumerate(model.graph.nodes) if each is node) + 1, added)
 
 
-def _sum(model: Model, node: gs.Node, old: gs.Constant | None, shift: Array) -> gs.Constant:
-    """A constant and the shift, in the constant's type: the constant itself unless others read it, too."""
-    if old is not None:
-        value = np.ascontiguousarray(value_of(old).astype(np.float64) + shift, np.dtype(old.dtype))
-        if len(old.outputs) == 1:
-            old.values = value
-            return old
-        return gs.Constant(model.unique_name(old.name), value)
-    dtype = np.dtype(node.inputs[1].dtype or np.float32)
-    name = model.unique_name(f"{node.name or node.outputs[0].name}_bias")
-    return gs.Constant(name, np.ascontiguousarray(shift, dtype if dtype.kind == "f" else np.float32))
+def _float_type(node: gs.Node) -> np.dtype[Any]:
+    dtypes = [tensor.dtype for tensor in node.inputs[:2] if tensor.dtype is not None]
+    return next((np.dtype(dtype) for dtype in dtypes if np.dtype(dtype).kind == "f"), np.dtype(np.float32))
+
+
+def _add(node: gs.Node, shift: Array) -> None:
+    """Add a constant to the bias that a layer has for each output channel."""
+    place, index = _bias_place(node)
+    bias = place.inputs[index]
+    beta = node.attrs.get("beta", 1.0) if node.op == "Gemm" else 1.0
+    bias.values = np.ascontiguousarray(value_of(bias) + shift / beta, dtype=np.dtype(bias.dtype))
