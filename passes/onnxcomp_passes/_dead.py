@@ -30,7 +30,8 @@ __all__ = ["Removed", "dead_units", "remove_dead", "shift_bias", "takes_shift"]
 Array = np.ndarray[Any, Any]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-SHAPE_READERS = frozenset({"Shape", "Size"})
+SELECTING = frozenset({"Gather", "Shape", "Size", "Slice"})
+"""Operators that may read a tensor and none of some units in it: what they take is carried on, or cannot be cut."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _is_followed(group: Group, tensors: Mapping[str, gs.Tensor]) -> bool:
     for name in carriers & tensors.keys():
         for reader in tensors[name].outputs:
             outputs = {output.name for output in reader.outputs}
-            if reader.op not in SHAPE_READERS and not outputs & layers and not outputs & carriers:
+            if reader.op not in SELECTING and not outputs & layers and not outputs & carriers:
                 return False
     return bool(group.consumers)
 
