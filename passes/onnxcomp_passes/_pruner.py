@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 CLOSE = 1e-3
 """A weight with this close to the zeros asked for has them: a second run changes nothing."""
 
-MOST_PASSES = 24
+MOST_PASSES = 16
 """Passes over the data for one model: layers further apart than that are pruned by the same pass."""
 
 
