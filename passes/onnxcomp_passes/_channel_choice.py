@@ -60,12 +60,14 @@ class Candidates:
         channels: Its groups.
         orders: By group.
         consumers: By group.
+        compensates: Whether other units stand in for those that go; else the consumers' weights stay as they are.
     """
 
     model: Model
     channels: Channels
     orders: dict[str, Order]
     consumers: dict[str, list[Consumer]]
+    compensates: bool = True
     _macs: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
@@ -88,7 +90,7 @@ class Candidates:
         products = {}
         if context.data is not None and context.runtime is not None and context.workdir is not None:
             products = gather_products(model, wanted, context)
-        found = Candidates(model, channels, {}, {}, macs_by_node(model))
+        found = Candidates(model, channels, {}, {}, _macs=macs_by_node(model))
         for group in groups:
             consumers = consumers_of(group, views, products)
             if consumers is None or not all(takes_shift(consumer.view.node) for consumer in consumers):
@@ -121,7 +123,7 @@ class Candidates:
         return round(left)
 
     def masked(self, removal: Mapping[str, int], spool: Spool) -> tuple[Model, dict[str, Array]]:
-        """The model where nothing reads the units that go, and the other weights stand in for them.
+        """The model where nothing reads the units that go, and the other weights stand in for them (`compensates`).
 
         Returns:
             The model, of unchanged shapes; and what was added to biases, by weight.
@@ -133,7 +135,9 @@ class Candidates:
         for name, units in self.units(removal).items():
             for consumer in self.consumers[name]:
                 key = consumer.view.name
-                now = consumer if key not in matrices else Consumer(consumer.view, consumer.rows, matrices[key], None)
+                now = consumer
+                if key in matrices or not self.compensates:
+                    now = Consumer(consumer.view, consumer.rows, matrices.get(key, consumer.matrix), None)
                 matrices[key], shift = compensated_rows(now, units)
                 shifts[key] = shifts.get(key, 0.0) + shift
         for key, matrix in matrices.items():
