@@ -16,6 +16,7 @@ from onnxcomp_passes._channel_scores import Consumer, Order, compensated_rows, c
 from onnxcomp_passes._channels_groups import Channels, Group, Slot, macs_by_node
 from onnxcomp_passes._dead import shift_bias, takes_shift
 from onnxcomp_passes._pruning import from_matrices
+from onnxcomp_passes._refit import refit
 from onnxcomp_passes._views import WeightView, find_views
 from onnxcomp_passes._windows import gather_products
 
@@ -30,6 +31,10 @@ MARGIN = 0.9
 
 PROBE = 0.5
 """The part of a group's units that goes when what the group costs is measured."""
+
+PROBE_FITS = 8
+"""Layers that are fitted before what a group costs is measured: those behind it make up for most of what they can,
+and without that a group that others can stand in for looks as bad as one that they cannot."""
 
 PRICES = 96
 """Trades of error for multiply-accumulates that are looked at, from none to all."""
@@ -213,7 +218,9 @@ class Candidates:
             if not goes:
                 continue
             context.progress(f"measuring what {name} costs")
-            model, _ = self.masked({name: goes}, spool)
+            model, shifts = self.masked({name: goes}, spool)
+            if self.compensates and context.data is not None and context.runtime is not None:
+                refit(model, self.model, shifts, context, spool, PROBE_FITS)
             error = judge.rough_error(model)
             judge.forget(model)
             scale = max(error**2 - base**2, 1e-12) / max(float(order.errors[goes]), 1e-12)
