@@ -208,7 +208,7 @@ class Candidates:
     def _measured(self, judge: Judge, multiple: int, context: Context, changes: Changes) -> dict[str, Array]:
         """What each group's removals cost the whole model: its own errors, scaled to one that was measured."""
         spool, costs = Spool(), {}
-        base = judge.rough_error(self.model)
+        base = judge.quality(self.model).error
         table = Table("each group alone", ("group", "units", "removed", "error", "MACs saved"), [])
         for name, order in self.orders.items():
             if context.out_of_time():
@@ -221,7 +221,7 @@ class Candidates:
             model, shifts = self.masked({name: goes}, spool)
             if self.compensates and context.data is not None and context.runtime is not None:
                 refit(model, self.model, shifts, context, spool, PROBE_FITS)
-            error = judge.rough_error(model)
+            error = judge.quality(model).error
             judge.forget(model)
             scale = max(error**2 - base**2, 1e-12) / max(float(order.errors[goes]), 1e-12)
             costs[name] = order.errors * scale
