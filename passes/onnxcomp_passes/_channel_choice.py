@@ -16,6 +16,7 @@ from onnxcomp_passes._channel_scores import Consumer, Order, compensated_rows, c
 from onnxcomp_passes._channels_groups import Channels, Group, Slot, macs_by_node
 from onnxcomp_passes._dead import shift_bias, takes_shift
 from onnxcomp_passes._pruning import from_matrices
+from onnxcomp_passes._refit import refit
 from onnxcomp_passes._views import WeightView, find_views
 from onnxcomp_passes._windows import gather_products
 
@@ -30,6 +31,10 @@ MARGIN = 0.9
 
 PROBE = 0.5
 """The part of a group's units that goes when what the group costs is measured."""
+
+PROBE_FITS = 8
+"""Layers that are fitted before what a group costs is measured: those behind it make up for most of what they can,
+and without that a group that others can stand in for looks as bad as one that they cannot."""
 
 PRICES = 96
 """Trades of error for multiply-accumulates that are looked at, from none to all."""
@@ -60,12 +65,14 @@ class Candidates:
         channels: Its groups.
         orders: By group.
         consumers: By group.
+        compensates: Whether other units stand in for those that go; else the consumers' weights stay as they are.
     """
 
     model: Model
     channels: Channels
     orders: dict[str, Order]
     consumers: dict[str, list[Consumer]]
+    compensates: bool = True
     _macs: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
@@ -88,7 +95,7 @@ class Candidates:
         products = {}
         if context.data is not None and context.runtime is not None and context.workdir is not None:
             products = gather_products(model, wanted, context)
-        found = Candidates(model, channels, {}, {}, macs_by_node(model))
+        found = Candidates(model, channels, {}, {}, _macs=macs_by_node(model))
         for group in groups:
             consumers = consumers_of(group, views, products)
             if consumers is None or not all(takes_shift(consumer.view.node) for consumer in consumers):
@@ -121,7 +128,7 @@ class Candidates:
         return round(left)
 
     def masked(self, removal: Mapping[str, int], spool: Spool) -> tuple[Model, dict[str, Array]]:
-        """The model where nothing reads the units that go, and the other weights stand in for them.
+        """The model where nothing reads the units that go, and the other weights stand in for them (`compensates`).
 
         Returns:
             The model, of unchanged shapes; and what was added to biases, by weight.
@@ -133,7 +140,9 @@ class Candidates:
         for name, units in self.units(removal).items():
             for consumer in self.consumers[name]:
                 key = consumer.view.name
-                now = consumer if key not in matrices else Consumer(consumer.view, consumer.rows, matrices[key], None)
+                now = consumer
+                if key in matrices or not self.compensates:
+                    now = Consumer(consumer.view, consumer.rows, matrices.get(key, consumer.matrix), None)
                 matrices[key], shift = compensated_rows(now, units)
                 shifts[key] = shifts.get(key, 0.0) + shift
         for key, matrix in matrices.items():
@@ -199,7 +208,7 @@ class Candidates:
     def _measured(self, judge: Judge, multiple: int, context: Context, changes: Changes) -> dict[str, Array]:
         """What each group's removals cost the whole model: its own errors, scaled to one that was measured."""
         spool, costs = Spool(), {}
-        base = judge.rough_error(self.model)
+        base = judge.quality(self.model).error
         table = Table("each group alone", ("group", "units", "removed", "error", "MACs saved"), [])
         for name, order in self.orders.items():
             if context.out_of_time():
@@ -209,8 +218,10 @@ class Candidates:
             if not goes:
                 continue
             context.progress(f"measuring what {name} costs")
-            model, _ = self.masked({name: goes}, spool)
-            error = judge.rough_error(model)
+            model, shifts = self.masked({name: goes}, spool)
+            if self.compensates and context.data is not None and context.runtime is not None:
+                refit(model, self.model, shifts, context, spool, PROBE_FITS)
+            error = judge.quality(model).error
             judge.forget(model)
             scale = max(error**2 - base**2, 1e-12) / max(float(order.errors[goes]), 1e-12)
             costs[name] = order.errors * scale

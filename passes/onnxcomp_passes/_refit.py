@@ -28,7 +28,14 @@ MAX_LAYERS = 64
 """Each is a pass over the calibration data; of more layers the first are fitted."""
 
 
-def refit(model: Model, original: Model, shifts: Mapping[str, Array], context: Context, spool: Spool) -> int:
+def refit(
+    model: Model,
+    original: Model,
+    shifts: Mapping[str, Array],
+    context: Context,
+    spool: Spool,
+    most: int = MAX_LAYERS,
+) -> int:
     """Fit layers, in the order of the graph, on what the layers before them give now (in place).
 
     He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv 1707.06168, section 3.1, where
@@ -41,6 +48,7 @@ def refit(model: Model, original: Model, shifts: Mapping[str, Array], context: C
             graph and all layers after it are fitted.
         context: Its data and runtime are used.
         spool: Where weights go.
+        most: Layers that are fitted at the most.
 
     Returns:
         How many layers were fitted.
@@ -54,7 +62,7 @@ def refit(model: Model, original: Model, shifts: Mapping[str, Array], context: C
     original.save(reference)
     done = 0
     try:
-        for view in _layers(model, shifts)[:MAX_LAYERS]:
+        for view in _layers(model, shifts)[:most]:
             if context.out_of_time():
                 break
             context.progress(f"fitting {view.label}")

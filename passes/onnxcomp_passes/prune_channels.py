@@ -115,6 +115,7 @@ class PruneChannels(Pass):
         channels = find_channels(candidate, context.excludes)
         groups = [group for group in channels.groups if wanted(group)]
         found = Candidates.find(candidate, channels, groups, self.criterion, context, changes)
+        found.compensates = self.refit
         removal = self._removal(found, context, changes)
         if not removal:
             return
