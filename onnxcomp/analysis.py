@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.macs import mac_counts
 from onnxcomp.model import Model, value_of
+from onnxcomp.packed import find_packed, unpack
 from onnxcomp.runtime.census import INT8_OPERATORS
 from onnxcomp.shapes import Shape
 from onnxcomp.structure import model_files
@@ -135,13 +136,17 @@ def count_parameters(model: Model) -> tuple[int, int]:
 
 
 def _weight_rows(model: Model) -> Iterator[WeightRow]:
+    packed: dict[str, int] = {}
+    if find_packed(model):
+        model = model.fork()
+        packed = {str(weight.tensor.name): weight.nbytes for weight in unpack(model)}
     for name, constant, readers in _constants(model):
         found = next((reader for reader in readers if _is_weight(constant, *reader)), None)
         if found is None:
             continue
         shape = tuple(int(size) for size in constant.shape)
         elements = math.prod(shape)
-        nbytes = getattr(constant._values, "nbytes", 0)
+        nbytes = packed.get(name, getattr(constant._values, "nbytes", 0))
         reader, index = found
         if reader.op == "MatMulNBits" and index == 1:
             # Several codes a byte, and zero points in a packing of their own: zeros are not looked for.

@@ -15,8 +15,10 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from onnxcomp.model import Model, value_of
+from onnxcomp.structure import spooled
+from onnxcomp.weights import Spool
 
-__all__ = ["PREFIX", "Packed", "find_packed", "packed_name", "packed_weight"]
+__all__ = ["PREFIX", "Packed", "find_packed", "packed_name", "packed_weight", "unpack"]
 
 Array = np.ndarray[Any, Any]
 
@@ -74,6 +76,31 @@ def find_packed(model: Model) -> list[Packed]:
     tensors = (tensor for node in model.graph.nodes for tensor in node.outputs[:1])
     found = (packed_weight(tensor) for tensor in tensors if not tensor.name.startswith(PREFIX))
     return [packed for packed in found if packed is not None]
+
+
+def unpack(model: Model) -> list[Packed]:
+    """Put dense initializers in the place of the packed weights of the main graph, in place.
+
+    Returns:
+        The packed forms that were there.
+    """
+    found, spool = find_packed(model), Spool()
+    gone: dict[int, gs.Node] = {}
+    for packed in found:
+        value = packed.decode()
+        onnx_type = helper.np_dtype_to_tensor_dtype(value.dtype)
+        held = spooled(np.ascontiguousarray(value).tobytes(), onnx_type, value.shape, spool)
+        dense = gs.Constant(packed.tensor.name, held)
+        for reader in list(packed.tensor.outputs):
+            for index, tensor in enumerate(reader.inputs):
+                if tensor is packed.tensor:
+                    reader.inputs[index] = dense
+        gone.update((id(node), node) for node in packed.nodes)
+    model.graph.nodes = [node for node in model.graph.nodes if id(node) not in gone]
+    for node in gone.values():
+        node.inputs.clear()
+        node.outputs.clear()
+    return found
 
 
 def _collect(tensor: gs.Tensor, nodes: dict[int, gs.Node], constants: dict[int, gs.Constant]) -> bool:

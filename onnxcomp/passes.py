@@ -192,6 +192,8 @@ class Pass(ABC):
         rounds: All that it changes in weights is how they are rounded, so that a later pass which rounds them too may
             go back to the weights before it.
         idempotent: Running it a second time changes nothing.
+        seals: Later passes cannot look into the weights that it has written, so lossy ones must come before it.
+        grows: It makes the file larger on purpose.
         pays_with: The name of a later pass without which it cannot pay. Given one by one, the two and what is between
             them are one stage.
     """
@@ -201,6 +203,8 @@ class Pass(ABC):
     lossless: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
+    seals: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
     pays_with: ClassVar[str] = ""
 
     def __post_init__(self) -> None:

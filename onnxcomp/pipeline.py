@@ -183,6 +183,7 @@ def optimize(
     original = _with_static_shapes(loaded, options)
     samples = _samples(original, data, options, image)
     stages = _stages(passes, replay, has_data=not samples.generated)
+    _check_order(stages)
     _check_requirements(stages, samples)
     chosen_metric, classifier, notes = _metric(options, samples)
     if original is not loaded:
@@ -260,6 +261,19 @@ def _stages(passes: Sequence[Pass | Stage] | None, replay: str | Path | None, *,
     if passes is None:
         return default_stages(data=has_data)
     return joined(passes)
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    """Refuse a lossy pass after one that seals the weights, before any work starts."""
+    sealed = None
+    for step in (step for stage in stages for step in stage.passes):
+        if step.seals:
+            sealed = step.name
+        elif step.grows:
+            sealed = None
+        elif sealed and not step.lossless:
+            message = f"{step.name} cannot look into the weights that {sealed} has written; put {sealed} after it"
+            raise OptionError(message)
 
 
 def _check_requirements(stages: Sequence[Stage], samples: Dataset) -> None:

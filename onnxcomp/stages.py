@@ -109,19 +109,22 @@ def default_stages(*, data: bool) -> list[Stage]:
     Args:
         data: Whether there are samples to calibrate with.
     """
-    storage = {"storage_only": True}
-    passes: list[tuple[str, dict[str, bool]]] = [
+    stages: list[tuple[tuple[str, dict[str, bool]], ...]] = [
         # First, since every pass after it then sees the real graph: constants where they count, BatchNormalization
         # gone into the weights, no dead nodes.
-        ("simplify", {}),
+        (("simplify", {}),),
         # The floor under every result: a quarter of the bytes at unchanged speed and next to no loss, without data.
-        ("quantize-weights", {}),
+        (("quantize-weights", {}),),
     ]
     if data:
         # Takes over the int8 codes where computing in int8 pays; what it gives back to float stays stored small.
-        passes.append(("quantize", {}))
+        stages.append((("quantize", {}),))
         # What fixed ranges cost too much for may hold with ranges found at each run.
-        passes.append(("quantize-dynamic", {}))
-    # Last: weights that 8 bits are too few for lose half of their bytes, and next to nothing else.
-    passes.append(("float16", storage))
-    return [Stage((find_pass(name)(**options),)) for name, options in passes]
+        stages.append((("quantize-dynamic", {}),))
+    # Weights that 8 bits are too few for lose half of their bytes, and next to nothing else.
+    stages.append((("float16", {"storage_only": True}),))
+    # Last, since nothing looks into packed weights: zeros and few values, in whatever form the weights have by now.
+    # Speed stays as it is, so this takes what the stages for speed have left of the budget. Without data, on which
+    # alone they can be chosen, zeros and few values are left to those that are there already.
+    stages.append((("prune", {}), ("cluster", {}), ("pack", {})))
+    return [Stage(tuple(find_pass(name)(**options) for name, options in stage)) for stage in stages]

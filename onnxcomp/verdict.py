@@ -123,25 +123,25 @@ class StageRunner:
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
-        if not stage.lossless and not self.judge.deterministic and not self._force:
+        forms = [form for form in _forms(stage) if form.lossless or self.judge.deterministic or self._force]
+        if not forms:
             reason = "the model's outputs are random, so no loss can be measured"
             return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
         attempts: list[Attempt] = []
-        for form in _forms(stage):
+        for form in forms:
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
             trial = self._apply(form, kept)
             verdict, reason = self._verdict(trial, kept.model, form)
             attempts.append(trial.attempt(verdict, reason))
-            if verdict in {"kept", "forced", "unchanged"}:
+            if verdict in {"kept", "forced"}:
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
-                if verdict == "unchanged":
-                    return kept.with_entry(entry)
                 return kept.after(trial.model, entry, form)
-            self.judge.forget(trial.model)
-            if self._context.out_of_time():
+            if verdict == "dropped":
+                self.judge.forget(trial.model)
+            if self._context.out_of_time() or (verdict == "unchanged" and form is stage):
                 break
-        last = attempts[-1]
-        return kept.with_entry(StageEntry(stage.name, "dropped", last.reason, time.monotonic() - started, attempts))
+        last = next((attempt for attempt in reversed(attempts) if attempt.verdict == "dropped"), attempts[-1])
+        return kept.with_entry(StageEntry(stage.name, last.verdict, last.reason, time.monotonic() - started, attempts))
 
     def confirm(self, kept: Kept, stages: Sequence[Stage]) -> Kept:
         """Check the whole on samples that no choice saw.
@@ -289,7 +289,8 @@ class StageRunner:
         before = self.judge.score(base)
         smaller = before.size_bytes / score.size_bytes
         if lossless:
-            return None if smaller >= 1 else f"larger than before: {score.size_bytes:,} bytes"
+            grows = any(step.grows for step in stage.passes)
+            return None if smaller >= 1 or grows else f"larger than before: {score.size_bytes:,} bytes"
         if score.size < 1:
             return f"larger than the original: {score.size_bytes:,} bytes"
         if trial.versus_base * smaller < WORTH_KEEPING:

@@ -276,3 +276,8 @@ def test_options_are_shown_as_they_are_given():
     text = run("passes", "quantize").output
     assert "  per_channel=true\n" in text
     assert "(one of minmax, moving-average" in text
+
+
+def test_a_pass_says_which_one_it_pays_with():
+    text = run("passes", "cluster").output
+    assert "It pays only with a later pack, and is judged together with it." in text

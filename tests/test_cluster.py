@@ -80,12 +80,6 @@ def test_a_second_time_changes_nothing():
     assert left(again) == dict.fromkeys(["W0", "W1"], "has no more than 16 values already")
 
 
-def test_says_that_the_file_does_not_shrink():
-    _, changes = clustered(mlp_model((24, 32, 24)))
-
-    assert changes.notes == ["clustered weights are as large as before: the file shrinks only where they are packed"]
-
-
 def test_a_shared_weight_stays_shared():
     text = "g (float[N, 24] x) => (float[N, 24] y) { h = MatMul(x, W) y = MatMul(h, W) }"
 
@@ -249,3 +243,11 @@ def test_a_choice_is_repeated_without_measuring(tmp_path: Path):
 
     for name, bits in found["widths"].items():
         assert len(np.unique(model.weight(name))) <= 2 ** int(bits)
+
+
+def test_without_data_bits_are_not_chosen(tmp_path: Path):
+    report = optimize(save_classifier(tmp_path / "model.onnx"), passes=[Cluster()], timing=False, resume=False).report
+
+    [entry] = report.stages[0].attempts[0].passes
+    assert (report.stages[0].verdict, entry.changed) == ("unchanged", [])
+    assert entry.left[-1]["why"] == "how few values do is measured on data; give --data, or bits=BITS"

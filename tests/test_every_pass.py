@@ -201,6 +201,19 @@ def packed() -> onnx.ModelProto:
     return model.to_proto()
 
 
+def silent_channels() -> onnx.ModelProto:
+    """Half of the channels between two convolutions, with a depthwise one between them, are always zero."""
+    text = """g (float[N, 4, 8, 8] x) => (float[N, 6, 4, 4] y) {
+        [wide] a = Conv(x, W0, b0)
+        [depthwise] d = Conv<group = 16>(a, W1)
+        r = Relu(d)
+        [narrow] y = Conv<kernel_shape = [1, 1]>(r, W2)
+    }"""
+    weights = {"W0": random_weights(16, 4, 3, 3, scale=0.2), "b0": random_weights(16, seed=1)}
+    weights["W0"][::2], weights["b0"][::2] = 0, 0
+    return graph_model(text, weights, W1=random_weights(16, 1, 3, 3, seed=2), W2=random_weights(6, 16, 1, 1, seed=3))
+
+
 BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {
     "conv net": conv_net,
     "mlp": lambda: mlp_model((24, 48, 16)),
@@ -216,6 +229,7 @@ BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {
     "overflow": overflow,
     "static mlp": static_mlp,
     "packed": packed,
+    "silent channels": silent_channels,
 }
 
 COMPUTES_WITH_FLOATS = [name for name in BUILDERS if name != "quantized"]

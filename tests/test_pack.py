@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from onnxcomp import Context, Model
+from onnxcomp import Context, Model, OptionError, optimize
+from onnxcomp.analysis import count_parameters, weight_table
 from onnxcomp.packed import find_packed
 from onnxcomp_passes import Cluster, Pack, QuantizeWeights, Simplify, Unpack
 from onnxcomp_passes._packing import contents, gaps, layouts, pack_bits
@@ -206,3 +207,35 @@ def test_layouts_tell_the_bytes_that_are_written() -> None:
     by_name = {(layout.places, layout.bits): layout.nbytes for layout in layouts(found)}
     assert by_name["gaps8", 4] == -(-entries * 12 // 8) + found.book.size
     assert by_name["mask", 0] == 1250 + found.others.size + 1
+
+
+def test_unpack_keeps_a_model_larger_than_its_input(tmp_path: Path) -> None:
+    packed = pruned(SAMPLES / "fashion_lenet.onnx")
+    dense = packed.weight("1.weight")
+    Pack().rewrite(packed, Context())
+    result = optimize(packed, passes=[Unpack()])
+    assert [stage.verdict for stage in result.report.stages] == ["kept"]
+    assert result.model.size_bytes > 5 * packed.size_bytes
+    assert result.model.weight("1.weight").tobytes() == dense.tobytes()
+
+
+def test_a_lossy_pass_after_pack_is_refused_before_any_work() -> None:
+    with pytest.raises(OptionError, match="cluster cannot look into the weights that pack has written"):
+        optimize(SAMPLES / "fashion_lenet.onnx", passes=[Pack(), Cluster(bits=4)])
+    optimize(pruned(SAMPLES / "fashion_lenet.onnx"), passes=[Pack(), Unpack(), Cluster(bits=3), Pack()], force=True)
+
+
+def test_parameters_and_zeros_of_packed_weights_are_those_of_the_dense_ones() -> None:
+    dense = pruned(SAMPLES / "fashion_lenet.onnx")
+    packed = dense.fork()
+    Pack().rewrite(packed, Context())
+    assert count_parameters(packed) == count_parameters(dense)
+    rows = {row.name: row for row in weight_table(packed)}
+    assert rows["1.weight"].op == "Gemm"
+    assert rows["1.weight"].bytes < 235_200
+
+
+def test_optimizing_a_packed_model_again_changes_nothing() -> None:
+    packed = pruned(SAMPLES / "fashion_lenet.onnx")
+    Pack().rewrite(packed, Context())
+    assert optimize(packed).model.digest == packed.digest

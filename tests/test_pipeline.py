@@ -152,6 +152,21 @@ def test_makes_a_trained_model_several_times_smaller_at_its_accuracy(tmp_path: P
     assert top1(MOBILENET) - top1(tmp_path / "small.onnx") <= 0.005
 
 
+def test_zeros_and_codebooks_are_packed_on_top_of_int8_where_they_pay(tmp_path: Path) -> None:
+    result = optimize(LENET, data=CALIB, budget=Budget(max_drop=0.01))
+    result.save(tmp_path / "small.onnx")
+
+    report = result.report
+    assert stage(result, "prune + cluster + pack").verdict == "kept"
+    assert report.size >= 8
+    assert report.speed is not None
+    assert report.speed >= 0.97
+    assert report.after.int8_macs == report.after.macs
+    assert (report.before.resident_bytes or 0) > 3.5 * (report.after.resident_bytes or 0)
+    assert report.budget_met
+    assert top1(LENET) - top1(tmp_path / "small.onnx") <= 0.01
+
+
 def test_the_report_holds_what_a_fresh_session_computes(tmp_path: Path) -> None:
     result = optimize(LENET, data=TEST, metric="top1")
     result.save(tmp_path / "small.onnx")
@@ -170,7 +185,12 @@ def test_the_report_holds_what_a_fresh_session_computes(tmp_path: Path) -> None:
 def test_without_data_only_data_free_stages_run_and_the_report_says_so() -> None:
     report = optimize(LENET).report
 
-    assert [entry.name for entry in report.stages] == ["simplify", "quantize-weights", "float16"]
+    assert [entry.name for entry in report.stages] == [
+        "simplify",
+        "quantize-weights",
+        "float16",
+        "prune + cluster + pack",
+    ]
     assert report.data["generated"]
     assert any("no data" in warning for warning in report.warnings)
     assert report.size > 3
@@ -258,7 +278,7 @@ def test_a_model_with_random_outputs_gets_lossless_stages_only() -> None:
 
     report = optimize(model).report
 
-    assert [entry.verdict for entry in report.stages] == ["kept", "skipped", "skipped"]
+    assert [entry.verdict for entry in report.stages] == ["kept", "skipped", "skipped", "unchanged"]
     assert any("random" in warning for warning in report.warnings)
 
 

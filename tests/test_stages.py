@@ -16,13 +16,20 @@ from tests.small import save_classifier
 
 def test_without_data_only_passes_that_need_none_run():
     stages = default_stages(data=False)
-    assert [stage.name for stage in stages] == ["simplify", "quantize-weights", "float16"]
+    assert [stage.name for stage in stages] == ["simplify", "quantize-weights", "float16", "prune + cluster + pack"]
     assert not any(step.requires for stage in stages for step in stage.passes)
 
 
 def test_with_data_int8_compute_takes_over_from_int8_storage():
     names = [stage.name for stage in default_stages(data=True)]
-    assert names == ["simplify", "quantize-weights", "quantize", "quantize-dynamic", "float16"]
+    assert names == [
+        "simplify",
+        "quantize-weights",
+        "quantize",
+        "quantize-dynamic",
+        "float16",
+        "prune + cluster + pack",
+    ]
 
 
 def test_is_named_after_its_passes():

@@ -161,3 +161,12 @@ def test_the_report_says_that_zeros_and_codebooks_alone_do_not_pay() -> None:
     assert len(alone) == 1
     assert "add -p pack" in alone[0]
     assert not [note for note in optimized(Cluster(bits=4)).report.notes if "without pack" in note]  # it was dropped
+
+
+def test_a_dropped_stage_whose_lossless_passes_have_nothing_to_do_is_dropped() -> None:
+    result = optimized(Simplify(), Stage((Spend(factor=9.0), Simplify())))
+
+    entry = result.report.stages[1]
+    assert [attempt.verdict for attempt in entry.attempts] == ["dropped", "unchanged"]
+    assert entry.verdict == "dropped"
+    assert "over the budget" in entry.reason

@@ -64,6 +64,7 @@ def _target(text: str) -> str:
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of everything random; 0 unless given.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to run and time with; 1 unless given.")
+@click.option("--unpack", is_flag=True, help="Only turn packed weights back into dense ones; the file grows.")
 @click.option("--force", is_flag=True, help="Keep every stage whatever it costs; all is still measured.")
 @click.option("--keep-debug", is_flag=True, help="Keep the exporter's traces.")
 @click.option("--no-timing", is_flag=True, help="Decide without the clock, so that the same input gives the same file.")
@@ -105,6 +106,14 @@ def _arguments(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The arguments of `onnxcomp.optimize`: the command line's over the recipe's; and whether a budget is asked for."""
     check_code(allow_code=options["allow_code"], data=options["data"], metric=options["metric"])
     recipe = _recipe(options["recipe"], options["passes"], allow_code=options["allow_code"])
+    passes = list(options["passes"]) or (list(recipe.stages) if recipe else None)
+    if options["unpack"]:
+        if passes or options["replay"]:
+            message = "--unpack is all that is done; leave out --pass, --recipe and --replay, or use -p unpack"
+            raise OptionError(message)
+        from onnxcomp.passes import find_pass
+
+        passes = [find_pass("unpack")()]
     given: dict[str, Any] = dict(recipe.options) if recipe else {}
     image = image_from(options)
     explicit = {
@@ -122,7 +131,7 @@ def _arguments(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         "replay": options["replay"],
         "allow_code": options["allow_code"] or None,
         "image": image,
-        "passes": list(options["passes"]) or (list(recipe.stages) if recipe else None),
+        "passes": passes,
     }
     given.update({name: value for name, value in explicit.items() if value is not None})
     limits = {"max_drop": options["max_drop"], "max_error": options["max_error"]}

@@ -43,6 +43,8 @@ def _explained(cls: type[Pass]) -> Iterator[str]:
     yield ""
     cost = "is lossless" if cls.lossless else "may cost accuracy"
     yield f"It {cost} and needs {', '.join(sorted(cls.requires)) or 'no data'}."
+    if cls.pays_with:
+        yield f"It pays only with a later {cls.pays_with}, and is judged together with it."
     options = dataclasses.fields(cls)
     yield ""
     yield "Options:" if options else "It has no options."

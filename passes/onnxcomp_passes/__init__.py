@@ -6,6 +6,7 @@ from onnxcomp_passes.cluster import Cluster
 from onnxcomp_passes.float16 import Float16
 from onnxcomp_passes.pack import Pack
 from onnxcomp_passes.prune import Prune
+from onnxcomp_passes.prune_channels import PruneChannels
 from onnxcomp_passes.quantize import Quantize
 from onnxcomp_passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp_passes.quantize_weights import QuantizeWeights
@@ -17,6 +18,7 @@ __all__ = [
     "Float16",
     "Pack",
     "Prune",
+    "PruneChannels",
     "Quantize",
     "QuantizeDynamic",
     "QuantizeWeights",

@@ -24,7 +24,10 @@ MEASURED = (0.5, 0.75, 0.9)
 """Shares of zeros at which each layer is measured alone."""
 
 GRID = np.round(np.arange(0, 0.96, 0.05), 2)
-"""Shares that are chosen from. Below 30% no packed form is smaller for it, but the steps between may be."""
+"""Shares that are chosen from."""
+
+MASK = 0.25
+"""Zeros that pay for telling where they are: a bit a weight, beside codes of 4 bits. Fewer would only cost accuracy."""
 
 PRICES = 96
 """Allocations along the trade of error for zeros, from none to all."""
@@ -43,8 +46,8 @@ class _Layer:
     costs: Array
 
     def best(self, price: float) -> float:
-        """The share with the least of cost minus price times zeros."""
-        return float(GRID[int(np.argmin(self.costs - price * self.elements * GRID))])
+        """The share with the least of cost minus price times the zeros that pay."""
+        return float(GRID[int(np.argmin(self.costs - price * self.elements * np.maximum(0.0, GRID - MASK)))])
 
 
 def choose_shares(views: Sequence[WeightView], build: Build, context: Context, changes: Changes) -> Shares:

@@ -73,11 +73,13 @@ class Window:
         windows = np.lib.stride_tricks.sliding_window_view(values, spans, axes)
         steps = (slice(None, None, step) for step in (1, 1, *self.strides, *self.dilations))
         windows = windows[tuple(steps)]
-        places = windows.shape[2 : 2 + len(axes)]  # (samples, channels, *places, *kernel)
-        flat = np.moveaxis(windows, 1, 1 + len(axes))
-        chosen = np.unravel_index(_spread(flat.shape[0] * int(np.prod(places))), (flat.shape[0], *places))
-        rows = flat[chosen].reshape(len(chosen[0]), self.groups, -1)
-        return np.moveaxis(rows, 1, 0)
+        rows = _chosen(windows, len(axes))  # of (samples, channels, *places, *kernel)
+        return np.moveaxis(rows.reshape(len(rows), self.groups, -1), 1, 0)
+
+    def results(self, array: Array) -> Array:
+        """What came out of the layer for each of the `rows`, shape (rows, outputs)."""
+        values = np.asarray(array, np.float32)
+        return _chosen(values, len(self.kernel)) if self.kernel else values.reshape(-1, values.shape[-1])
 
     def _padding(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
         if self.pads is not None:
@@ -89,6 +91,13 @@ class Window:
             less, more = total // 2, total - total // 2
             padding.append((more, less) if self.low else (less, more))
         return padding
+
+
+def _chosen(values: Array, axes: int) -> Array:
+    """The places of (samples, channels, *places, ...) that are looked at, shape (rows, channels, ...)."""
+    flat = np.moveaxis(values, 1, 1 + axes)
+    places = flat.shape[: 1 + axes]
+    return np.asarray(flat[np.unravel_index(_spread(int(np.prod(places))), places)])
 
 
 def _spread(count: int) -> Array:

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import sorted_nodes, subgraphs, walk
 from onnxcomp.model import Model, value_of
+from onnxcomp.packed import PREFIX
 from onnxcomp.passes import Changes, Context
 from onnxcomp.weights import FileBlob, SparseWeight
 from onnxcomp_passes._shapes import Known, infer_known
@@ -138,9 +139,10 @@ class Workspace:
                 yield node
 
     def excluded(self, node: gs.Node) -> bool:
-        """Whether to leave a node alone: the user asked for it, or it is not what its operator's name says."""
+        """Whether to leave a node alone: asked for by the user, not what its operator says, or decoding a weight."""
         if id(node) not in self._excluded:
-            odd = node.op in self._own_operators or not fits_schema(node, self.opset)
+            odd = any(tensor.name.startswith(PREFIX) for tensor in (*node.inputs, *node.outputs))
+            odd = odd or node.op in self._own_operators or not fits_schema(node, self.opset)
             self._excluded[id(node)] = odd or bool(self.context.exclude and self.context.excludes(node))
         return self._excluded[id(node)]
 

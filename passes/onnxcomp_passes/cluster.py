@@ -28,7 +28,7 @@ WIDTHS = (8, 4, 2)
 """Bits that codes are packed in without waste, and so those that are chosen from."""
 
 SAFE_BITS = 8
-"""Where nothing can be measured: 256 values are off by some thousandths of the weight's spread."""
+"""Where there is no judge: 256 values are off by some thousandths of the weight's spread."""
 
 
 DAMPING = 0.01
@@ -51,7 +51,7 @@ class Cluster(Pass):
 
     With data, an error counts with the energy of what the weight is multiplied with: channels that carry little may be
     off by more. With bits=0 each weight gets 8, 4 or 2 bits, the fewest that hold the budget, by the bytes that this
-    saves for the output error that it adds; without data 8.
+    saves for the output error that it adds; made-up inputs are too rough a judge of that.
 
     Left alone: weights of other types, that have few elements or few values already, that hold NaN or infinity, that
     live in a subgraph or that are a graph output.
@@ -96,7 +96,11 @@ class Cluster(Pass):
         energies = input_energies(base, views, context) if self.energy else {}
         clustering = _Clustering(self, base, energies, Spool())
         judge = context.judge
-        if judge is not None and not judge.generated and not self.bits and not self.widths:
+        chooses = judge is not None and not self.bits and not self.widths
+        if judge is not None and judge.generated and chooses:
+            changes.leave("the model", "how few values do is measured on data; give --data, or bits=BITS")
+            return changes
+        if judge is not None and chooses:
             widths = self._choose(clustering, views, context, judge, changes)
         else:
             given = {name: int(bits) for name, _, bits in (item.rpartition("=") for item in self.widths)}
@@ -116,9 +120,6 @@ class Cluster(Pass):
             kind = str(np.dtype(view.holder.dtype))
             changes.add(view.name, f"{shape} {kind} takes at most {1 << bits} values{per}")
         if changes.count:
-            changes.notes.append(
-                "clustered weights are as large as before: the file shrinks only where they are packed"
-            )
             model.become(clustering.built(widths))
         return changes
 

@@ -57,6 +57,7 @@ class Pack(Pass):
 
     name: ClassVar[str] = "pack"
     lossless: ClassVar[bool] = True
+    seals: ClassVar[bool] = True
 
     min_bytes: int = option(256, "Smaller weights stay as they are.", minimum=1)
     skip: tuple[str, ...] = option((), "Names of weights that stay as they are.")

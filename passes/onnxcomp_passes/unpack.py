@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-import onnx_graphsurgeon as gs
-from onnx import helper
-
 from onnxcomp.model import Model
-from onnxcomp.packed import Packed, find_packed
+from onnxcomp.packed import unpack
 from onnxcomp.passes import Changes, Context, Pass, register
-from onnxcomp.structure import spooled
-from onnxcomp.weights import Spool
-from onnxcomp_passes._stored import redirect
 
 __all__ = ["Unpack"]
 
@@ -36,32 +29,15 @@ class Unpack(Pass):
 
     name: ClassVar[str] = "unpack"
     lossless: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
 
     def rewrite(self, model: Model, context: Context) -> Changes:
         """See the class."""
-        changes, spool = Changes(), Spool()
+        changes = Changes()
         candidate = model.fork()
-        gone: set[int] = set()
-        for packed in find_packed(candidate):
-            context.progress(f"unpacking {packed.tensor.name}")
-            constant = _dense(packed, spool)
-            changes.add(constant.name, f"{packed.nbytes:,} bytes become {constant._values.nbytes:,}")
-            redirect(packed.tensor, constant)
-            gone.update(id(node) for node in packed.nodes)
-        for node in candidate.graph.nodes:
-            if id(node) in gone:
-                node.inputs.clear()
-                node.outputs.clear()
-        candidate.graph.nodes = [node for node in candidate.graph.nodes if id(node) not in gone]
+        for packed in unpack(candidate):
+            name, size = str(packed.tensor.name), f"{packed.nbytes:,}"
+            changes.add(name, f"{size} bytes of codes become a dense weight")
         if changes.count:
             model.become(candidate)
         return changes
-
-
-def _dense(packed: Packed, spool: Spool) -> gs.Constant:
-    """The weight as an initializer of the same name."""
-    value = packed.decode()
-    onnx_type = helper.np_dtype_to_tensor_dtype(value.dtype)
-    return gs.Constant(
-        packed.tensor.name, spooled(np.ascontiguousarray(value).tobytes(), onnx_type, value.shape, spool)
-    )

@@ -1,0 +1,164 @@
+"""Weights fitted anew by least squares, layer by layer, to what the layers computed before anything was taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.model import Model, value_of
+from onnxcomp.passes import Context
+from onnxcomp.weights import Spool
+from onnxcomp_passes._channel_scores import MAX_INPUTS
+from onnxcomp_passes._dead import shift_bias, takes_shift
+from onnxcomp_passes._fits import Fit, Sums
+from onnxcomp_passes._pruning import as_matrices, from_matrices
+from onnxcomp_passes._views import WeightView, find_views
+from onnxcomp_passes._windows import Window, inputs_of
+
+__all__ = ["refit"]
+
+Array = np.ndarray[Any, Any]
+
+RIDGES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))
+"""What ties weights to where they are, as shares of the mean energy of the inputs: which suits is measured."""
+
+MAX_LAYERS = 64
+"""Each is a pass over the calibration data; of more layers the first are fitted."""
+
+
+def refit(
+    model: Model,
+    original: Model,
+    shifts: Mapping[str, Array],
+    context: Context,
+    spool: Spool,
+    most: int = MAX_LAYERS,
+) -> int:
+    """Fit layers, in the order of the graph, on what the layers before them give now (in place).
+
+    He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv 1707.06168, section 3.1, where
+    the inputs are those of the pruned network and the targets those of the original.
+
+    Args:
+        model: The model; its weights have the names and shapes that they have in the original.
+        original: What to reproduce.
+        shifts: What was added to biases of layers whose weights were changed, by weight. The first of these in the
+            graph and all layers after it are fitted.
+        context: Its data and runtime are used.
+        spool: Where weights go.
+        most: Layers that are fitted at the most.
+
+    Returns:
+        How many layers were fitted.
+    """
+    assert context.runtime is not None
+    assert context.workdir is not None
+    assert context.data is not None
+    shifted = dict(shifts)
+    targets = {view.name: str(view.node.outputs[0].name) for view in find_views(original)}
+    reference, candidate = context.workdir / "reference.onnx", context.workdir / "candidate.onnx"
+    original.save(reference)
+    done = 0
+    try:
+        for view in _layers(model, shifts)[:most]:
+            if context.out_of_time():
+                break
+            context.progress(f"fitting {view.label}")
+            model.save(candidate)
+            names = targets[view.name], str(view.node.inputs[0].name)
+            seen = context.runtime.observe_pair(
+                reference, candidate, context.data.feeds, {names: Fit(Window.of(view.node, view.shape))}
+            )
+            done += _fit(model, view, seen[names], shifted, spool)
+    finally:
+        for path in (reference, candidate):
+            for file in path.parent.glob(f"{path.name}*"):
+                file.unlink()
+    return done
+
+
+def _layers(model: Model, first: Collection[str]) -> list[WeightView]:
+    """The layers that can be fitted, from the first one with a named weight on."""
+    views = find_views(model)
+    seen = inputs_of(model, views)
+    found: list[WeightView] = []
+    for view in views:
+        node = view.node
+        if not found and view.name not in first:
+            continue
+        plain = int(node.attrs.get("group", 1)) == 1 and takes_shift(node) and _bias(view, {}) is not None
+        small = int(np.prod(view.shape[1:])) <= MAX_INPUTS
+        if plain and small and view.form in {"float", "float16"} and view.name in seen:
+            found.append(view)
+    return found
+
+
+def _bias(view: WeightView, shifted: Mapping[str, Array]) -> Array | None:
+    """What a layer adds to its products, shape (outputs,); None where that is no constant of each output."""
+    node = view.node
+    outputs = view.shape[0] if node.op == "Conv" or node.attrs.get("transB", 0) else view.shape[1]
+    if node.op == "MatMul":
+        return shifted.get(view.name, np.zeros(outputs))
+    if node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("beta", 1.0) != 1.0:
+        return None
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return np.zeros(outputs)
+    bias = value_of(node.inputs[2])
+    return bias.astype(np.float64) if bias.shape == (outputs,) else None
+
+
+def _fit(model: Model, view: WeightView, found: Fit, shifted: dict[str, Array], spool: Spool) -> int:
+    """Write one layer's fitted weights; whether there were any."""
+    bias = _bias(view, shifted)
+    if bias is None or not all(half.count for half in found.halves):
+        return 0
+    matrix = as_matrices(view, view.read())[0].astype(np.float64)
+    alive = np.append(np.any(matrix != 0, axis=1), True)
+    now = np.concatenate([matrix, bias[None]])
+    step = _fitted(now, alive, *found.halves)
+    if step is None:
+        return 0
+    view.write(from_matrices(view, (now + step)[None, :-1].astype(np.float32)), spool)
+    shift_bias(model, view.node, step[-1])
+    shifted[view.name] = shifted.get(view.name, 0.0) + step[-1]
+    return 1
+
+
+def _fitted(now: Array, alive: Array, one: Sums, other: Sums) -> Array | None:
+    """The change of weights with least error, tied to 0 as strongly as suits samples that the fit has not seen.
+
+    Args:
+        now: Weights with the bias as last row, shape (inputs + 1, outputs).
+        alive: The rows that may change.
+        one: What half of the samples say.
+        other: What the other half says.
+
+    Returns:
+        The change, shape of `now`; None where none helps on the samples that it was not fitted on.
+    """
+    errors = [
+        _step_error(now, alive, one, other, ridge) + _step_error(now, alive, other, one, ridge) for ridge in RIDGES
+    ]
+    best = int(np.argmin(errors))
+    if errors[best] >= one.error(now) + other.error(now):
+        return None
+    both = Sums()
+    both.inputs, both.results = one.inputs + other.inputs, one.results + other.results
+    both.count = one.count + other.count
+    return _step(now, alive, both, RIDGES[best])
+
+
+def _step_error(now: Array, alive: Array, fitted: Sums, judged: Sums, ridge: float) -> float:
+    return judged.error(now + _step(now, alive, fitted, ridge))
+
+
+def _step(now: Array, alive: Array, sums: Sums, ridge: float) -> Array:
+    """The ridge regression of what is left on the inputs; the bias is not tied."""
+    tied = np.full(len(now), ridge * max(float(np.mean(np.diag(sums.inputs)[:-1])), 1e-300))
+    tied[-1] = 1e-6 * sums.count
+    left = (sums.results - sums.inputs @ now)[alive]
+    step = np.zeros_like(now)
+    step[alive] = np.linalg.solve((sums.inputs + np.diag(tied))[alive][:, alive], left)
+    return step
