@@ -135,3 +135,10 @@ def test_products_that_say_nothing_are_refused(value: float):
     products = np.full((1, 4, 4), value)
 
     assert compensated(random_weights(1, 4, 2), products, products, 0.5) is None
+
+
+def test_products_that_no_inputs_have_are_refused():
+    products = np.eye(4)[None].copy()
+    products[0, 0, 1] = products[0, 1, 0] = -3
+
+    assert compensated(random_weights(1, 4, 2), products, products, 0.5) is None

@@ -97,6 +97,19 @@ def test_moments_of_a_pair_are_those_of_numpy():
     np.testing.assert_allclose(centred.cross[0], one.T @ other / 40, rtol=0, atol=SUM_ROUNDING)
 
 
+def test_the_variance_of_inputs_that_hardly_vary_is_found():
+    values = 1000 + np.float32(0.01) * random_weights(4000, 3)
+    watch = Products([Window()])
+
+    watch.update(values[:100])
+    watch.update(values[100:])
+
+    found = watch.moments(0)
+    assert found is not None
+    wanted = np.cov(values.astype(np.float64).T, bias=True)
+    np.testing.assert_allclose(found.centred().products[0], wanted, rtol=0, atol=1e-3 * wanted.max())
+
+
 def test_rows_with_nan_or_infinity_in_either_model_are_left_out():
     original, now = np.ones((4, 2), np.float32), np.ones((4, 2), np.float32)
     original[0, 0], now[1, 1] = np.nan, np.inf
