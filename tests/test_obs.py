@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxcomp_passes._obs import compensated
+from onnxcomp_passes._obs import DAMPING, REFIT_ERROR, compensated
 from onnxcomp_passes._pruning import Pattern, lowest
 from tests.models import random_weights
 
 Array = np.ndarray[Any, Any]
-
-REFITTED = 1e-3
-"""Relative: ten times the residual at which the refit ends, in a problem whose damping keeps its condition small."""
 
 
 def related_inputs(rows: int, inputs: int, *, seed: int = 0, draw: int = 0) -> Array:
@@ -29,6 +26,23 @@ def products_of(inputs: Array, other: Array | None = None) -> Array:
 
 def error(inputs: Array, one: Array, other: Array) -> float:
     return float(np.linalg.norm(inputs @ one - inputs @ other) / np.linalg.norm(inputs @ other))
+
+
+def test_what_stays_is_the_least_squares_solution_for_its_mask():
+    matrix, products = random_weights(24, 10), products_of(related_inputs(200, 24))
+
+    pruned = compensated(matrix[None], products, products, 0.6)
+
+    assert pruned is not None
+    norms = np.sqrt(np.diag(products[0]))[:, None]
+    hessian = products[0] / (norms * norms.T) + DAMPING * np.eye(24)
+    target = hessian @ (norms * matrix)
+    for column, found in enumerate((norms * pruned[0]).T):
+        kept = np.flatnonzero(found)
+        part, wanted = hessian[np.ix_(kept, kept)], target[kept, column]
+        off = found[kept] - np.linalg.solve(part, wanted)
+        # A residual r leaves r^T H^-1 r of the loss, and no eigenvalue of H is less than the damping.
+        assert off @ part @ off <= REFIT_ERROR**2 * (wanted @ wanted) / DAMPING
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.77, 1.0])
@@ -93,6 +107,17 @@ def test_groups_compete_for_the_weights_that_stay():
     assert not pruned[1].any()
 
 
+def test_weights_of_inputs_that_are_never_there_go():
+    inputs = related_inputs(100, 12)
+    inputs[:, 3] = 0
+    products = products_of(inputs)
+
+    pruned = compensated(random_weights(1, 12, 5), products, products, 0.3)
+
+    assert pruned is not None
+    assert not pruned[0, 3].any()
+
+
 def test_inputs_that_earlier_layers_lost_do_not_blow_up_what_stays():
     original = related_inputs(100, 12)
     now = original.copy()
@@ -108,5 +133,12 @@ def test_inputs_that_earlier_layers_lost_do_not_blow_up_what_stays():
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_products_that_say_nothing_are_refused(value: float):
     products = np.full((1, 4, 4), value)
+
+    assert compensated(random_weights(1, 4, 2), products, products, 0.5) is None
+
+
+def test_products_that_no_inputs_have_are_refused():
+    products = np.eye(4)[None].copy()
+    products[0, 0, 1] = products[0, 1, 0] = -3
 
     assert compensated(random_weights(1, 4, 2), products, products, 0.5) is None

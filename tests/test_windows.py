@@ -16,7 +16,7 @@ from onnxcomp.passes import Context
 from onnxcomp.runtime import Runtime
 from onnxcomp_passes._pruning import as_matrices
 from onnxcomp_passes._views import find_views
-from onnxcomp_passes._windows import Products, Window, gather_products
+from onnxcomp_passes._windows import MAX_ROWS, Products, Window, gather_products
 from tests.models import graph_model, random_weights, run
 
 Array = np.ndarray[Any, Any]
@@ -33,19 +33,16 @@ def convolutions(draw: st.DrawFn) -> tuple[str, Array, Array]:
     kernel, strides, dilations = (draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank)) for _ in range(3))
     sizes = draw(st.lists(st.integers(5, 8), min_size=rank, max_size=rank))
     mode = draw(st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    if mode.startswith("SAME"):  # ONNX Runtime has no dilation there
+        dilations = [1] * rank
     told = f'auto_pad = "{mode}", group = {groups}, strides = {strides}, dilations = {dilations}'
     if mode == "NOTSET":
         pads = draw(st.lists(st.integers(0, 2), min_size=2 * rank, max_size=2 * rank))
         told += f", pads = {pads}"
-        assume(
-            all(
-                s + a + b > (k - 1) * d
-                for s, a, b, k, d in zip(sizes, pads, pads[rank:], kernel, dilations, strict=False)
-            )
-        )
+        padded = [size + sum(pads[axis::rank]) for axis, size in enumerate(sizes)]
     else:
-        assume(all(size >= k for size, k in zip(sizes, kernel, strict=True)))
-        assume(all(d == 1 for d in dilations))  # ONNX Runtime takes no others here
+        padded = sizes
+    assume(all(size > (k - 1) * step for size, k, step in zip(padded, kernel, dilations, strict=True)))
     seed = draw(st.integers(0, 99))
     weight = random_weights(groups * outputs, inputs, *kernel, seed=seed)
     return told, weight, random_weights(2, groups * inputs, *sizes, seed=seed + 100)
@@ -71,6 +68,18 @@ def test_windows_times_weight_is_the_convolution(case: tuple[str, Array, Array])
     np.testing.assert_allclose(np.moveaxis(made, -1, 1), wanted, atol=SUM_ROUNDING * np.abs(rows).max() * rows.shape[2])
 
 
+def test_of_very_many_windows_some_are_looked_at():
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
+
+    rows = window.rows(random_weights(2, 1, 64, 64))
+
+    assert rows.shape == (1, MAX_ROWS, 9)
+    padded = np.pad(random_weights(2, 1, 64, 64)[:, 0], ((0, 0), (1, 1), (1, 1)))
+    everything = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    known = {row.tobytes() for row in np.ascontiguousarray(everything).reshape(-1, 9)}
+    assert all(row.tobytes() in known for row in rows[0])
+
+
 def test_moments_of_a_pair_are_those_of_numpy():
     original, now = random_weights(40, 6, seed=1), random_weights(40, 6, seed=2)
     watch = Products([Window()])
@@ -86,6 +95,19 @@ def test_moments_of_a_pair_are_those_of_numpy():
     one, other = now - now.mean(0), original - original.mean(0)
     np.testing.assert_allclose(centred.products[0], one.T @ one / 40, rtol=0, atol=SUM_ROUNDING)
     np.testing.assert_allclose(centred.cross[0], one.T @ other / 40, rtol=0, atol=SUM_ROUNDING)
+
+
+def test_the_variance_of_inputs_that_hardly_vary_is_found():
+    values = 1000 + np.float32(0.01) * random_weights(4000, 3)
+    watch = Products([Window()])
+
+    watch.update(values[:100])
+    watch.update(values[100:])
+
+    found = watch.moments(0)
+    assert found is not None
+    wanted = np.cov(values.astype(np.float64).T, bias=True)
+    np.testing.assert_allclose(found.centred().products[0], wanted, rtol=0, atol=1e-3 * wanted.max())
 
 
 def test_rows_with_nan_or_infinity_in_either_model_are_left_out():

@@ -63,6 +63,10 @@ def compensated(matrices: Array, products: Array, cross: Array, amount: float | 
     hessian = products / both + DAMPING * unit
     scaled = matrices * norms
     target = (cross @ matrices / norms + DAMPING * scaled).astype(np.float32)
+    try:
+        np.linalg.cholesky(hessian)
+    except np.linalg.LinAlgError:  # nothing but rounding errors is left of inputs that do not vary
+        return None
     inverse = np.linalg.inv(hessian + unit).astype(np.float32)
     hessian, scaled = hessian.astype(np.float32), scaled.astype(np.float32)
     goes, found = _search(scaled, target, inverse, amount)

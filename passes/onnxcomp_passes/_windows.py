@@ -147,6 +147,7 @@ class Products:
     def __init__(self, windows: Sequence[Window]) -> None:
         self.windows = tuple(windows)
         self._sums: list[tuple[Array, ...] | None] = [None] * len(self.windows)
+        self._shifts: list[tuple[Array, ...]] = [()] * len(self.windows)
         self._counts = [0] * len(self.windows)
 
     def update(self, original: Array, now: Array | None = None) -> None:
@@ -160,6 +161,12 @@ class Products:
             rows = [window.rows(array) for array in (original, now) if array is not None]
             finite = np.logical_and.reduce([np.isfinite(each).all(axis=(0, 2)) for each in rows])
             rows = rows if finite.all() else [each[:, finite] for each in rows]
+            if not rows[0].shape[1]:
+                continue
+            # Sums about the first run's mean: float32 sums about zero lose the variance of inputs that hardly vary.
+            if self._sums[index] is None:
+                self._shifts[index] = tuple(each.mean(axis=1, keepdims=True) for each in rows)
+            rows = [each - shift for each, shift in zip(rows, self._shifts[index], strict=True)]
             last = rows[-1].swapaxes(1, 2)
             parts = [part for each in rows for part in (last @ each, each.sum(axis=1))]
             sums, known = [part.astype(np.float64) for part in parts], self._sums[index]
@@ -169,11 +176,18 @@ class Products:
     def moments(self, way: int) -> Moments | None:
         """The means for one of the ways; None before the first row, and where all are zero."""
         sums, count = self._sums[way], self._counts[way]
-        if sums is None or not count:
+        if sums is None:
             return None
         parts = [part / count for part in sums]
-        (cross, original_means), (products, means) = parts[:2], parts[-2:]  # one and the same without another model
-        return Moments(products, cross, means, original_means) if products.any() else None
+        shifts = [shift[:, 0].astype(np.float64) for shift in self._shifts[way]]
+        off, last = parts[-1], shifts[-1]
+        means = [own + shift for own, shift in zip(parts[1::2], shifts, strict=True)]
+        products = [
+            part + off[:, :, None] * shift[:, None, :] + last[:, :, None] * mean[:, None, :]
+            for part, shift, mean in zip(parts[::2], shifts, means, strict=True)
+        ]  # the first are those with the original's, the last its own: one and the same without another model
+        found = Moments(products[-1], products[0], means[-1], means[0])
+        return found if found.products.any() else None
 
 
 def _read_tensor(view: WeightView, main: set[int]) -> gs.Tensor | None:
