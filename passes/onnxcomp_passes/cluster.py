@@ -12,6 +12,7 @@ import numpy as np
 from onnxcomp.errors import OptionError
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
+from onnxcomp.packed import find_packed
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.weights import LazyWeight, Spool
 from onnxcomp_passes._choice import MARGIN, costliest_first, fewest, most_worth_ranking
@@ -90,6 +91,9 @@ class Cluster(Pass):
     def rewrite(self, model: Model, context: Context) -> Changes:
         """See the class."""
         changes = Changes()
+        if find_packed(model):  # what was lossy came before: the budget is not spent a second time
+            changes.leave("the model", "is packed: unpack it first (onnxcomp optimize --unpack)")
+            return changes
         base = model.fork()
         lift_constants(base.graph)
         views = wanted_views(base, context, changes, skip=self.skip, min_elements=self.min_elements)

@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
+from onnxcomp.packed import find_packed
 from onnxcomp.passes import Changes, Context, Pass, Table, option, register
 from onnxcomp_passes._pruner import CLOSE, Amount, Pruner
 from onnxcomp_passes._pruning import Pattern, as_matrices, ends, lamp_curve, shares
@@ -112,6 +113,9 @@ class Prune(Pass):
             RequirementError: The criterion needs data that are not there.
         """
         changes = Changes()
+        if find_packed(model):  # what was lossy came before: the budget is not spent a second time
+            changes.leave("the model", "is packed: unpack it first (onnxcomp optimize --unpack)")
+            return changes
         if self.criterion in {"wanda", "obs"} and (context.data is None or context.runtime is None):
             message = (
                 f"{self.name}: the criterion {self.criterion} needs data, and ONNX Runtime to run them; give --data"
