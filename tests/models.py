@@ -23,6 +23,18 @@ FLOAT_ROUNDING = 1e-5
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
+SMALL_NETWORK = """g (float[N, 4, 12, 12] x) => (float[N, 20] y) {
+    [first] a = Conv(x, first_w, first_b)
+    b = Relu(a)
+    [middle] c = Conv<strides = [2, 2]>(b, middle_w)
+    d = Relu(c)
+    e = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>(d)
+    f = Flatten(e)
+    [head] y = Gemm(f, head_w, head_b)
+}"""
+"""Two Conv and a Gemm, without their weights."""
+
+
 def graph_model(
     graph: str, weights: Mapping[str, Any] | None = None, /, *, opset: int = 17, ir_version: int = 8, **more: Any
 ) -> onnx.ModelProto:

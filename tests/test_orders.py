@@ -22,7 +22,7 @@ from onnxcomp.runtime import Runtime
 from onnxcomp.targets import find_target
 from onnxcomp_passes import Cluster, Float16, Pack, Prune, Quantize, QuantizeWeights
 from onnxcomp_passes._views import find_views
-from tests.models import graph_model, random_weights
+from tests.models import SMALL_NETWORK, graph_model, random_weights
 from tests.quantizing import random_samples
 from tests.small import classifier
 
@@ -50,18 +50,9 @@ LAYERS = ("first", "middle", "head")
 
 def small_network() -> onnx.ModelProto:
     """Two Conv and a Gemm."""
-    text = """g (float[N, 4, 12, 12] x) => (float[N, 20] y) {
-        [first] a = Conv(x, first_w, first_b)
-        b = Relu(a)
-        [middle] c = Conv<strides = [2, 2]>(b, middle_w)
-        d = Relu(c)
-        e = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>(d)
-        f = Flatten(e)
-        [head] y = Gemm(f, head_w, head_b)
-    }"""
     shapes = {"first": (16, 4, 3, 3), "middle": (32, 16, 3, 3), "head": (128, 20)}
     weights = {f"{name}_w": random_weights(*shape, seed=i, scale=0.1) for i, (name, shape) in enumerate(shapes.items())}
-    return graph_model(text, weights, first_b=random_weights(16), head_b=random_weights(20))
+    return graph_model(SMALL_NETWORK, weights, first_b=random_weights(16), head_b=random_weights(20))
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,7 @@ def test_layouts_tell_the_bytes_that_are_written() -> None:
     rng = np.random.default_rng(1)
     value = np.where(rng.random(10_000) < 0.9, 0, rng.integers(-7, 8, 10_000)).astype(np.int8)
     found = contents(value)
+    assert found is not None
     assert found.book is not None
     entries = gaps(found.others, 8)[0].size
     by_name = {(layout.places, layout.bits): layout.nbytes for layout in layouts(found)}
@@ -239,3 +240,22 @@ def test_optimizing_a_packed_model_again_changes_nothing() -> None:
     packed = pruned(SAMPLES / "fashion_lenet.onnx")
     Pack().rewrite(packed, Context())
     assert optimize(packed).model.digest == packed.digest
+
+
+def test_what_is_excluded_is_told_and_stays_dense() -> None:
+    model = pruned(SAMPLES / "fashion_lenet.onnx")
+    changes = Pack(skip=("1.weight",)).rewrite(model, Context())
+    assert [(left.where, left.why) for left in changes.left] == [("1.weight", "excluded")]
+    assert {change.where for change in changes.changed} == {"3.weight", "5.weight"}
+
+
+@given(seed=st.integers(0, 1000), zeros=st.sampled_from([0.0, 0.02, 0.03, 0.04, 0.1]))
+def test_what_is_looked_at_no_further_would_not_have_become_smaller(seed: int, zeros: float) -> None:
+    rng = np.random.default_rng(seed)
+    value = rng.normal(size=4000).astype(np.float32)
+    value[rng.random(4000) < zeros] = 0
+    mask_bytes = 4000 / 8
+    if contents(value) is None:
+        assert 4 * np.count_nonzero(value == 0) <= mask_bytes
+    else:
+        assert 4 * np.count_nonzero(value == 0) > mask_bytes

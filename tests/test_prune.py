@@ -19,6 +19,7 @@ from onnxcomp.passes import Changes, Context
 from onnxcomp.runtime import Runtime
 from onnxcomp_passes import Prune, QuantizeWeights
 from onnxcomp_passes._pruner import Amount, Pruner
+from onnxcomp_passes._pruning import lowest_by_output
 from onnxcomp_passes._views import find_views
 from onnxcomp_passes._windows import gather_products
 from tests.models import graph_model, matmul_model, mlp_model, random_weights, run
@@ -55,7 +56,9 @@ def test_zeroes_the_smallest_weights():
 
     changes = prune(model, sparsity=0.5)
 
-    assert [(change.where, change.what) for change in changes.changed] == [("W", "2 of 4 weights are zero (50.0%)")]
+    assert [(change.where, change.what) for change in changes.changed] == [
+        ("W", "2 of 4 weights are zero (50.0%), by magnitude")
+    ]
     np.testing.assert_array_equal(model.weight("W"), np.array([[0.9, 0], [0, -0.8]], np.float32))
 
 
@@ -314,3 +317,45 @@ def test_half_of_the_weights_of_a_real_model_go_at_next_to_no_loss(runtime: Runt
     before = accuracy(original)
     assert before - accuracy(half) <= 0.005 + 1e-9
     assert accuracy(magnitude) < accuracy(second) - 0.1
+
+
+def test_zeros_stay_zero_when_more_is_pruned_and_the_rest_is_refitted(runtime: Runtime, tmp_path: Path):
+    weight = random_weights(12, 6)
+    weight[np.abs(weight) < 0.5] = 0
+    model = matmul_model(weight)
+    inputs = random_weights(200, 12, seed=4) @ random_weights(12, 12, seed=5)
+
+    prune(model, context_for(model, inputs, runtime, tmp_path), criterion="obs", sparsity=0.7)
+
+    found = model.weight("W")
+    assert np.any(found[found != 0] != weight[found != 0])  # else nothing was refitted
+    assert not found[weight == 0].any()
+
+
+@given(share=st.floats(0.05, 0.95), shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)))
+def test_the_lowest_by_output_are_as_many_as_asked_and_evenly_spread(share: float, shape: tuple[int, int, int]):
+    scores = np.random.default_rng(0).random(shape)
+
+    goes = lowest_by_output(scores, share)
+
+    counts = goes.sum(axis=1)
+    assert goes.sum() == round(share * scores.size)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_a_bias_with_another_factor_than_the_products_is_left_alone(runtime: Runtime, tmp_path: Path):
+    text = "g (float[N, 8] x) => (float[N, 4] y) { y = Gemm<alpha = 0.5>(x, W, b) }"
+    bias = random_weights(4, seed=1)
+    model = Model.load(graph_model(text, W=random_weights(8, 4), b=bias))
+
+    prune(
+        model, context_for(model, random_weights(100, 8, seed=2) + 1, runtime, tmp_path), criterion="obs", sparsity=0.5
+    )
+
+    np.testing.assert_array_equal(model.weight("b"), bias)
+
+
+def test_what_has_its_zeros_already_is_not_told_as_changed():
+    model = matmul_model(np.array([[1.0, 0.0], [0.0, 2.0]], np.float32))
+
+    assert not prune(model, pattern="1:2").count

@@ -23,7 +23,7 @@ from onnxcomp_passes._gptq import gptq, output_error
 from onnxcomp_passes._hqq import half_quadratic
 from onnxcomp_passes._remedies import REMEDIES
 from onnxcomp_passes._views import find_views
-from tests.models import graph_model, random_weights
+from tests.models import SMALL_NETWORK, graph_model, random_weights
 from tests.quantizing import random_samples
 
 Array = np.ndarray[Any, Any]
@@ -40,17 +40,8 @@ def sparse(*shape: int, seed: int, share: float = 0.7) -> Array:
 
 def pruned_model() -> onnx.ModelProto:
     """Two Conv and a Gemm, 70 % of the weights zero."""
-    text = """g (float[N, 4, 12, 12] x) => (float[N, 20] y) {
-        [first] a = Conv(x, first_w, first_b)
-        b = Relu(a)
-        [middle] c = Conv<strides = [2, 2]>(b, middle_w)
-        d = Relu(c)
-        e = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>(d)
-        f = Flatten(e)
-        [head] y = Gemm(f, head_w, head_b)
-    }"""
     weights = {f"{name}_w": sparse(*shape, seed=index) for index, (name, shape) in enumerate(WEIGHTS.items())}
-    return graph_model(text, weights, first_b=random_weights(8), head_b=random_weights(20))
+    return graph_model(SMALL_NETWORK, weights, first_b=random_weights(8), head_b=random_weights(20))
 
 
 def zeros_of(model: Model) -> dict[str, Array]:

@@ -158,7 +158,7 @@ class Candidates:
         removal = {}
         for name, order in self.orders.items():
             count = len(order.units)
-            removal[name] = count - kept_units(count, ratio, multiple)
+            removal[name] = count - kept_units(count, ratio, self._multiple(name, multiple))
         return {name: count for name, count in removal.items() if count}
 
     def of_all(self, ratio: float, multiple: int, context: Context, changes: Changes) -> Removal:
@@ -177,7 +177,7 @@ class Candidates:
         while True:
             tries = []
             for name, count in removal.items():
-                less = _next_fewer(len(self.orders[name].units), count, multiple)
+                less = _next_fewer(len(self.orders[name].units), count, self._multiple(name, multiple))
                 if count and self.macs({**removal, name: less}) <= wanted:
                     tries.append((float(costs[name][count] - costs[name][less]), name, less))
             if not tries:
@@ -205,6 +205,10 @@ class Candidates:
             low, high = (middle, high) if holds(middle) else (low, middle)
         return path[low] if low >= 0 else {}
 
+    def _multiple(self, name: str, multiple: int) -> int:
+        """What the units that stay are a multiple of: kernels care for channels, not for how many heads there are."""
+        return 1 if self.channels.group(name).kind == "heads" else multiple
+
     def _measured(self, judge: Judge, multiple: int, context: Context, changes: Changes) -> dict[str, Array]:
         """What each group's removals cost the whole model: its own errors, scaled to one that was measured."""
         spool, costs = Spool(), {}
@@ -214,7 +218,7 @@ class Candidates:
             if context.out_of_time():
                 break
             count = len(order.units)
-            goes = count - kept_units(count, PROBE, multiple)
+            goes = count - kept_units(count, PROBE, self._multiple(name, multiple))
             if not goes:
                 continue
             context.progress(f"measuring what {name} costs")
@@ -236,7 +240,8 @@ class Candidates:
         for name, errors in costs.items():
             count = len(errors) - 1
             least = max(1, int(np.ceil(count * LEAST_LEFT)))
-            stays = sorted({kept_units(count, ratio, multiple) for ratio in np.linspace(0, 1, 33)})
+            each = self._multiple(name, multiple)
+            stays = sorted({kept_units(count, ratio, each) for ratio in np.linspace(0, 1, 33)})
             goes = [count - kept for kept in stays if kept >= least]
             options[name] = [(each, float(errors[each]), float(whole - self.macs({name: each}))) for each in goes]
         rates = [cost / gain for tries in options.values() for _, cost, gain in tries if cost > 0 and gain > 0]

@@ -110,7 +110,7 @@ class Codes:
     Attributes:
         codes: int8, or uint8 with a zero point; shape of the grouping.
         scale: float32, shaped to broadcast over the codes.
-        zero: The zero point, uint8, shaped as the scale; None: 0.
+        zero: The zero point, shaped as the scale; None: 0.
     """
 
     codes: Array

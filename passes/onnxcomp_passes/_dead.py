@@ -93,6 +93,7 @@ def remove_dead(
     excludes: Callable[[gs.Node], bool] | None = None,
     *,
     wanted: Callable[[Group], bool] | None = None,
+    multiple: int = 1,
     spool: Spool | None = None,
 ) -> Removed:
     """Take out (in place) all that adds nothing: dead units, and what is dead once they are gone.
@@ -103,6 +104,7 @@ def remove_dead(
         model: The model.
         excludes: Says which nodes the user wants left alone; None: none.
         wanted: Which groups may lose units; None: all.
+        multiple: What the channels and neurons that stay are a multiple of; dead ones stay to make up for it.
         spool: Where the bytes of large weights go.
     """
     removed = Removed()
@@ -117,7 +119,8 @@ def remove_dead(
         dead = dead_units(model, channels, constants)
         if wanted is not None:
             dead = {name: units for name, units in dead.items() if wanted(channels.group(name))}
-        dead = channels.allowed(dead)
+        dead = {name: units[: _most(channels.group(name), len(units), multiple)] for name, units in dead.items()}
+        dead = channels.allowed({name: units for name, units in dead.items() if units.size})
         if not dead:
             return removed
         shifts = _shifts(model, channels, dead, constants)
@@ -130,6 +133,14 @@ def remove_dead(
         for name, units in dead.items():
             removed.of.setdefault(name, channels.group(name).units)
             removed.units[name] = removed.units.get(name, 0) + len(units)
+
+
+def _most(group: Group, dead: int, multiple: int) -> int:
+    """How many of the dead units may go, so that a multiple stays."""
+    if group.kind == "heads":
+        return dead
+    stay = -(-(group.units - dead) // multiple) * multiple
+    return max(0, group.units - stay)
 
 
 def dead_units(model: Model, channels: Channels, constants: ConstantChannels) -> dict[str, Array]:

@@ -22,7 +22,7 @@ from onnxcomp_passes._codes import Codes, Grouping, Width, group, nearest, pack
 from onnxcomp_passes._gptq import gptq
 from onnxcomp_passes._hqq import half_quadratic
 from onnxcomp_passes._nbits import compute_refusal, dequantize, is_transposed
-from onnxcomp_passes._stored import Encoded, output_channel_axis, reduction_axis, store, weight_inputs
+from onnxcomp_passes._stored import Encoded, leave_bodies, output_channel_axis, reduction_axis, store, weight_inputs
 
 __all__ = ["Encoder", "Held", "Weight", "find_weights", "wanted", "write"]
 
@@ -101,10 +101,7 @@ def wanted(
             changes.leave(weight.name, "is a graph output")
         else:
             found.append(weight)
-    for graph in model.graphs():
-        for node in graph.nodes if graph is not model.graph else ():
-            if weight_inputs(node):
-                changes.leave(node.name or node.outputs[0].name, f"the {node.op} is in a body of If, Loop or Scan")
+    leave_bodies(model, changes)
     return found
 
 

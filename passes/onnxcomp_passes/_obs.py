@@ -45,7 +45,7 @@ def compensated(matrices: Array, products: Array, cross: Array, amount: float | 
         amount: The share of zeros over all groups; or N:M along the inputs.
 
     Returns:
-        The pruned matrices, float32; None where the data say nothing.
+        The pruned matrices, float32, zeros still zero; None where the data say nothing.
 
     Example:
         Both inputs are always the same, so that the weight that stays takes over nearly all of the other's part.
@@ -69,21 +69,22 @@ def compensated(matrices: Array, products: Array, cross: Array, amount: float | 
         return None
     inverse = np.linalg.inv(hessian + unit).astype(np.float32)
     hessian, scaled = hessian.astype(np.float32), scaled.astype(np.float32)
-    goes, found = _search(scaled, target, inverse, amount)
+    goes, found = _search(scaled, target, inverse, amount, matrices == 0)
     found = _refit(hessian, target, np.where(goes, np.float32(0), found), goes)
     plain = np.where(goes, np.float32(0), scaled)
     better = _loss(hessian, target, found) < _loss(hessian, target, plain)
     return np.asarray(np.where(better, found, plain) / norms, np.float32)
 
 
-def _search(scaled: Array, target: Array, inverse: Array, amount: float | Pattern) -> tuple[Array, Array]:
-    """The mask of what goes, and weights near to those that suit it; the step size of ADMM is 1."""
+def _search(scaled: Array, target: Array, inverse: Array, amount: float | Pattern, zeros: Array) -> tuple[Array, Array]:
+    """The mask of what goes, `zeros` first, and weights near to those that suit it; the step size of ADMM is 1."""
     dual, found = np.zeros_like(scaled), scaled
     kept = goes = np.zeros(scaled.shape, bool)
     for step in range(ROUNDS):
         wanted = found + dual
         if step < GROWING:
-            goes = _mask(np.abs(wanted), amount, 1 - (1 - (step + 1) / GROWING) ** 3)
+            scores = np.where(zeros, np.float32(-1), np.abs(wanted))
+            goes = _mask(scores, amount, 1 - (1 - (step + 1) / GROWING) ** 3) | zeros
         kept = np.where(goes, np.float32(0), wanted)
         dual = wanted - kept
         found = inverse @ (target + kept - dual)

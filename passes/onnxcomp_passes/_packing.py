@@ -27,6 +27,9 @@ CODE_BITS = (1, 2, 4, 8)
 MAX_VALUES = 256
 """Values of a codebook."""
 
+COUNTED = 1 << 22
+"""Bytes that are counted at a time: counting makes 8 bytes of each."""
+
 SAMPLE = 1 << 14
 """Elements by which a weight of all different values is told without sorting it."""
 
@@ -70,11 +73,14 @@ class Contents:
     book: Array | None
 
 
-def contents(value: Array) -> Contents:
+def contents(value: Array) -> Contents | None:
     """Look into a weight.
 
     Args:
         value: Any shape; items of 1, 2 or 4 bytes.
+
+    Returns:
+        What it holds; None where it has neither few values nor enough equal ones to pay for a mask.
 
     Example:
         >>> found = contents(np.array([[0.0, 2.0], [0.0, 1.0]], np.float32))
@@ -87,13 +93,17 @@ def contents(value: Array) -> Contents:
     book = None
     if distinct is not None and distinct.size <= MAX_VALUES:
         book = np.concatenate([[background], distinct[distinct != background]]).astype(raw.dtype)
+    has_codes = book is not None and code_bits(book.size) < 8 * raw.itemsize
+    if not has_codes and 8 * raw.itemsize * (raw.size - np.count_nonzero(raw != background)) <= raw.size:
+        return None  # before the places are listed, which takes twice the memory of the weight
     return Contents(raw, background, np.flatnonzero(raw != background), book)
 
 
 def _distinct(raw: Array) -> tuple[Array | None, Array]:
     """The different values and how many there are of each; None where a sample shows that they are too many."""
     if raw.itemsize == 1:
-        counts = np.bincount(raw, minlength=256)
+        parts = (raw[start : start + COUNTED] for start in range(0, raw.size, COUNTED))
+        counts = np.sum([np.bincount(part, minlength=256) for part in parts], axis=0)
         found = np.flatnonzero(counts)
         return found.astype(raw.dtype), counts[found]
     sample = np.unique(raw[:: max(1, raw.size // SAMPLE)])

@@ -13,7 +13,7 @@ from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Context
 from onnxcomp.weights import Spool
 from onnxcomp_passes._obs import compensated
-from onnxcomp_passes._pruning import Pattern, as_matrices, from_matrices, lowest, wanda_scores
+from onnxcomp_passes._pruning import Pattern, as_matrices, from_matrices, lowest, lowest_by_output, wanda_scores
 from onnxcomp_passes._views import WeightView, find_views
 from onnxcomp_passes._windows import Moments, gather_products, inputs_of
 
@@ -52,12 +52,14 @@ class Pruner:
         moments: What its layers are multiplied with, by weight; others are pruned by magnitude.
         context: Its data are run again for layers behind others.
         compensate: Change what stays to make up for what goes; false: the mask alone, by magnitude times input norm.
+        criteria: The weights that were changed in the model built last, and what told which of them go.
     """
 
     base: Model
     moments: Mapping[str, Moments]
     context: Context
     compensate: bool
+    criteria: dict[str, str] = field(default_factory=dict)
     _spool: Spool = field(default_factory=Spool)
     _outputs: frozenset[str] = field(init=False)
 
@@ -76,6 +78,7 @@ class Pruner:
             most_passes: The most groups.
         """
         fork = self.base.fork()
+        self.criteria = {}
         views = [view for view in find_views(fork) if view.name in amounts]
         wanted = [view for view in views if not self._has_it(view, amounts[view.name])]
         if not self.compensate or any(amounts[view.name].is_small for view in wanted):
@@ -119,11 +122,15 @@ class Pruner:
         matrices = as_matrices(view, view.read())
         if amount.is_small:
             least = amount.threshold or amount.deviations * float(np.std(matrices, dtype=np.float64))
-            goes = (np.abs(matrices) < least) & (matrices != 0)
-            if goes.any():
-                self._write(view, np.where(goes, np.float32(0), matrices))
+            self._remove(view, matrices, np.abs(matrices) < least, "magnitude")
         elif moments is None or not self.compensate or not self._compensate(view, matrices, amount, moments):
-            self._write(view, np.where(self._masked(view, matrices, amount), np.float32(0), matrices))
+            by_norm = view.name in self.moments
+            criterion = "magnitude times input norm" if by_norm else "magnitude"
+            self._remove(view, matrices, self._masked(view, matrices, amount), criterion)
+
+    def _remove(self, view: WeightView, matrices: Array, goes: Array, criterion: str) -> None:
+        if np.any(matrices[goes]):  # else nothing changes
+            self._write(view, np.where(goes, np.float32(0), matrices), criterion)
 
     def _masked(self, view: WeightView, matrices: Array, amount: Amount) -> Array:
         scores = self.scores(view, matrices)
@@ -131,11 +138,7 @@ class Pruner:
             return _mask_of(scores, amount.pattern)
         if view.name not in self.moments:
             return lowest(scores, round(amount.share * scores.size))
-        count = round(amount.share * scores.shape[1])  # within each output, as Wanda says
-        order = np.argsort(scores, axis=1, kind="stable")
-        goes = np.zeros(scores.shape, bool)
-        np.put_along_axis(goes, order[:, :count], True, axis=1)
-        return goes
+        return lowest_by_output(scores, amount.share)
 
     def _compensate(self, view: WeightView, matrices: Array, amount: Amount, moments: Moments) -> bool:
         """Prune with compensation, the mean error into the bias; tell whether the data allowed it."""
@@ -144,7 +147,7 @@ class Pruner:
         pruned = compensated(matrices, fitted.products, fitted.cross, amount.pattern or amount.share)
         if pruned is None:
             return False
-        self._write(view, pruned)
+        self._write(view, pruned, "second order")
         if bias is not None:
             held = as_matrices(view, view.read())  # rounded, where it is held in codes
             missing = np.einsum("gi,gio->go", moments.original_means, matrices, dtype=np.float64)
@@ -152,7 +155,8 @@ class Pruner:
             bias.values = (value_of(bias) + missing.reshape(-1)).astype(np.float32)
         return True
 
-    def _write(self, view: WeightView, matrices: Array) -> None:
+    def _write(self, view: WeightView, matrices: Array, criterion: str) -> None:
+        self.criteria[view.name] = criterion
         view.write(from_matrices(view, matrices), self._spool)
 
 
@@ -165,7 +169,8 @@ def bias_of(view: WeightView, seen: Container[str]) -> gs.Constant | None:
     """
     node = view.node
     if node.op in {"Conv", "Gemm"}:
-        found = node.inputs[2] if len(node.inputs) > 2 and node.attrs.get("beta", 1.0) == 1.0 else None
+        plain = node.attrs.get("alpha", 1.0) == 1.0 and node.attrs.get("beta", 1.0) == 1.0
+        found = node.inputs[2] if len(node.inputs) > 2 and plain else None
         outputs = view.shape[0] if node.op == "Conv" or node.attrs.get("transB", 0) else view.shape[1]
     else:
         readers = node.outputs[0].outputs

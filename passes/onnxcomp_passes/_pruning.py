@@ -20,6 +20,7 @@ __all__ = [
     "from_matrices",
     "lamp_curve",
     "lowest",
+    "lowest_by_output",
     "shares",
     "wanda_scores",
 ]
@@ -184,6 +185,30 @@ def lowest(scores: Array, count: int) -> Array:
         flat = scores.reshape(-1)
         goes[np.argpartition(flat, min(count, flat.size) - 1)[:count]] = True
     return goes.reshape(scores.shape)
+
+
+def lowest_by_output(scores: Array, share: float) -> Array:
+    """Which scores are the lowest within each output, the same count in all; what that leaves over is spread.
+
+    The rest of fewer than one for each output falls to those that give up least for one more.
+
+    Args:
+        scores: Shape (groups, inputs, outputs).
+        share: Of them all.
+
+    Example:
+        >>> lowest_by_output(np.array([[[1.0, 5.0], [2.0, 6.0], [3.0, 4.0]]]), 0.5).astype(int).tolist()
+        [[[1, 0], [1, 0], [0, 1]]]
+    """
+    order = np.argsort(scores, axis=1, kind="stable")
+    count = int(share * scores.shape[1])
+    rest = round(share * scores.size) - count * scores.shape[0] * scores.shape[2]
+    goes = np.zeros(scores.shape, bool)
+    np.put_along_axis(goes, order[:, :count], True, axis=1)
+    if rest > 0:
+        following = order[:, count : count + 1]
+        np.put_along_axis(goes, following, lowest(np.take_along_axis(scores, following, axis=1), rest), axis=1)
+    return goes
 
 
 def ends(views: Sequence[WeightView]) -> set[str]:

@@ -89,10 +89,16 @@ def _layers(model: Model, first: Collection[str]) -> list[WeightView]:
         if not found and view.name not in first:
             continue
         plain = int(node.attrs.get("group", 1)) == 1 and takes_shift(node) and _bias(view, {}) is not None
-        small = int(np.prod(view.shape[1:])) <= MAX_INPUTS
-        if plain and small and view.form in {"float", "float16"} and view.name in seen:
+        if plain and _inputs(view) <= MAX_INPUTS and view.form in {"float", "float16"} and view.name in seen:
             found.append(view)
     return found
+
+
+def _inputs(view: WeightView) -> int:
+    """How many numbers go into one output."""
+    if view.node.op == "Conv" or view.node.attrs.get("transB", 0):
+        return int(np.prod(view.shape[1:]))
+    return view.shape[0]
 
 
 def _bias(view: WeightView, shifted: Mapping[str, Array]) -> Array | None:

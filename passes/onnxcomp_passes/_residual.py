@@ -161,11 +161,12 @@ def choose_blocks(model: Model, context: Context) -> list[Block]:
 
     Args:
         model: The model; it is not changed.
-        context: Its judge measures; it must have one.
+        context: Its judge measures; it must have one. Blocks with a node that it excludes stay.
     """
     judge = context.judge
     assert judge is not None
-    blocks = removable_blocks(model)
+    excluded = {label(node) for node in model.graph.nodes if context.excludes(node)}
+    blocks = [block for block in removable_blocks(model) if not block.nodes & excluded]
     macs = judge.layer_macs(model)
     worth: dict[str, float] = {}
     for block in blocks:

@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
+from onnxcomp.passes import Changes
 from onnxcomp.weights import LazyWeight
 from onnxcomp_passes._codes import Width, group, nearest
 
@@ -30,6 +31,7 @@ __all__ = [
     "encode",
     "find_stored",
     "is_decoded",
+    "leave_bodies",
     "lift_constants",
     "output_channel_axis",
     "redirect",
@@ -139,6 +141,14 @@ def reduction_axis(node: gs.Node, index: int, rank: int) -> int | None:
     if node.op == "Gather":
         return rank - 1 if rank > 1 else None
     return 2 if node.op in {"LSTM", "GRU", "RNN"} else None
+
+
+def leave_bodies(model: Model, changes: Changes) -> None:
+    """Say why weights in bodies of If, Loop and Scan stay as they are: passes see the main graph alone."""
+    for graph in model.graphs():
+        for node in graph.nodes if graph is not model.graph else ():
+            if weight_inputs(node):
+                changes.leave(node.name or node.outputs[0].name, f"the {node.op} is in a body of If, Loop or Scan")
 
 
 def encode(weight: Array, axis: int | None, *, limit: int = INT8_MAX) -> tuple[Array, Array]:

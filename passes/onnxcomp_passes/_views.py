@@ -24,7 +24,8 @@ from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context
 from onnxcomp.structure import spooled
 from onnxcomp.weights import LazyWeight, Spool
-from onnxcomp_passes._stored import weight_inputs
+from onnxcomp_passes._codes import Codes
+from onnxcomp_passes._stored import leave_bodies, weight_inputs
 
 __all__ = ["Grid", "WeightView", "find_views", "wanted_views"]
 
@@ -35,26 +36,11 @@ CODES = (np.dtype(np.int8), np.dtype(np.uint8))
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The values that integer codes stand for: (code - zero) * scale.
+class Grid(Codes):
+    """The values that the codes of a weight stand for, in the shape that they are held in.
 
-    Attributes:
-        codes: int8 or uint8, in the shape that they are held in.
-        scale: float32, shaped to broadcast over the codes.
-        zero: Zero points, float32, shaped to broadcast over the codes; None: 0.
+    Scale and zero points are float32 and broadcast over the codes.
     """
-
-    codes: Array
-    scale: Array
-    zero: Array | None
-
-    def decode(self) -> Array:
-        """The float32 values, in the shape of the codes."""
-        values = self.codes.astype(np.float32)
-        if self.zero is not None:
-            values -= self.zero
-        values *= self.scale
-        return values
 
     def encode(self, value: Array) -> Array:
         """The nearest codes within the range that the codes have used so far; 0 becomes the code of 0.
@@ -204,10 +190,7 @@ def wanted_views(
             changes.leave(view.label, "is a graph output")
         else:
             found.append(view)
-    for graph in model.graphs():
-        for node in graph.nodes if graph is not model.graph else ():
-            if weight_inputs(node):
-                changes.leave(node.name or node.outputs[0].name, f"the {node.op} is in a body of If, Loop or Scan")
+    leave_bodies(model, changes)
     return found
 
 

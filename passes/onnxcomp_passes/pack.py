@@ -67,12 +67,12 @@ class Pack(Pass):
         changes = Changes()
         base = model.fork()
         lift_constants(base.graph)
-        if not any(True for _ in self._wanted(base, context, Changes())) or not _raised(base, context, changes):
+        if not list(self._wanted(base, context, changes)) or not _raised(base, context, changes):
             return changes
         before = self._census(base, context)
         skip: set[str] = set(self.skip)
         while True:
-            candidate, told = self._packed(base, context, skip, changes)
+            candidate, told = self._packed(base, context, skip)
             refused = self._refused(candidate, before, context, told)
             if not refused:
                 break
@@ -102,9 +102,7 @@ class Pack(Pass):
                 continue
             yield constant
 
-    def _packed(
-        self, base: Model, context: Context, skip: Collection[str], changes: Changes
-    ) -> tuple[Model, dict[str, str]]:
+    def _packed(self, base: Model, context: Context, skip: Collection[str]) -> tuple[Model, dict[str, str]]:
         """A copy with every weight but some packed where that is smaller, and what was done, by name."""
         candidate, spool, told = base.fork(), Spool(), {}
         taken = {tensor.name for node in candidate.graph.nodes for tensor in (*node.inputs, *node.outputs)}
@@ -116,6 +114,8 @@ class Pack(Pass):
             context.progress(f"packing {constant.name}")
             value, held = value_of(constant), _held_bytes(constant)
             found = contents(value)
+            if found is None:
+                continue
             form, how = _smallest(writer, str(constant.name), found, value)
             sparse = _sparse(constant.name, value, found)
             if sparse is not None and sparse.ByteSize() < min(form.nbytes, held):

@@ -129,15 +129,12 @@ class Prune(Pass):
         products = self._products(base, views, context, changes)
         pruner = Pruner(base, products, context, compensate=self.criterion != "wanda")
         amounts = self._amounts(pruner, views, context, changes)
-        candidate, done = pruner.build(amounts), []
-        before = {view.name: view for view in views}
-        for view in find_views(candidate):
-            if view.name in amounts and view.holder._values is not before[view.name].holder._values:
-                zeros = int(np.count_nonzero(view.read() == 0))
-                done.append((view, zeros))
-        for view, zeros in done:
-            elements = int(np.prod(view.shape))
-            changes.add(view.label, f"{zeros:,} of {elements:,} weights are zero ({zeros / elements:.1%})")
+        candidate = pruner.build(amounts)
+        done = [view for view in find_views(candidate) if view.name in pruner.criteria]
+        for view in done:
+            zeros, elements = int(np.count_nonzero(view.read() == 0)), int(np.prod(view.shape))
+            what = f"{zeros:,} of {elements:,} weights are zero ({zeros / elements:.1%})"
+            changes.add(view.label, f"{what}, by {pruner.criteria[view.name]}")
         if done:
             changes.tables.append(_table(candidate, {view.name for view in views}))
             model.become(candidate)

@@ -14,9 +14,14 @@ from onnxcomp_passes._channel_choice import Candidates, Removal
 from onnxcomp_passes._channels_groups import Channels, Group, find_channels, node_key
 from onnxcomp_passes._dead import Removed, remove_dead
 from onnxcomp_passes._refit import refit
+from onnxcomp_passes._residual import choose_blocks, removable_blocks, remove_blocks
 from onnxcomp_passes._stored import lift_constants
 
 __all__ = ["PruneChannels"]
+
+
+MULTIPLE = 8
+"""What ONNX Runtime's blocked convolutions want: with other counts they run as plain ones, several times slower."""
 
 
 @register
@@ -56,7 +61,14 @@ class PruneChannels(Pass):
         " norm of weights; least activation; nearest to the others (geometric median).",
         choices=("output", "l1", "l2", "activation", "median"),
     )
-    round_to: int = option(8, "Units that stay are a multiple of this, which kernels like.", minimum=1)
+    blocks: bool = option(False, "Take whole residual blocks out first, as far as the budget pays for; needs data.")
+    removed_blocks: tuple[str, ...] = option((), "Which residual blocks go, by the name of their sum.")
+    round_to: int = option(
+        0,
+        "Channels and neurons that stay are a multiple of this, which kernels like; 0: of 8, but all that adds nothing"
+        " goes if the model is not slower for it.",
+        minimum=0,
+    )
     refit: bool = option(True, "Fit the weights of the layers behind to what they computed; needs data.")
     skip: tuple[str, ...] = option((), "Names of groups (their first layers) that stay as they are.")
 
@@ -72,13 +84,15 @@ class PruneChannels(Pass):
             message = f"{self.name}: {' and '.join(asked)} both say how much; give one"
             raise OptionError(message)
         _parsed(self.removed)
-        if asked:
+        if asked or self.blocks or self.removed_blocks:
             object.__setattr__(self, "lossless", False)
-        if self.choose:
+        if self.choose or self.blocks:
             object.__setattr__(self, "requires", frozenset({"data"}))
 
     def weaker(self) -> Iterator[Self]:
-        """Half of the share, then a quarter."""
+        """Half of the share, then a quarter; of what adds nothing, as much as leaves counts that kernels like."""
+        if self.lossless and not self.round_to:
+            yield replace(self, round_to=MULTIPLE)
         if self.ratio:
             yield replace(self, ratio=self.ratio / 2)
             yield replace(self, ratio=self.ratio / 4)
@@ -89,8 +103,8 @@ class PruneChannels(Pass):
         Raises:
             RequirementError: A choice needs a judge, and data, that are not there.
         """
-        if self.choose and (context.judge is None or context.data is None):
-            message = f"{self.name}: choose measures on data; give --data"
+        if (self.choose or self.blocks) and (context.judge is None or context.data is None):
+            message = f"{self.name}: {'choose' if self.choose else 'blocks'} measures on data; give --data"
             raise RequirementError(message)
         changes = Changes()
         candidate, spool = model.fork(), Spool()
@@ -103,15 +117,30 @@ class PruneChannels(Pass):
         def wanted(group: Group) -> bool:
             return not held & _layers(group)
 
-        _tell(remove_dead(candidate, wanted=wanted, spool=spool), channels, changes)
+        dead = remove_dead(candidate, wanted=wanted, multiple=max(1, self.round_to), spool=spool)
+        _tell(dead, channels, changes)
         if not self.lossless:
+            self._take_blocks(candidate, context, changes)
             self._take(candidate, wanted, context, changes)
         if changes.count:
             model.become(candidate)
         return changes
 
+    def _take_blocks(self, candidate: Model, context: Context, changes: Changes) -> None:
+        """Remove residual blocks, in place."""
+        chosen = choose_blocks(candidate, context) if self.blocks else []
+        chosen += [block for block in removable_blocks(candidate) if block.name in self.removed_blocks]
+        if not chosen:
+            return
+        for block in chosen:
+            changes.add(block.name, f"residual block of {len(block.nodes)} nodes removed")
+        remove_blocks(candidate, chosen)
+        changes.resolved |= {"blocks": False, "removed_blocks": [block.name for block in chosen]}
+
     def _take(self, candidate: Model, wanted: Callable[[Group], bool], context: Context, changes: Changes) -> None:
         """Remove units that add something, in place: let nothing read them, fit what is left, then they are dead."""
+        if not (self.ratio or self.choose or self.removed):
+            return
         channels = find_channels(candidate, context.excludes)
         groups = [group for group in channels.groups if wanted(group)]
         found = Candidates.find(candidate, channels, groups, self.criterion, context, changes)
@@ -129,7 +158,7 @@ class PruneChannels(Pass):
         for name, count in taken.units.items():
             changes.add(name, f"{count} of {channels.group(name).units} {channels.group(name).kind} removed")
         changes.notes.append(f"{1 - found.macs(removal) / macs:.1%} of the multiply-accumulates removed")
-        changes.resolved = {
+        changes.resolved |= {
             "ratio": 0.0,
             "choose": False,
             "removed": [f"{name}={count}" for name, count in removal.items()],
@@ -137,14 +166,15 @@ class PruneChannels(Pass):
         candidate.become(masked)
 
     def _removal(self, found: Candidates, context: Context, changes: Changes) -> Removal:
+        multiple = self.round_to or MULTIPLE
         if self.removed:
             asked = _parsed(self.removed)
             return {name: min(asked[name], len(found.orders[name].units) - 1) for name in asked if name in found.orders}
         if self.choose:
-            return found.within_budget(self.round_to, context, changes)
+            return found.within_budget(multiple, context, changes)
         if self.scope == "group":
-            return found.of_each(self.ratio, self.round_to)
-        return found.of_all(self.ratio, self.round_to, context, changes)
+            return found.of_each(self.ratio, multiple)
+        return found.of_all(self.ratio, multiple, context, changes)
 
     def _held(self, model: Model, channels: Channels, context: Context) -> set[str]:
         """The layers, by `node_key`, that the user asked to leave alone."""
