@@ -322,7 +322,7 @@ def test_half_of_the_weights_of_a_real_model_go_at_next_to_no_loss(runtime: Runt
 def test_zeros_stay_zero_when_more_is_pruned_and_the_rest_is_refitted(runtime: Runtime, tmp_path: Path):
     weight = random_weights(12, 6)
     weight[np.abs(weight) < 0.5] = 0
-    model = matmul_model(weight)
+    model = Model.load(graph_model("g (float[N, 12] x) => (float[N, 6] y) { y = MatMul(x, W) }", W=weight))
     inputs = random_weights(200, 12, seed=4) @ random_weights(12, 12, seed=5)
 
     prune(model, context_for(model, inputs, runtime, tmp_path), criterion="obs", sparsity=0.7)
