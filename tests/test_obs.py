@@ -142,3 +142,19 @@ def test_products_that_no_inputs_have_are_refused():
     products[0, 0, 1] = products[0, 1, 0] = -3
 
     assert compensated(random_weights(1, 4, 2), products, products, 0.5) is None
+
+
+@pytest.mark.parametrize("share", [0.55, 0.7])
+def test_zeros_of_an_earlier_run_stay_though_others_would_suit_changed_inputs_better(share: float):
+    rng = np.random.default_rng(3)
+    original = rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12))
+    now = original * (rng.random((1, 12)) < 0.7) + 0.3 * rng.normal(size=original.shape)
+    weight = rng.normal(size=(12, 6)).astype(np.float32)
+    zeros = rng.random((12, 6)) < 0.5
+    weight[zeros] = 0
+
+    found = compensated(weight[None], (now.T @ now / 300)[None], (now.T @ original / 300)[None], share)
+
+    assert found is not None
+    assert np.any(found[0][~zeros] != weight[~zeros])  # the others were refitted
+    assert not found[0][zeros].any()

@@ -319,19 +319,6 @@ def test_half_of_the_weights_of_a_real_model_go_at_next_to_no_loss(runtime: Runt
     assert accuracy(magnitude) < accuracy(second) - 0.1
 
 
-def test_zeros_stay_zero_when_more_is_pruned_and_the_rest_is_refitted(runtime: Runtime, tmp_path: Path):
-    weight = random_weights(12, 6)
-    weight[np.abs(weight) < 0.5] = 0
-    model = Model.load(graph_model("g (float[N, 12] x) => (float[N, 6] y) { y = MatMul(x, W) }", W=weight))
-    inputs = random_weights(200, 12, seed=4) @ random_weights(12, 12, seed=5)
-
-    prune(model, context_for(model, inputs, runtime, tmp_path), criterion="obs", sparsity=0.7)
-
-    found = model.weight("W")
-    assert np.any(found[found != 0] != weight[found != 0])  # else nothing was refitted
-    assert not found[weight == 0].any()
-
-
 @given(share=st.floats(0.05, 0.95), shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)))
 def test_the_lowest_by_output_are_as_many_as_asked_and_evenly_spread(share: float, shape: tuple[int, int, int]):
     scores = np.random.default_rng(0).random(shape)
