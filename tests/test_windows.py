@@ -14,6 +14,7 @@ from onnxcomp.data import input_specs, open_data
 from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp.runtime import Runtime
+from onnxcomp_passes._fits import Fit
 from onnxcomp_passes._pruning import as_matrices
 from onnxcomp_passes._views import find_views
 from onnxcomp_passes._windows import MAX_ROWS, Products, Window, gather_products
@@ -147,3 +148,17 @@ def test_moments_are_gathered_from_both_models(tmp_path: Path):
     np.testing.assert_allclose(found["V"].cross[0], hidden[1].T @ hidden[0] / 8, rtol=0, atol=10 * SUM_ROUNDING)
     np.testing.assert_allclose(found["W"].products[0], x.T @ x / 8, rtol=0, atol=SUM_ROUNDING)
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_unlike_lengths_are_left_out():
+    watch = Products([Window()])
+    watch.update(np.ones((5, 3), np.float32), np.ones((4, 3), np.float32))
+    assert watch.moments(0) is None
+    watch.update(np.eye(3, dtype=np.float32), 2 * np.eye(3, dtype=np.float32))
+    assert watch.moments(0) is not None
+
+    fit = Fit(Window())
+    fit.update(np.ones((6, 2), np.float32), np.ones((3, 3), np.float32))
+    assert [half.count for half in fit.halves] == [0, 0]
+    fit.update(np.ones((4, 2), np.float32), np.ones((4, 3), np.float32))
+    assert [half.count for half in fit.halves] == [2, 2]

@@ -151,7 +151,7 @@ class Products:
         self._counts = [0] * len(self.windows)
 
     def update(self, original: Array, now: Array | None = None) -> None:
-        """Take in one run's values; rows with NaN or infinity are left out.
+        """Take in one run's values; rows with NaN or infinity are left out, and a run whose lengths differ.
 
         Args:
             original: The tensor in the original model.
@@ -159,6 +159,8 @@ class Products:
         """
         for index, window in enumerate(self.windows):
             rows = [window.rows(array) for array in (original, now) if array is not None]
+            if rows[0].shape[1] != rows[-1].shape[1]:
+                continue  # a model may round to other lengths, such as those of sounds; no row has its like then
             finite = np.logical_and.reduce([np.isfinite(each).all(axis=(0, 2)) for each in rows])
             rows = rows if finite.all() else [each[:, finite] for each in rows]
             if not rows[0].shape[1]:
