@@ -74,7 +74,7 @@ def test_carries_the_licence_and_the_readme(wheel):
 def test_needs_no_torch_unless_asked(wheel):
     metadata = email.message_from_string(_metadata(wheel, "METADATA"))
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert not [line for line in needed if line.startswith(("torch", "scipy", "pytest", "pillow"))]
+    assert not [line for line in needed if line.startswith(("torch", "scipy", "tensorly", "pytest", "pillow"))]
 
 
 # --- constraints.txt --------------------------------------------------------------------------------------------------
