@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnxcomp_passes.cluster import Cluster
 from onnxcomp_passes.float16 import Float16
+from onnxcomp_passes.low_rank import LowRank
 from onnxcomp_passes.pack import Pack
 from onnxcomp_passes.prune import Prune
 from onnxcomp_passes.prune_channels import PruneChannels
@@ -16,6 +17,7 @@ from onnxcomp_passes.unpack import Unpack
 __all__ = [
     "Cluster",
     "Float16",
+    "LowRank",
     "Pack",
     "Prune",
     "PruneChannels",

@@ -16,11 +16,14 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp_passes._views import WeightView
 
-__all__ = ["Moments", "Products", "Window", "gather_products", "inputs_of", "products_bytes"]
+__all__ = ["Moments", "Products", "Window", "affordable", "gather_products", "inputs_of", "products_bytes"]
 
 Array = np.ndarray[Any, Any]
 
 PRODUCTS = frozenset({"MatMul", "MatMulInteger"})
+
+MOST_BYTES = 1 << 30
+"""Of products that are held at a time."""
 
 MAX_ROWS = 4096
 """Windows of one run that are looked at, spread evenly: neighbours see nearly the same."""
@@ -116,19 +119,21 @@ class Moments:
         cross: X'^T X with those of the original model; the same array where they are the same.
         means: Of X', shape (groups, inputs).
         original_means: Of X.
+        count: Rows that the means are over.
     """
 
     products: Array
     cross: Array
     means: Array
     original_means: Array
+    count: int
 
     def centred(self) -> Moments:
         """What is left of the products where a bias takes care of the means."""
         products = self.products - self.means[:, :, None] * self.means[:, None, :]
         same = self.cross is self.products
         cross = products if same else self.cross - self.means[:, :, None] * self.original_means[:, None, :]
-        return Moments(products, cross, self.means, self.original_means)
+        return Moments(products, cross, self.means, self.original_means, self.count)
 
 
 class Products:
@@ -188,7 +193,7 @@ class Products:
             part + off[:, :, None] * shift[:, None, :] + last[:, :, None] * mean[:, None, :]
             for part, shift, mean in zip(parts[::2], shifts, means, strict=True)
         ]  # the first are those with the original's, the last its own: one and the same without another model
-        found = Moments(products[-1], products[0], means[-1], means[0])
+        found = Moments(products[-1], products[0], means[-1], means[0], count)
         return found if found.products.any() else None
 
 
@@ -213,6 +218,16 @@ def products_bytes(view: WeightView) -> int:
     groups = int(view.node.attrs.get("group", 1)) if view.node.op == "Conv" else 1
     inputs = int(np.prod(view.shape[1:])) if view.node.op == "Conv" else max(view.shape)
     return 8 * groups * inputs**2
+
+
+def affordable(views: Sequence[WeightView]) -> list[WeightView]:
+    """The layers whose products fit into memory together, the small ones first."""
+    found, total = [], 0
+    for view in sorted(views, key=products_bytes):
+        total += products_bytes(view)
+        if total <= MOST_BYTES:
+            found.append(view)
+    return found
 
 
 def gather_products(

@@ -18,7 +18,7 @@ from onnxcomp_passes._pruning import Pattern, as_matrices, ends, lamp_curve, sha
 from onnxcomp_passes._sparsity import choose_shares
 from onnxcomp_passes._stored import lift_constants
 from onnxcomp_passes._views import WeightView, find_views, wanted_views
-from onnxcomp_passes._windows import Moments, gather_products, products_bytes
+from onnxcomp_passes._windows import Moments, affordable, gather_products
 
 __all__ = ["Prune"]
 
@@ -30,9 +30,6 @@ ENDS_SHARE = 0.05
 
 DEFAULT_SPARSITY = 0.5
 """Where nothing was asked for and nothing can be measured."""
-
-PRODUCTS_BYTES = 1 << 30
-"""Input products that are held at a time; layers beyond are pruned by magnitude."""
 
 TRIAL_PASSES = 4
 """Passes over the data for a model that is only tried: what is chosen then gets all of them, and is better."""
@@ -181,12 +178,7 @@ class Prune(Pass):
             return {}
         if context.data is None or context.runtime is None or context.workdir is None:
             return {}
-        wanted, total = [], 0
-        for view in sorted(views, key=products_bytes):
-            total += products_bytes(view)
-            if total <= PRODUCTS_BYTES:
-                wanted.append(view)
-        found = gather_products(model, wanted, context)
+        found = gather_products(model, affordable(views), context)
         others = len(views) - len(found)
         if others:
             changes.notes.append(f"{others} of {len(views)} weights are pruned by magnitude: their inputs are not seen")

@@ -1,0 +1,138 @@
+"""Which weights get which rank: so that they have so many weights together, or as much as the accuracy budget buys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.judge import Judge
+from onnxcomp.model import Model
+from onnxcomp.passes import Context
+from onnxcomp_passes._rank_options import Option
+from onnxcomp_passes._thin_fit import Thin
+
+__all__ = ["Gain", "allocations", "measured_costs", "smallest", "within_budget"]
+
+Array = np.ndarray[Any, Any]
+Choice = dict[str, Option]
+"""Unit -> what becomes of it; those that stay are left out."""
+
+Gain = Callable[[str, Option], float]
+Build = Callable[[Mapping[str, Thin]], Model]
+
+PRICES = 512
+"""Trades of error for gain that are looked at, from none to all."""
+
+MARGIN = 0.9
+"""The share of the budget that is spent on the samples that choices are made on: others lose a little more."""
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class _Tries:
+    """The options of one unit, the first of which is to leave it."""
+
+    options: Sequence[Option | None]
+    costs: Array
+    gains: Array
+
+
+def allocations(options: Mapping[str, Sequence[Option]], scale: Mapping[str, float], gain: Gain) -> list[Choice]:
+    """Choices from little to much gain, each the best trade over all units at one price.
+
+    Args:
+        options: By unit.
+        scale: What the whole loses, for the share of its output's energy that a unit misses; losses add up.
+        gain: What an option saves; those that save nothing are not taken.
+    """
+    tries = {}
+    for name, each in options.items():
+        worth = [option for option in each if gain(name, option) > 0]
+        costs = [0.0, *(max(scale[name] * option.missed, TINY) for option in worth)]
+        tries[name] = _Tries(
+            [None, *worth], np.array(costs), np.array([0.0, *(gain(name, option) for option in worth)])
+        )
+    rates = np.concatenate([each.costs[1:] / each.gains[1:] for each in tries.values()] or [np.zeros(0)])
+    if not len(rates):
+        return []
+    path: list[Choice] = []
+    for price in np.geomspace(rates.min() / 2, rates.max() * 8, PRICES):
+        places = {name: int(np.argmin(each.costs - price * each.gains)) for name, each in tries.items()}
+        chosen = {name: option for name, place in places.items() if (option := tries[name].options[place]) is not None}
+        if chosen and (not path or chosen != path[-1]):
+            path.append(chosen)
+    return path
+
+
+def smallest(
+    path: Sequence[Choice], enough: Callable[[Choice], float], options: Mapping[str, Sequence[Option]]
+) -> Choice:
+    """The first choice that saves enough, with what it saves too much given back where that helps most.
+
+    Args:
+        path: As `allocations` gives it.
+        enough: What a choice saves beyond what was asked for; negative where it falls short.
+        options: By unit.
+    """
+    if not path:
+        return {}
+    chosen = dict(next((choice for choice in path if enough(choice) >= 0), path[-1]))
+    while True:
+        better: list[tuple[float, str, Option | None]] = []
+        for name, now in chosen.items():
+            others: list[Option | None] = [each for each in options[name] if each.missed < now.missed]
+            for other in [*others, None]:
+                tried = {**chosen, name: other} if other else {key: each for key, each in chosen.items() if key != name}
+                if enough(tried) >= 0:
+                    better.append((now.missed - (other.missed if other else 0.0), name, other))
+        if not better:
+            return chosen
+        _, name, other = max(better, key=lambda item: item[0])
+        if other is None:
+            del chosen[name]
+        else:
+            chosen[name] = other
+
+
+def measured_costs(probes: Mapping[str, Option], build: Build, judge: Judge, context: Context) -> dict[str, float]:
+    """The squared error of the whole model for the share of its output's energy that each unit misses.
+
+    Args:
+        probes: What is measured of each unit.
+        build: The model with such factors; what is not named stays.
+        judge: Measures.
+        context: Its deadline ends it; units that were not measured are left out.
+    """
+    found = {}
+    base = judge.rough_error(build({}))
+    for name, option in probes.items():
+        if context.out_of_time():
+            break
+        context.progress(f"measuring what {name} may lose")
+        model = build({name: option.thin})
+        error = judge.rough_error(model)
+        judge.forget(model)
+        square = error**2 - base**2 if np.isfinite(error) else 1e3
+        found[name] = max(square, TINY) / max(option.missed, TINY)
+    return found
+
+
+def within_budget(path: Sequence[Choice], build: Build, judge: Judge, context: Context) -> Choice:
+    """The last of the choices that the judge allows, by bisection; none where not even the first holds."""
+
+    def holds(index: int) -> bool:
+        context.progress(f"low rank, allocation {index + 1} of {len(path)}")
+        model = build({name: option.thin for name, option in path[index].items()})
+        fits = judge.allows(judge.quality(model), MARGIN * context.share)
+        judge.forget(model)
+        return fits
+
+    low, high = -1, len(path)
+    while high - low > 1 and not context.out_of_time():
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return path[low] if low >= 0 else {}

@@ -1,0 +1,118 @@
+"""The ranks that a weight may get, and what each of them saves and costs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxcomp_passes._conv_factors import FORMS, has_form, ranks_for
+from onnxcomp_passes._layer_costs import Sizes, layer_macs
+from onnxcomp_passes._reduced_rank import Goal
+from onnxcomp_passes._thin_fit import Thin, fitted
+from onnxcomp_passes._thin_layers import Unit
+
+__all__ = ["FORM_CHOICES", "Option", "break_even", "forms_of", "options_of", "rounded"]
+
+Array = np.ndarray[Any, Any]
+
+MOST_OPTIONS = 48
+"""Ranks of one weight that are looked at."""
+
+FORM_CHOICES = ("auto", *FORMS)
+
+AUTO = ("svd", "spatial", "tucker")
+"""CP runs as depthwise Convs, which cost ONNX Runtime more time than their multiply-accumulates tell."""
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+"""Of the weights that stay, where each rank has to be solved for."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that may become of a unit.
+
+    Attributes:
+        thin: It.
+        parameters: How many numbers the factors have.
+        macs: Multiply-accumulates; 0 where sizes are not known.
+        missed: The share of the output's energy that is lost.
+    """
+
+    thin: Thin
+    parameters: int
+    macs: int
+    missed: float
+
+
+def rounded(rank: float, multiple: int) -> int:
+    """A rank that kernels like, not above another; small ones are only made whole.
+
+    Example:
+        >>> rounded(30.5, 8), rounded(11.0, 8), rounded(0.5, 8)
+        (24, 11, 1)
+    """
+    whole = max(1, int(rank))
+    return whole - whole % multiple if whole >= 1.5 * multiple else whole
+
+
+def break_even(unit: Unit) -> float:
+    """The rank at which two matrices have as many weights as the one."""
+    _, inputs, outputs = unit.sizes
+    return inputs * outputs / (inputs + outputs)
+
+
+def forms_of(unit: Unit, form: str) -> list[str]:
+    """The forms that a unit may take: of a Conv the one asked for, or with "auto" all but CP."""
+    if unit.node.op != "Conv":
+        return ["svd"]
+    part = unit.parts[0]
+    wanted: tuple[str, ...] = AUTO if form == "auto" else (form,)
+    if form == "auto" and importlib.util.find_spec("tensorly") is None:
+        wanted = tuple(each for each in AUTO if each != "tucker")  # which needs the extra
+    return [each for each in wanted if has_form(each, part.view.shape, part.sizes[0])]
+
+
+def options_of(unit: Unit, goal: Goal, sizes: Sequence[Sizes], forms: Sequence[str], multiple: int) -> list[Option]:
+    """All options of a unit that have fewer weights, and multiply-accumulates where there are any, than it has now.
+
+    Args:
+        unit: The unit.
+        goal: What its factors come close to.
+        sizes: Of its nodes; may be empty.
+        forms: As `forms_of` gives them.
+        multiple: Of which ranks are.
+    """
+    found: list[Option] = []
+    dense = layer_macs(unit, sizes)
+    for form in forms:
+        for thin, missed in _svd(unit, goal, multiple) if form == "svd" else _solved(unit, goal, form, multiple):
+            macs = layer_macs(unit, sizes, thin)
+            if thin.parameters(unit) < unit.elements and (macs < dense or not dense):
+                found.append(Option(thin, thin.parameters(unit), macs, missed))
+    return found
+
+
+def _svd(unit: Unit, goal: Goal, multiple: int) -> list[tuple[Thin, float]]:
+    """From the singular values, which tell what every rank misses."""
+    energies = goal.energies().sum(axis=0)
+    missed = np.concatenate([np.cumsum(energies[::-1])[::-1], [0.0]]) / max(goal.energy, 1e-300)
+    most = min(int(np.ceil(break_even(unit))) - 1, len(energies))
+    ranks = sorted({rounded(rank, multiple) for rank in range(1, most + 1)})
+    if len(ranks) > MOST_OPTIONS:
+        ranks = [ranks[place] for place in np.linspace(0, len(ranks) - 1, MOST_OPTIONS).astype(int)]
+    return [(Thin("svd", (rank,)), float(missed[rank])) for rank in ranks]
+
+
+def _solved(unit: Unit, goal: Goal, form: str, multiple: int) -> list[tuple[Thin, float]]:
+    """By factoring at some ranks."""
+    part, found = unit.parts[0], {}
+    for share in SHARES:
+        ranks = ranks_for(form, part.view.shape, part.sizes[0], round(share * unit.elements), multiple)
+        if ranks is not None and Thin(form, ranks) not in found:
+            thin = Thin(form, ranks)
+            found[thin] = fitted(unit, thin, goal).missed
+    return list(found.items())

@@ -1,0 +1,242 @@
+"""Which weights of a graph can become products of thin ones, and which of them are factored together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcomp.model import Model
+from onnxcomp.passes import Changes, Context
+from onnxcomp_passes._pruning import as_matrices, from_matrices
+from onnxcomp_passes._views import WeightView, find_views, wanted_views
+
+__all__ = ["WEIGHT_AT", "Part", "Unit", "find_units", "units_named"]
+
+Array = np.ndarray[Any, Any]
+
+WEIGHT_AT = {"MatMul": (0, 1), "Gemm": (1,), "Conv": (1,), "Gather": (0,)}
+"""Operator -> the inputs whose weight may become factors."""
+
+HELD_OTHERWISE = {
+    "qdq": "its weight is behind a DequantizeLinear: factors are found before quantize",
+    "integer": "its weight is multiplied as integers: factors are found before quantize-dynamic",
+    "stored": "is stored as integers: factors are found before quantize-weights",
+    "float16": "is stored as float16: factors are found before that",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight and the nodes that read it, which all do the same with it.
+
+    Attributes:
+        view: The weight.
+        readers: At least one.
+    """
+
+    view: WeightView
+    readers: tuple[gs.Node, ...]
+
+    def matrices(self) -> Array:
+        """The weight, float32 of shape (groups, inputs, outputs); the groups are a Conv's, or a MatMul's batches."""
+        value = self.view.read()
+        if self.view.node.op == "Conv":
+            return as_matrices(self.view, value)
+        stacked = value.reshape(-1, *value.shape[-2:])
+        return stacked.swapaxes(1, 2) if self._is_turned else stacked
+
+    def laid_out(self, matrices: Array) -> Array:
+        """Matrices, of any inputs and outputs, as the operator (which is no Conv) reads its weight."""
+        stacked = matrices.swapaxes(1, 2) if self._is_turned else matrices
+        return stacked.reshape(*self.view.shape[:-2], *stacked.shape[1:])
+
+    def weights(self, matrices: Array) -> Array:
+        """The inverse of `matrices`."""
+        return from_matrices(self.view, matrices) if self.view.node.op == "Conv" else self.laid_out(matrices)
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the weight is a stack of matrices."""
+        return self.view.node.op == "MatMul" and len(self.view.shape) > 2
+
+    @property
+    def _is_turned(self) -> bool:
+        """Whether the weight has a row for each output."""
+        node = self.view.node
+        return bool(node.attrs.get("transB", 0)) if node.op == "Gemm" else node.op == "MatMul" and self.view.index == 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The shape of `matrices`."""
+        shape, node = self.view.shape, self.view.node
+        if node.op == "Conv":
+            groups = int(node.attrs.get("group", 1))
+            return groups, math.prod(shape[1:]), shape[0] // groups
+        rows, columns = shape[-2:]
+        return math.prod(shape[:-2]), *((columns, rows) if self._is_turned else (rows, columns))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that are factored together: one, or several that one tensor is multiplied with.
+
+    Several have the first factor in common: [W1 W2] = A [B1 B2].
+    """
+
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of the weights."""
+        return "+".join(part.view.name for part in self.parts)
+
+    @property
+    def first(self) -> str:
+        """The name of the first weight."""
+        return self.parts[0].view.name
+
+    @property
+    def node(self) -> gs.Node:
+        """The first node."""
+        return self.parts[0].view.node
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Groups, inputs and outputs, of all parts side by side."""
+        groups, inputs, _ = self.parts[0].sizes
+        return groups, inputs, sum(part.sizes[2] for part in self.parts)
+
+    @property
+    def elements(self) -> int:
+        """How many weights there are."""
+        return math.prod(self.sizes)
+
+    def matrices(self) -> Array:
+        """All weights side by side, shape `sizes`."""
+        return np.concatenate([part.matrices() for part in self.parts], axis=2)
+
+    def shares(self, outputs: Array) -> list[Array]:
+        """What belongs to each part of something with all outputs along its last axis."""
+        ends = np.cumsum([part.sizes[2] for part in self.parts])
+        return np.split(outputs, ends[:-1], axis=-1)
+
+
+def find_units(
+    model: Model,
+    context: Context,
+    changes: Changes,
+    wanted: Callable[[WeightView], bool] = lambda _: True,
+    *,
+    least: int = 1,
+) -> list[Unit]:
+    """Every weight that may be factored, in the order of the graph; MatMuls and Gemms of one input together.
+
+    Args:
+        model: Its constants are lifted.
+        context: For what the user excludes.
+        changes: Gets the reasons for the weights that are left.
+        wanted: Whether the user wants a weight factored.
+        least: Weights with fewer elements are left.
+    """
+    main = {id(node) for node in model.graph.nodes}
+    units: list[Unit] = []
+    by_input: dict[tuple[Any, ...], int] = {}
+    for view in wanted_views(model, context, changes, min_elements=least):
+        part, why = _part(view, main) if wanted(view) else (None, "excluded")
+        if part is None:
+            changes.leave(view.label, why)
+            continue
+        key = _shared_input(part)
+        if key is not None and key in by_input:
+            place = by_input[key]
+            units[place] = replace(units[place], parts=(*units[place].parts, part))
+            continue
+        if key is not None:
+            by_input[key] = len(units)
+        units.append(Unit((part,)))
+    return units
+
+
+def units_named(model: Model, units: Sequence[Unit]) -> dict[str, Unit]:
+    """The same units in a copy of their model, by name."""
+    views = {view.name: view for view in find_views(model)}
+    found = {}
+    for unit in units:
+        parts = (views[part.view.name] for part in unit.parts)
+        found[unit.name] = Unit(tuple(Part(view, _readers(view)) for view in parts))
+    return found
+
+
+def _readers(view: WeightView) -> tuple[gs.Node, ...]:
+    return tuple({id(node): node for node in view.holder.outputs}.values())
+
+
+def _part(view: WeightView, main: Container[int]) -> tuple[Part | None, str]:
+    """The part that a weight is; or why it can be none."""
+    node, readers = view.node, _readers(view)
+    if node.domain or view.index not in WEIGHT_AT.get(node.op, ()):
+        return None, f"input {view.index} of a {node.op} cannot be split in two"
+    if view.form != "float":
+        return None, HELD_OTHERWISE[view.form]
+    if len(view.shape) < 2 or (node.op in {"Gemm", "Gather"} and len(view.shape) != 2):
+        return None, "is no matrix"
+    if any(id(reader) not in main for reader in readers):
+        return None, "is also read in a body of If, Loop or Scan"
+    if any(_use(reader, view.holder) != _use(node, view.holder) for reader in readers):
+        return None, "is read in several ways"
+    if node.op == "Gather" and int(node.attrs.get("axis", 0)) not in {0, -2}:
+        return None, "is not read row by row"
+    if any(_is_factor(reader) for reader in readers):
+        return None, "is one of several factors already"
+    part = Part(view, readers)
+    if min(part.sizes[1:]) < 2:
+        return None, "is no thicker than rank 1"
+    return part, ""
+
+
+def _is_factor(node: gs.Node) -> bool:
+    """Whether a node multiplies what another has just multiplied, or another what it has, with nothing in between."""
+    data = node.inputs[1 - _weight_at(node)]
+    before = data.inputs[0] if len(data.inputs) == 1 else None
+    if before is not None and _multiplies(before) and not _has_bias(before):
+        return True
+    after = node.outputs[0].outputs
+    reads_it = (_multiplies(each) and each.inputs[1 - _weight_at(each)] is node.outputs[0] for each in after)
+    return bool(after) and not _has_bias(node) and all(reads_it)
+
+
+def _multiplies(node: gs.Node) -> bool:
+    places = WEIGHT_AT.get(node.op, ()) if not node.domain else ()
+    return any(isinstance(node.inputs[place], gs.Constant) for place in places)
+
+
+def _weight_at(node: gs.Node) -> int:
+    return next(place for place in WEIGHT_AT[node.op] if isinstance(node.inputs[place], gs.Constant))
+
+
+def _has_bias(node: gs.Node) -> bool:
+    return len(node.inputs) > 2 and bool(node.inputs[2].name)
+
+
+def _use(node: gs.Node, holder: gs.Constant) -> tuple[Any, ...]:
+    """What a node does with a weight, as far as factors of it have to be laid out for that."""
+    places = tuple(index for index, tensor in enumerate(node.inputs) if tensor is holder)
+    names = {"Gemm": ("transA", "transB"), "Gather": ("axis",), "Conv": tuple(sorted(node.attrs))}.get(node.op, ())
+    return node.op, node.domain, places, *(str(node.attrs.get(name)) for name in names)
+
+
+def _shared_input(part: Part) -> tuple[Any, ...] | None:
+    """What parts must have in common to be factored together; None where that cannot be."""
+    node = part.view.node
+    if len(part.readers) != 1 or part.is_batched:
+        return None
+    if node.op == "Gemm" and part.view.index == 1 and not isinstance(node.inputs[0], gs.Constant):
+        return node.op, id(node.inputs[0]), int(node.attrs.get("transA", 0)), part.view.holder.dtype
+    if node.op == "MatMul" and part.view.index == 1:
+        return node.op, id(node.inputs[0]), part.view.holder.dtype
+    return None
