@@ -224,7 +224,7 @@ class Candidates:
             context.progress(f"measuring what {name} costs")
             model, shifts = self.masked({name: goes}, spool)
             if self.compensates and context.data is not None and context.runtime is not None:
-                refit(model, self.model, shifts, context, spool, PROBE_FITS)
+                refit(model, self.model, shifts, context, spool, PROBE_FITS, activations=False)
             error = judge.quality(model).error
             judge.forget(model)
             scale = max(error**2 - base**2, 1e-12) / max(float(order.errors[goes]), 1e-12)

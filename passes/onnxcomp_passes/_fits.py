@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from onnxcomp.runtime.results import PairObserver
 from onnxcomp_passes._windows import Window
 
-__all__ = ["Fit", "Sums"]
+__all__ = ["Fit", "Sums", "Together", "with_ones"]
 
 Array = np.ndarray[Any, Any]
 
@@ -37,7 +39,7 @@ class Fit:
             if len(candidate[part]):
                 rows, results = self.window.rows(candidate[part])[0], self.window.results(reference[part])
                 if len(rows) == len(results):  # a model may round to other lengths
-                    self.halves[half].add(_with_ones(rows), results)
+                    self.halves[half].add(with_ones(rows), results)
         self._samples += len(candidate)
 
 
@@ -73,12 +75,31 @@ class Sums:
         self.inputs, self.results, self.energy = found
         self.count += len(rows)
 
+    def joined(self, other: Sums) -> Sums:
+        """These and others, of which each has seen something."""
+        both = Sums()
+        both.inputs, both.results = self.inputs + other.inputs, self.results + other.results
+        both.energy, both.count = self.energy + other.energy, self.count + other.count
+        return both
+
     def error(self, weights: Array) -> float:
         """The sum of squared errors of y = x @ weights."""
         both = np.sum(weights * (self.inputs @ weights - 2 * self.results))
         return float(both + self.energy.sum())
 
 
-def _with_ones(rows: Array) -> Array:
+class Together:
+    """Several observers of the same pair of tensors."""
+
+    def __init__(self, observers: Sequence[PairObserver]) -> None:
+        self.observers = tuple(observers)
+
+    def update(self, reference: Array, candidate: Array) -> None:
+        """Show all of them the values."""
+        for observer in self.observers:
+            observer.update(reference, candidate)
+
+
+def with_ones(rows: Array) -> Array:
     """Rows with a 1 behind each, for what a bias does."""
     return np.concatenate([rows, np.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)
