@@ -171,6 +171,31 @@ def outputs_of_all_kinds() -> onnx.ModelProto:
     return graph_model(text, W=random_weights(24, 24, scale=0.2), V=random_weights(24, 24, seed=1))
 
 
+def low_rank() -> onnx.ModelProto:
+    """A Conv, a batched MatMul and a Gemm whose weights are of low rank, and a table that is not."""
+
+    def thin(*shape: int, rank: int, seed: int) -> Array:
+        first, second = random_weights(*shape[:-1], rank, seed=seed), random_weights(rank, shape[-1], seed=seed + 1)
+        return (0.1 * first @ second).astype(np.float32)
+
+    text = """g (int64[N, 6] words) => (float[N, 20] y) {
+        e = Gather(table, words)
+        m = MatMul(e, W)
+        a = Add(m, b)
+        r = Relu(a)
+        t = Transpose<perm = [0, 2, 1]>(r)
+        c = Conv<pads = [1, 1]>(t, K, k)
+        s = Relu(c)
+        p = GlobalMaxPool(s)
+        f = Flatten(p)
+        y = Gemm<transB = 1>(f, V, v)
+    }"""
+    kernel = thin(32, 40 * 3, rank=5, seed=2).reshape(32, 40, 3)
+    weights = {"table": random_weights(80, 24), "W": thin(24, 40, rank=4, seed=4), "K": kernel}
+    last = {"V": random_weights(20, 32, seed=6, scale=0.2), "v": random_weights(20, seed=7)}
+    return graph_model(text, weights, b=random_weights(40, seed=8), k=random_weights(32, seed=9), **last)
+
+
 def overflow() -> onnx.ModelProto:
     """One of two convolutions gives infinity, which a Sigmoid makes finite again."""
     text = """g (float[N, 4, 8, 8] x) => (float[N, 16, 6, 6] y, float[N, 8, 6, 6] z) {
@@ -227,6 +252,7 @@ BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {
     "strings": strings,
     "outputs": outputs_of_all_kinds,
     "overflow": overflow,
+    "low rank": low_rank,
     "static mlp": static_mlp,
     "packed": packed,
     "silent channels": silent_channels,

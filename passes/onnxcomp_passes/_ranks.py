@@ -40,6 +40,9 @@ TIMED = (0.2, 0.6)
 PROBE = 0.5
 """The share of a unit's weights that stay when what it may lose is measured."""
 
+FASTER = 0.95
+"""The part of a layer's time that its factors may take at most: less gain than that may be noise."""
+
 WORTH = 1.1
 """How many times fewer multiply-accumulates two layers must have than one to be faster, where no clock is asked."""
 
@@ -196,7 +199,7 @@ class Ranker:
         found = within_budget(path, build, judge, self._context)
         for name in options.keys() - found.keys():
             self._changes.leave(name, "no rank pays within the budget")
-        return found
+        return {name: each for name, each in found.items() if self._is_faster(self._by_name[name], each.thin)}
 
     def _gains(self, judge: Judge) -> Gain:
         """The part of the model's time and bytes that an option saves; 0 where it is not faster."""
@@ -205,11 +208,11 @@ class Ranker:
         total_macs = max(1, sum(judge.layer_macs(self.splitter.base).values()))
 
         def gain(name: str, each: Option) -> float:
-            unit = self._named(name)
+            unit = self._by_name[name]
             saved_bytes = (unit.elements - each.parameters) * unit.parts[0].view.holder.dtype.itemsize / total_bytes
             if self._times and name in self._sizes:
                 whole, thin = self._milliseconds(unit, each)
-                saved_time = (whole - thin) / total_ms
+                saved_time = (FASTER * whole - thin) / total_ms
             else:
                 saved_time = (layer_macs(unit, self._sizes.get(name, [])) - WORTH * each.macs) / total_macs
             is_table = unit.node.op == "Gather"  # reading rows takes no time that could be saved
@@ -232,12 +235,21 @@ class Ranker:
         whole, start, slope = self._lines[key]
         return whole, whole * max(0.0, start + slope * each.parameters)
 
+    def _is_faster(self, unit: Unit, thin: Thin) -> bool:
+        """Whether factors that were chosen by estimates are measured to gain, else why not; of a table bytes are."""
+        if not self._times or unit.name not in self._sizes or unit.node.op == "Gather":
+            return True
+        share = self._times.measure(unit, self._sizes[unit.name], thin)[1]
+        if share > FASTER:
+            self._changes.leave(unit.name, f"its factors ({thin}) run {1 / share:.2f} times as fast: too little")
+        return share <= FASTER
+
     def _why_not(self, name: str, options: Sequence[Option]) -> str:
         if not self._times or name not in self._sizes:
             return "its factors take no less time"
         speeds = {}
         for each in options:
-            whole, thin = self._milliseconds(self._named(name), each)
+            whole, thin = self._milliseconds(self._by_name[name], each)
             speeds[whole / max(thin, 1e-9)] = each.thin
         best = max(speeds)
         return f"ONNX Runtime does not run factors faster: {best:.2f} times as fast with {speeds[best]}"
@@ -283,9 +295,6 @@ class Ranker:
         """The option that leaves nearest to this share of the weights."""
         elements = self._by_name[name].elements
         return min(options, key=lambda option: abs(option.parameters / elements - share))
-
-    def _named(self, name: str) -> Unit:
-        return self._by_name[name]
 
 
 def _thins(choice: Choice) -> dict[str, Thin]:

@@ -23,7 +23,7 @@ __all__ = ["Goal", "partial_svd", "singular_energies"]
 
 Array = np.ndarray[Any, Any]
 
-RIDGE = 0.5
+RIDGE = 0.7
 """What ties factors to the weight, where there are as many rows of data as inputs, as a share of the mean energy of the
 inputs: the fewer the rows, the less is known of how inputs vary, and new ones vary otherwise."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,8 @@ class Splitter:
         units: What may be factored in it.
         moments: What weights are multiplied with, by name; others are factored by themselves alone.
         context: Its data are run again for layers behind others.
-        refit: Fit a layer to give, from what the layers before it give by then, what it gave in the base.
+        refit: Fit a layer to what it gave in the base; else to what its whole weight would give. Either way from what
+            the layers before it give by then.
     """
 
     base: Model
@@ -152,7 +153,7 @@ class Splitter:
         found: dict[str, Found] = {}
         for number, group in enumerate(self._groups([unit for unit in self.units if unit.name in chosen], most_passes)):
             moments = dict(self.moments)
-            if number and self.refit:  # before the first, nothing has changed yet
+            if number:  # before the first, nothing has changed yet
                 views = [named[unit.name].parts[0].view for unit in group if unit.first in moments]
                 moments |= gather_products(fork, views, self.context, original=self.base)
             for unit in group:
@@ -168,7 +169,7 @@ class Splitter:
 
     def _groups(self, units: Sequence[Unit], most: int) -> list[list[Unit]]:
         """Neighbours, down to so many groups; all in one where they need not wait for each other."""
-        if not self.refit or not self.moments:
+        if not self.moments:
             return [list(units)]
         tensors = inputs_of(self.base, [unit.parts[0].view for unit in units])
         order = list(dict.fromkeys(tensors.values()))
@@ -185,7 +186,11 @@ class Splitter:
         """Write what a unit's factors amount to, and what they miss in the mean into its biases."""
         before = unit.matrices()
         biases = self._biases(unit) if moments is not None else None
-        fits = moments.centred() if moments is not None and biases is not None else moments
+        fits = moments
+        if fits is not None and not self.refit:
+            fits = replace(fits, cross=fits.products)
+        if fits is not None and biases is not None:
+            fits = fits.centred()
         found = fitted(unit, thin, Goal.of(before, fits))
         after = _matrices(unit, found.factors)
         for part, matrices in zip(unit.parts, unit.shares(after), strict=True):

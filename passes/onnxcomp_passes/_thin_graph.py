@@ -123,8 +123,7 @@ def _put_matrices(
     reader.attrs.pop("transA", None)
     if reader.op == "Gather":
         reader.op, reader.attrs = "MatMul", {}
-        reader.inputs[:] = [between[id(data)], second]
-        return
+        place = 1
     reader.inputs[place], reader.inputs[1 - place] = second, between[id(data)]
 
 
