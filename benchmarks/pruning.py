@@ -63,7 +63,8 @@ class Task:
         model: The float model.
         calibration: Inputs without labels.
         test: Inputs with labels.
-        metric: "top1" or "spearman_pairs".
+        metric: "top1", "spearman_pairs", or "auc_reconstruction": of the difference between output and input, in the
+            mean over the windows of a clip.
         output: Which output of the model that is about.
     """
 
@@ -83,6 +84,11 @@ class Task:
             classes = self._outputs(runtime, path, {name: arrays[name] for name in inputs}).argmax(1)
             right = classes == arrays["label"]
             return lambda chosen: float(right[chosen].mean())
+        if self.metric == "auc_reconstruction":
+            windows = arrays[inputs[0]]
+            errors = np.square(windows - self._outputs(runtime, path, {inputs[0]: windows})).mean(axis=1)
+            clips = np.bincount(arrays["clip"], errors) / np.bincount(arrays["clip"])
+            return lambda chosen: _auc(clips[chosen], arrays["label"][chosen])
         sides = []
         for side in (".a", ".b"):
             hidden = self._outputs(runtime, path, {name: arrays[name + side] for name in inputs})
@@ -105,6 +111,12 @@ def _spearman(one: Array, other: Array) -> float:
     return float(one @ other / np.sqrt((one @ one) * (other @ other)))
 
 
+def _auc(scores: Array, labels: Array) -> float:
+    """The chance that a clip with label 1 has a larger score than one with label 0; ties count half."""
+    one, other = scores[labels == 1][:, None], scores[labels == 0][None]
+    return float(np.mean((one > other) + 0.5 * (one == other)))
+
+
 def find_tasks(bench: Path | None) -> dict[str, Task]:
     """The tasks by name: sample models, and those of the folder."""
     calibration, test = (SAMPLES / f"fashion_{kind}.npz" for kind in ("calib", "test"))
@@ -112,7 +124,7 @@ def find_tasks(bench: Path | None) -> dict[str, Task]:
     found = {path.stem: Task(path.stem, path, calibration, test) for path in paths}
     for folder in sorted(bench.glob("tasks/*")) if bench else []:
         told = json.loads((folder / "task.json").read_text())
-        if told["metric"] in {"top1", "spearman_pairs"}:
+        if told["metric"] in {"top1", "spearman_pairs", "auc_reconstruction"}:
             name = f"{folder.name} (task)" if folder.name in found else folder.name
             model, calibration, test = (folder / file for file in ("model.onnx", "calib.npz", "test.npz"))
             found[name] = Task(name, model, calibration, test, told["metric"], told.get("output", 0))

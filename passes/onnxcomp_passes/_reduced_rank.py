@@ -13,6 +13,7 @@ ridge; without inputs (G = I) it is the plain SVD.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ LEAST_RIDGE = 1e-6
 """It also keeps G regular where inputs never vary."""
 
 EXACT_SIDE = 2048
-"""Of a matrix whose smaller side is no longer than this, all singular values are computed; of a larger one the first,
-by random projections (Halko et al. 2011, "Finding Structure with Randomness", algorithm 5.1)."""
+"""Of a matrix whose smaller side is no longer than this, all singular values are computed; of a larger one, where the
+extra is there, the first by random projections (Halko et al. 2011, "Finding Structure with Randomness", section 4.5).
+"""
 
 POWER_STEPS = 4
 OVERSAMPLES = 32
@@ -56,7 +58,7 @@ def partial_svd(matrix: Array, rank: int) -> tuple[Array, Array]:
         ([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], [3.0, 2.0])
     """
     rows, columns = matrix.shape
-    if min(rows, columns) > EXACT_SIDE and 2 * rank < min(rows, columns):
+    if min(rows, columns) > EXACT_SIDE and 2 * rank < min(rows, columns) and find_spec("tensorly"):
         return _random_svd(matrix, rank)
     wide = rows <= columns
     values, vectors = np.linalg.eigh(_gram(matrix if wide else matrix.T))
@@ -83,11 +85,8 @@ def _gram(wide: Array) -> Array:
 
 def _random_svd(matrix: Array, rank: int) -> tuple[Array, Array]:
     """The first singular vectors: the range that powers of the matrix lead random vectors to."""
-    try:
-        from tensorly.tenalg.svd import randomized_svd  # an extra
-    except ImportError:
-        left, values, _ = np.linalg.svd(matrix, full_matrices=False)
-        return left[:, :rank], values[:rank]
+    from tensorly.tenalg.svd import randomized_svd  # an extra
+
     left, values, _ = randomized_svd(
         matrix, rank, n_oversamples=OVERSAMPLES, n_iter=POWER_STEPS, random_state=np.random.RandomState(0)
     )
