@@ -134,7 +134,8 @@ class Ranker:
             macs = layer_macs(unit, sizes, thin) if sizes else None, layer_macs(unit, sizes) if sizes else None
             row = (unit.name, "x".join(map(str, unit.sizes[1:])), thin.form, thin.text, round(1 - missed, 4))
             speed = round(1 / self._times.measure(unit, sizes, thin)[1], 2) if self._times and sizes else None
-            table.rows.append((*row, round(math.sqrt(missed), 4), after, unit.elements, *macs, speed))
+            width = np.dtype(unit.parts[0].view.holder.dtype).itemsize
+            table.rows.append((*row, round(math.sqrt(missed), 4), after * width, unit.elements * width, *macs, speed))
         self._changes.tables.append(table)
 
     # --- asked for ------------------------------------------------------------------------------------------------
