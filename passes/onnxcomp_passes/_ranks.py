@@ -14,7 +14,7 @@ from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Table
 from onnxcomp_passes._layer_costs import LayerTimes, layer_macs, layer_sizes
-from onnxcomp_passes._rank_choice import Choice, Gain, allocations, measured_costs, smallest, within_budget
+from onnxcomp_passes._rank_choice import LEAST_KEPT, Choice, Gain, allocations, measured_costs, smallest, within_budget
 from onnxcomp_passes._rank_options import Option, break_even, forms_of, options_of
 from onnxcomp_passes._reduced_rank import Goal
 from onnxcomp_passes._thin_fit import Found, Splitter, Thin
@@ -185,7 +185,7 @@ class Ranker:
         gain = self._gains(judge)
         options = {}
         for name, each in self._options().items():
-            worth = [option for option in each if gain(name, option) > 0]
+            worth = [option for option in each if 1 - option.missed >= LEAST_KEPT and gain(name, option) > 0]
             if worth:
                 options[name] = worth
             elif each:

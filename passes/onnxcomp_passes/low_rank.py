@@ -50,7 +50,7 @@ class LowRank(Pass):
     conv: str = option(
         "auto",
         "What a Conv becomes: k x k and 1 x 1 (svd); 1 x 1, k x k, 1 x 1 (tucker); k x 1, 1 x k (spatial); 1 x 1, two"
-        " depthwise, 1 x 1 (cp); auto: the first three, whichever loses least.",
+        " depthwise, 1 x 1 (cp); auto: svd or spatial.",
         choices=FORM_CHOICES,
     )
     whiten: bool = option(True, "Keep what matters for the inputs that layers get; needs data. Else plain SVD.")
