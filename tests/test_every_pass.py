@@ -192,8 +192,8 @@ def low_rank() -> onnx.ModelProto:
     }"""
     kernel = thin(32, 40 * 3, rank=5, seed=2).reshape(32, 40, 3)
     weights = {"table": random_weights(80, 24), "W": thin(24, 40, rank=4, seed=4), "K": kernel}
-    last = {"V": random_weights(20, 32, seed=6, scale=0.2), "v": random_weights(20, seed=7)}
-    return graph_model(text, weights, b=random_weights(40, seed=8), k=random_weights(32, seed=9), **last)
+    weights |= {"V": random_weights(20, 32, seed=6, scale=0.2), "v": random_weights(20, seed=7)}
+    return graph_model(text, weights, b=random_weights(40, seed=8), k=random_weights(32, seed=9))
 
 
 def overflow() -> onnx.ModelProto:
