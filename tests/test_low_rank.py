@@ -16,17 +16,11 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
 from onnxcomp_passes import LowRank
 from onnxcomp_passes._conv_factors import has_form
-from tests.models import Array, graph_model, mlp_model, proto_of, random_inputs, random_weights, run
+from tests.models import Array, graph_model, mlp_model, random_inputs, random_weights, run
+from tests.thin_weights import few, thin, weights_of
 
 SUM_ROUNDING = 3e-5
 """Relative to the largest output: sums of products in another order, with a float32 weight on either side."""
-
-
-def thin(*shape: int, rank: int = 3, seed: int = 0, turned: bool = False) -> Array:
-    """A weight, or a stack of them, of this rank over its last two axes; the values far apart, as trained ones are."""
-    *stack, rows, columns = shape
-    first, second = random_weights(*stack, rows, rank, seed=seed), random_weights(*stack, rank, columns, seed=seed + 50)
-    return np.asarray((first / math.sqrt(rank)) @ second, np.float32)
 
 
 def thinned(proto: onnx.ModelProto, context: Context | None = None, **options: Any) -> tuple[Model, Changes]:
@@ -35,10 +29,6 @@ def thinned(proto: onnx.ModelProto, context: Context | None = None, **options: A
     changes = LowRank(**{"min_elements": 1, **options}).rewrite(model, context or Context())
     onnx.checker.check_model(model.to_proto(), full_check=True)
     return model, changes
-
-
-def weights_of(model: Model | onnx.ModelProto) -> int:
-    return sum(math.prod(tensor.dims) for tensor in proto_of(model).graph.initializer if len(tensor.dims) > 1)
 
 
 def reasons(changes: Changes) -> dict[str, str]:
@@ -162,29 +152,6 @@ CONVS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {
     "one axis": ("pads = [1, 1]", (16, 12, 3), (2, 12, 9), 1),
     "three axes": ("pads = [1, 1, 1, 1, 1, 1]", (16, 12, 3, 3, 3), (2, 12, 4, 5, 6), 1),
 }
-
-
-def few(form: str, shape: tuple[int, ...], group: int) -> Array:
-    """A kernel that has the form with few components."""
-    blocks = []
-    for seed in range(group):
-        outputs, inputs, *kernel = shape[0] // group, *shape[1:]
-        rng = np.random.default_rng(seed)
-        if form == "svd":
-            block = rng.normal(size=(outputs, 2)) @ rng.normal(size=(2, inputs * math.prod(kernel)))
-        elif form == "tucker":
-            core = rng.normal(size=(2, 2, math.prod(kernel)))
-            block = np.einsum("or,ci,rik->ock", rng.normal(size=(outputs, 2)), rng.normal(size=(inputs, 2)), core)
-        elif form == "spatial":
-            down, along = rng.normal(size=(2, inputs, kernel[0])), rng.normal(size=(2, outputs, kernel[1]))
-            block = np.einsum("rch,row->ochw", down, along)
-        else:
-            block = np.ones(())
-            for size in (outputs, inputs, *kernel):
-                block = np.multiply.outer(block, rng.normal(size=size))
-        blocks.append(block.reshape(outputs, inputs, *kernel))
-    made = np.concatenate(blocks)
-    return np.asarray(made / made.std(), np.float32)
 
 
 @pytest.mark.parametrize("bias", [False, True])
