@@ -26,6 +26,9 @@ Build = Callable[[Mapping[str, Thin]], Model]
 PRICES = 512
 """Trades of error for gain that are looked at, from none to all."""
 
+DEAREST = 1e4
+"""How many times the trade is worse, at most, than the worst one that a unit's first step can be."""
+
 MARGIN = 0.5
 """The share of the budget that is spent on the samples that choices are made on. What a factor cuts off is what these
 hardly show, so that others lose more: with 0.9 an anomaly detector lost 2.8 points of AUC, with this 0.2."""
@@ -65,12 +68,21 @@ def allocations(options: Mapping[str, Sequence[Option]], scale: Mapping[str, flo
     if not len(rates):
         return []
     path: list[Choice] = []
-    for price in np.geomspace(rates.min() / 2, rates.max() * 8, PRICES):
+    most = min(max(map(_last_price, tries.values())) * 2, rates.max() * DEAREST)
+    for price in np.geomspace(rates.min() / 2, most, PRICES):
         places = {name: int(np.argmin(each.costs - price * each.gains)) for name, each in tries.items()}
         chosen = {name: option for name, place in places.items() if (option := tries[name].options[place]) is not None}
         if chosen and (not path or chosen != path[-1]):
             path.append(chosen)
     return path
+
+
+def _last_price(each: _Tries) -> float:
+    """The price at which nothing gains more than what gains most."""
+    place = int(np.argmax(each.gains))
+    less = each.gains < each.gains[place]
+    rates = (each.costs[place] - each.costs[less]) / (each.gains[place] - each.gains[less])
+    return float(rates.max(initial=0.0))
 
 
 def smallest(

@@ -18,13 +18,13 @@ __all__ = ["FORM_CHOICES", "Option", "break_even", "forms_of", "options_of", "ro
 
 Array = np.ndarray[Any, Any]
 
-MOST_OPTIONS = 48
-"""Ranks of one weight that are looked at."""
+APART = 1.05
+"""Of the ranks of one weight that are looked at, each is at least so many times the one before."""
 
 FORM_CHOICES = ("auto", *FORMS)
 
-AUTO = ("svd", "spatial")
-"""Of a ResNet-50 and of three other networks for images, these are what allocations took, never Tucker-2; and CP runs as
+AUTO: tuple[str, ...] = ("svd", "spatial")
+"""What allocations took of all forms, on a ResNet-50 and three other networks for images: never Tucker-2. CP runs as
 depthwise Convs, which cost ONNX Runtime more time than their multiply-accumulates tell."""
 
 MOST_OPTIONS = 48
@@ -107,10 +107,11 @@ def _svd(unit: Unit, goal: Goal, multiple: int) -> list[tuple[Thin, float]]:
     energies = goal.energies().sum(axis=0)
     missed = np.concatenate([np.cumsum(energies[::-1])[::-1], [0.0]]) / max(goal.energy, 1e-300)
     most = min(int(np.ceil(break_even(unit))) - 1, len(energies))
-    ranks = sorted({rounded(rank, multiple) for rank in range(1, most + 1)})
-    if len(ranks) > MOST_OPTIONS:
-        ranks = [ranks[place] for place in np.linspace(0, len(ranks) - 1, MOST_OPTIONS).astype(int)]
-    return [(Thin("svd", (rank,)), float(missed[rank])) for rank in ranks]
+    ranks: list[int] = []
+    for rank in sorted({rounded(rank, multiple) for rank in range(1, most + 1)}, reverse=True):
+        if not ranks or rank * APART <= ranks[-1]:
+            ranks.append(rank)
+    return [(Thin("svd", (rank,)), float(missed[rank])) for rank in reversed(ranks)]
 
 
 def _solved(unit: Unit, goal: Goal, form: str, multiple: int) -> list[tuple[Thin, float]]:

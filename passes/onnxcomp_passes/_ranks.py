@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Table
+from onnxcomp_passes._conv_forms import useful_ranks
 from onnxcomp_passes._layer_costs import LayerTimes, layer_macs, layer_sizes
 from onnxcomp_passes._rank_choice import LEAST_KEPT, Choice, Gain, allocations, measured_costs, smallest, within_budget
 from onnxcomp_passes._rank_options import Option, break_even, forms_of, options_of
@@ -94,13 +95,9 @@ class Ranker:
         """What becomes of units, by name."""
         amount, judge = self._amount, self._context.judge
         if amount.ranks:
-            return self._smaller(
-                {unit.name: amount.ranks[unit.name] for unit in self._units if unit.name in amount.ranks}
-            )
+            return self._smaller(self._of_ranks())
         if amount.rank:
-            return self._smaller(
-                {unit.name: self._of_rank(unit) for unit in self._units if forms_of(unit, amount.form)}
-            )
+            return self._smaller(self._of_rank())
         if amount.ratio:
             return _thins(self._of_ratio())
         if amount.energy or judge is None:
@@ -140,9 +137,33 @@ class Ranker:
 
     # --- asked for ------------------------------------------------------------------------------------------------
 
-    def _of_rank(self, unit: Unit) -> Thin:
-        form = forms_of(unit, self._amount.form)[0]
-        return Thin(form, (self._amount.rank,) * (2 if form == "tucker" else 1))
+    def _of_ranks(self) -> dict[str, Thin]:
+        """What was asked for by name, where there is such a weight, and the form suits it."""
+        found = {}
+        for name, thin in self._amount.ranks.items():
+            unit = self._by_name.get(name)
+            if unit is None:
+                self._changes.leave(name, "there is no such weight to factor")
+            elif thin.form not in forms_of(unit, thin.form):
+                self._changes.leave(name, f"a {unit.node.op} of its shape does not have the form {thin.form}")
+            else:
+                found[name] = thin
+        return found
+
+    def _of_rank(self) -> dict[str, Thin]:
+        """One rank for all, cut to what is of use in each."""
+        found = {}
+        for unit in self._units:
+            forms = forms_of(unit, self._amount.form)
+            if not forms:
+                self._changes.leave(unit.name, self._no_form())
+                continue
+            ranks = (self._amount.rank,) * (2 if forms[0] == "tucker" else 1)
+            if unit.node.op == "Conv":
+                part = unit.parts[0]
+                ranks = useful_ranks(forms[0], part.view.shape, part.sizes[0], ranks)
+            found[unit.name] = Thin(forms[0], ranks)
+        return found
 
     def _smaller(self, asked: Mapping[str, Thin]) -> dict[str, Thin]:
         """Those that have fewer weights than they have now."""
@@ -289,8 +310,12 @@ class Ranker:
                 if found:
                     self._found[unit.name] = found
                 else:
-                    self._changes.leave(unit.name, "no rank has fewer weights")
+                    self._changes.leave(unit.name, "no rank has fewer weights" if forms else self._no_form())
         return self._found
+
+    def _no_form(self) -> str:
+        form = self._amount.form
+        return f"does not have the form {form}" if form != "auto" else "has no form with fewer weights"
 
     def _nearest(self, name: str, options: Sequence[Option], share: float) -> Option:
         """The option that leaves nearest to this share of the weights."""

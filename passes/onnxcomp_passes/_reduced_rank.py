@@ -77,8 +77,10 @@ def singular_energies(matrix: Array) -> Array:
 
 
 def _gram(wide: Array) -> Array:
-    if wide.shape[0] > EXACT_SIDE:
-        return np.asarray((wide @ wide.T).astype(np.float64))
+    if wide.shape[0] > EXACT_SIDE:  # in its own type: of float32, squares have to stay within the range
+        size = float(np.abs(wide).max(initial=0.0)) or 1.0
+        scaled = wide / size
+        return np.asarray((scaled @ scaled.T).astype(np.float64) * size**2)
     wide = wide.astype(np.float64)
     return np.asarray(wide @ wide.T)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxcomp.model import Model
     from onnxcomp_passes._workspace import Workspace
 
-__all__ = ["Known", "ShapeValues", "all_known", "infer_known"]
+__all__ = ["Known", "KnownTensors", "ShapeValues", "all_known", "infer_known"]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.model import Model
+from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context
 from onnxcomp_passes._pruning import as_matrices, from_matrices
+from onnxcomp_passes._shapes import KnownTensors, infer_known
 from onnxcomp_passes._views import WeightView, find_views, wanted_views
 
 __all__ = ["WEIGHT_AT", "Part", "Unit", "find_units", "units_named"]
@@ -146,8 +147,10 @@ def find_units(
     main = {id(node) for node in model.graph.nodes}
     units: list[Unit] = []
     by_input: dict[tuple[Any, ...], int] = {}
-    for view in wanted_views(model, context, changes, min_elements=least):
-        part, why = _part(view, main) if wanted(view) else (None, "excluded")
+    views = wanted_views(model, context, changes, min_elements=least)
+    known = infer_known(model) if any(view.node.op == "MatMul" and len(view.shape) > 2 for view in views) else {}
+    for view in views:
+        part, why = _part(view, main, known) if wanted(view) else (None, "excluded")
         if part is None:
             changes.leave(view.label, why)
             continue
@@ -176,13 +179,13 @@ def _readers(view: WeightView) -> tuple[gs.Node, ...]:
     return tuple({id(node): node for node in view.holder.outputs}.values())
 
 
-def _part(view: WeightView, main: Container[int]) -> tuple[Part | None, str]:
+def _part(view: WeightView, main: Container[int], known: KnownTensors) -> tuple[Part | None, str]:
     """The part that a weight is; or why it can be none."""
     node, readers = view.node, _readers(view)
-    if node.domain or view.index not in WEIGHT_AT.get(node.op, ()):
-        return None, f"input {view.index} of a {node.op} cannot be split in two"
     if view.form != "float":
         return None, HELD_OTHERWISE[view.form]
+    if node.domain or view.index not in WEIGHT_AT.get(node.op, ()):
+        return None, f"input {view.index} of a {node.op} cannot be split in two"
     if len(view.shape) < 2 or (node.op in {"Gemm", "Gather"} and len(view.shape) != 2):
         return None, "is no matrix"
     if any(id(reader) not in main for reader in readers):
@@ -191,6 +194,11 @@ def _part(view: WeightView, main: Container[int]) -> tuple[Part | None, str]:
         return None, "is read in several ways"
     if node.op == "Gather" and int(node.attrs.get("axis", 0)) not in {0, -2}:
         return None, "is not read row by row"
+    others = [reader.inputs[1 - view.index] for reader in readers]
+    if node.op != "Gather" and any(isinstance(tensor, gs.Constant) for tensor in others):
+        return None, "is multiplied with a constant"
+    if node.op == "MatMul" and len(view.shape) > 2 and not all(_is_matrix(tensor, known) for tensor in others):
+        return None, "is a stack of matrices, and multiplied with what may be a vector"
     if any(_is_factor(reader) for reader in readers):
         return None, "is one of several factors already"
     part = Part(view, readers)
@@ -220,7 +228,16 @@ def _weight_at(node: gs.Node) -> int:
 
 
 def _has_bias(node: gs.Node) -> bool:
-    return len(node.inputs) > 2 and bool(node.inputs[2].name)
+    """Whether something is added; zeros are what a Gemm without a bias had before opset 11."""
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return False
+    return not isinstance(node.inputs[2], gs.Constant) or bool(value_of(node.inputs[2]).any())
+
+
+def _is_matrix(tensor: gs.Tensor, known: KnownTensors) -> bool:
+    """Whether a tensor is known to be no vector, whose product with a stack of matrices has no rows."""
+    dims = known[id(tensor)][1].dims if id(tensor) in known else None
+    return dims is not None and len(dims) > 1
 
 
 def _use(node: gs.Node, holder: gs.Constant) -> tuple[Any, ...]:
