@@ -96,7 +96,7 @@ class StageEntry:
 
     name: str
     verdict: str
-    """"kept", "dropped", "forced", "unchanged" (nothing to do) or "skipped" (not run; the reason says why)."""
+    """"kept", "dropped", "forced", "unchanged" (nothing was changed) or "skipped" (not run; the reason says why)."""
     reason: str
     seconds: float
     attempts: list[Attempt] = field(default_factory=list)

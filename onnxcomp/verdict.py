@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -134,13 +135,15 @@ class StageRunner:
             verdict, reason = self._verdict(trial, kept.model, form)
             attempts.append(trial.attempt(verdict, reason))
             if verdict in {"kept", "forced"}:
+                if form.lossless and not stage.lossless:
+                    reason = f"{form.name} alone ({_last_dropped(attempts).reason}): {reason}"
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
                 return kept.after(trial.model, entry, form)
             if verdict == "dropped":
                 self.judge.forget(trial.model)
             if self._context.out_of_time() or (verdict == "unchanged" and form is stage):
                 break
-        last = next((attempt for attempt in reversed(attempts) if attempt.verdict == "dropped"), attempts[-1])
+        last = _last_dropped(attempts)
         return kept.with_entry(StageEntry(stage.name, last.verdict, last.reason, time.monotonic() - started, attempts))
 
     def confirm(self, kept: Kept, stages: Sequence[Stage]) -> Kept:
@@ -263,7 +266,7 @@ class StageRunner:
         if trial.failure:
             return "dropped", trial.failure
         if not trial.count:
-            return "unchanged", "nothing to do"
+            return "unchanged", _nothing(trial, stage)
         assert trial.quality is not None
         assert trial.score is not None
         against = self._against(trial, base, stage)
@@ -305,6 +308,23 @@ def _dropped(entry: StageEntry, reason: str) -> StageEntry:
         *(replace(last, verdict="dropped", reason=reason) for last in entry.attempts[-1:]),
     ]
     return replace(entry, verdict="dropped", reason=reason, attempts=attempts)
+
+
+def _last_dropped(attempts: Sequence[Attempt]) -> Attempt:
+    """The last attempt that was dropped; where none was, the last."""
+    return next((attempt for attempt in reversed(attempts) if attempt.verdict == "dropped"), attempts[-1])
+
+
+def _nothing(trial: Trial, stage: Stage) -> str:
+    """Why nothing changed: what each lossy pass says of most that it left."""
+    told = []
+    for step, entry in zip(stage.passes, trial.passes, strict=True):
+        whys = Counter(left["why"] for left in entry.left)
+        if whys and not step.lossless:
+            why, count = whys.most_common(1)[0]
+            who = f"{step.name}: " if len(stage.passes) > 1 else ""
+            told.append(f"{who}{why}" + (f" ({count} of {whys.total()})" if whys.total() > 1 else ""))
+    return "; ".join(told) or "nothing to do"
 
 
 def _forms(stage: Stage) -> Iterator[Stage]:

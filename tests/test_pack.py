@@ -129,6 +129,14 @@ def test_the_smallest_form_is_taken(zeros: float, values: int, told: str) -> Non
     assert told in change.what
 
 
+@pytest.mark.parametrize(("zeros", "packed"), [(0.05, 0), (0.1, 1)])
+def test_a_weight_that_saves_next_to_nothing_stays_dense(zeros: float, packed: int) -> None:
+    value = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    value[: round(zeros * value.size)] = 0
+
+    assert Pack().rewrite(holding(value), Context()).count == packed
+
+
 def test_weights_of_all_different_values_stay_dense() -> None:
     model = holding(np.random.default_rng(0).normal(size=5000).astype(np.float32))
     before = model.digest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +348,57 @@ def test_what_has_its_zeros_already_is_not_told_as_changed():
     model = matmul_model(np.array([[1.0, 0.0], [0.0, 2.0]], np.float32))
 
     assert not prune(model, pattern="1:2").count
+
+
+# --- once time is up --------------------------------------------------------------------------------------------------
+
+
+def test_once_time_is_up_what_was_asked_for_is_done_by_magnitude(runtime: Runtime, tmp_path: Path):
+    model = Model.load(mlp_model((24, 32, 8)))
+    context = context_for(model, random_weights(50, 24), runtime, tmp_path)
+
+    changes = prune(model, replace(context, deadline=time.monotonic()), sparsity=0.5)
+
+    assert zeros(model, "W0") + zeros(model, "W1") == pytest.approx(0.5 * (24 * 32 + 32 * 8), abs=2)
+    assert all(change.what.endswith("by magnitude") for change in changes.changed)
+    assert changes.notes == ["the time limit was reached: weights are pruned by magnitude"]
+
+
+def test_once_time_is_up_no_more_passes_are_made_over_the_data(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = Model.load(mlp_model((24, 32, 32, 8)))
+    context = context_for(model, random_weights(50, 24), runtime, tmp_path)
+    pruner = Pruner(model, gather_products(model, find_views(model), context), context, compensate=True)
+    wanted = pruner.build({f"W{number}": Amount(share=0.6) for number in range(3)}, most_passes=1)
+    gathered = []
+
+    def gather(*given: Any, **options: Any) -> Any:
+        gathered.append(True)
+        found = gather_products(*given, **options)
+        given[2].deadline = time.monotonic()
+        return found
+
+    monkeypatch.setattr("onnxcomp_passes.prune.gather_products", gather)
+    monkeypatch.setattr("onnxcomp_passes._pruner.gather_products", gather)
+    changes = prune(model, context, ratios=tuple(f"W{number}=0.6" for number in range(3)))
+
+    assert len(gathered) == 1
+    assert changes.notes == ["the time limit was reached after 1 of 3 passes over the data"]
+    for number in range(3):
+        np.testing.assert_array_equal(model.weight(f"W{number}"), wanted.weight(f"W{number}"))
+
+
+def test_once_time_is_up_the_model_that_was_tried_is_taken(runtime: Runtime, tmp_path: Path):
+    model = Model.load(mlp_model((24, 32, 8)))
+    context = context_for(model, random_weights(50, 24), runtime, tmp_path)
+    pruner = Pruner(model, {}, context, compensate=True)
+    amounts = {"W0": Amount(share=0.5)}
+    tried = pruner.build(amounts)
+    pruner.remember(tried)
+    pruner.build({"W1": Amount(share=0.5)})
+
+    assert pruner.final(amounts) is not tried
+    context.deadline = time.monotonic()
+    assert pruner.final(amounts) is tried
+    assert list(pruner.criteria) == ["W0"]

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import psutil
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxcomp.errors import DataError, OptionError
 from onnxcomp.runtime import Feed, Runtime, RuntimeFailure, TensorInfo, WorkerDied
@@ -458,3 +458,25 @@ def test_peak_memory_is_that_of_the_worker(path: Path):
         assert runtime.peak_memory_bytes == 0
         runtime.check(path)
         assert 20e6 < runtime.peak_memory_bytes < 2e9
+
+
+@pytest.mark.parametrize("names", [["a"], ["c"], ["a", "c"]])
+def test_what_the_observed_tensors_do_not_need_is_not_run(runtime: Runtime, tmp_path: Path, names: list[str]):
+    path = tmp_path / "branches.onnx"
+    text = """
+        <ir_version: 8, opset_import: ["": 17]> g (float[2] x, bool k) => (float[2] y) {
+            a = Abs(x) b = Neg(x)
+            c = If (k) <
+                then_branch = t () => (float[2] u) { u = Identity(a) },
+                else_branch = e () => (float[2] v) { v = Identity(b) }>
+            y = Reshape(c, seven)
+        }"""
+    proto = parser.parse_model(text)
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([7], np.int64), "seven"))  # y cannot be made
+    onnx.save(proto, path)
+    feed = {"x": np.array([-1.0, 2.0], np.float32), "k": np.array(True)}
+
+    seen = runtime.observe(path, lambda: [feed], {name: Recorder() for name in names})
+
+    for name in names:
+        np.testing.assert_array_equal(seen[name].seen, [[1.0, 2.0]])

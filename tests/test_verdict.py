@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from onnxcomp import Changes, Context, Model, Pass, Stage, optimize
 from onnxcomp.judge import Judge
 from onnxcomp.pipeline import Result
 from onnxcomp.quality import Quality
-from onnxcomp_passes import Cluster, QuantizeWeights, Simplify
+from onnxcomp_passes import Cluster, Prune, QuantizeWeights, Simplify
 from tests.small import INPUTS, classifier
 
 ORIGINAL = Model.load(classifier())
@@ -61,6 +62,17 @@ class SeenExact(Spend):
 
     def rewrite(self, model: Model, context: Context) -> Changes:
         return Changes(notes=["none" if context.exact is None else "exact"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dawdle(Spend):
+    """Takes until the time limit."""
+
+    name: ClassVar[str] = "dawdle"
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        context.deadline = time.monotonic()
+        return Changes()
 
 
 def optimized(*passes: Pass | Stage, **options: Any) -> Result:
@@ -126,6 +138,7 @@ def test_lossless_passes_are_kept_alone_where_the_others_do_not_hold() -> None:
         ["simplify"],
     ]
     assert "over the budget" in entry.attempts[0].reason
+    assert entry.reason.startswith("simplify alone (over the budget: ")
     np.testing.assert_array_equal(result.model.weight("b1"), ORIGINAL.weight("b1"))
     assert not has_identity(result)
 
@@ -170,3 +183,49 @@ def test_a_dropped_stage_whose_lossless_passes_have_nothing_to_do_is_dropped() -
     assert [attempt.verdict for attempt in entry.attempts] == ["dropped", "unchanged"]
     assert entry.verdict == "dropped"
     assert "over the budget" in entry.reason
+
+
+# --- why nothing changed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [Prune(keep_ends="false"), Cluster()])
+def test_what_was_not_measured_for_want_of_time_is_not_said_to_cost_too_much(step: Pass) -> None:
+    [entry] = optimized(Stage((Dawdle(), step))).report.stages
+
+    assert entry.verdict == "unchanged"
+    assert entry.reason == f"{step.name}: the time limit was reached before it was chosen (2 of 2)"
+
+
+@pytest.mark.parametrize("step", [Prune(keep_ends="false"), Cluster()])
+def test_nothing_is_measured_where_the_budget_is_used_up(step: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(judge: Judge, model: Model) -> float:
+        raise AssertionError
+
+    monkeypatch.setattr(Judge, "allows", lambda judge, quality, share=1.0: False)
+    monkeypatch.setattr(Judge, "rough_error", refuse)
+
+    [entry] = optimized(step).report.stages
+
+    assert entry.verdict == "unchanged"
+    assert entry.reason == "the model as it is uses up the part of the budget that this may take (2 of 2)"
+
+
+@pytest.mark.parametrize("step", [Prune(keep_ends="false"), Cluster()])
+def test_no_more_is_measured_where_not_even_the_gentlest_change_holds(
+    step: Pass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    rough_error = Judge.rough_error
+
+    def rough(judge: Judge, model: Model) -> float:
+        measured.append(model.digest)
+        return rough_error(judge, model)
+
+    monkeypatch.setattr(Judge, "rough_error", rough)
+    monkeypatch.setattr(Judge, "allows", lambda judge, quality, share=1.0: quality.plain_error < 1e-6)
+
+    [entry] = optimized(step).report.stages
+
+    assert entry.verdict == "unchanged"
+    assert entry.reason.endswith(" (2 of 2)")
+    assert len(measured) == 3  # the model as it is, and each of two weights once

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,17 @@ def test_runs_of_unlike_lengths_are_left_out():
     assert [half.count for half in fit.halves] == [0, 0]
     fit.update(np.ones((4, 2), np.float32), np.ones((4, 3), np.float32))
     assert [half.count for half in fit.halves] == [2, 2]
+
+
+def test_once_time_is_up_one_batch_has_to_do(tmp_path: Path):
+    model = Model.load(graph_model("g (float[N, 4] x) => (float[N, 3] y) { y = MatMul(x, W) }", W=random_weights(4, 3)))
+    data = open_data({"x": random_weights(300, 4)}, input_specs(model.proto()))
+    with Runtime() as runtime:
+        context = Context(data=data, runtime=runtime, workdir=tmp_path)
+        counts = [
+            gather_products(model, find_views(model), each)["W"].count
+            for each in (context, replace(context, deadline=time.monotonic()))
+        ]
+
+    assert counts == [300, len(next(data.feeds())["x"])]
+    assert counts[1] < 300

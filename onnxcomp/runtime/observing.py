@@ -11,7 +11,7 @@ import onnx
 
 from onnxcomp.errors import OnnxcompError, RuntimeFailure
 from onnxcomp.runtime.results import Array, Feed, Observer, PairObserver
-from onnxcomp.runtime.sessions import Sessions, tidy
+from onnxcomp.runtime.sessions import Sessions, keep_needed, tidy
 from onnxcomp.skeleton import load_skeleton
 
 K = TypeVar("K", bound=Hashable)
@@ -46,7 +46,9 @@ class Observation:
             RuntimeFailure: The feed lacks an input, or an observer failed.
         """
         if self._groups is None:
-            self._groups = list(group_by_size(self._tensors.measure(feed), GROUP_BYTES))
+            alone = len(self.observers) == 1  # needs no measuring, which is a run of its own
+            sizes = dict.fromkeys(self.observers, 0) if alone else self._tensors.measure(feed)
+            self._groups = list(group_by_size(sizes, GROUP_BYTES))
         group = self._groups[self._present]
         for name, value in zip(group, self._tensors.values(group, feed), strict=True):
             with blaming(name):
@@ -100,11 +102,7 @@ class PairObservation:
             RuntimeFailure: The feed lacks an input, or an observer failed.
         """
         if self._groups is None:
-            measured = []
-            for path, tensors in zip(self._paths, self._tensors, strict=True):
-                self._busy(path)
-                measured.append(tensors.measure(feed))
-            sizes = {names: measured[0][names[0]] + measured[1][names[1]] for names in self.observers}
+            sizes = dict.fromkeys(self.observers, 0) if len(self.observers) == 1 else self._measured(feed)
             self._groups = list(group_by_size(sizes, GROUP_BYTES))
         group = self._groups[self._present]
         # Each name once: two tensors of the one model may have the same partner.
@@ -117,6 +115,14 @@ class PairObservation:
         for names in group:
             with blaming(names[0]):
                 self.observers[names].update(reference[names[0]], candidate[names[1]])
+
+    def _measured(self, feed: Feed) -> dict[tuple[str, str], int]:
+        """The bytes of both tensors of each pair in one run."""
+        measured = []
+        for path, tensors in zip(self._paths, self._tensors, strict=True):
+            self._busy(path)
+            measured.append(tensors.measure(feed))
+        return {names: measured[0][names[0]] + measured[1][names[1]] for names in self.observers}
 
     def advance(self) -> bool:
         """Go on to the next group; tell whether there is one."""
@@ -162,7 +168,7 @@ class Tensors:
         """The bytes of each tensor in one run; none for a graph input, which is in memory anyway."""
         sizes = dict.fromkeys(self._inputs, 0)
         if self._names:
-            shapes = self._make_measuring().run(None, feed)[-len(self._names) :]
+            shapes = self._make_measuring().run(None, feed)
             for name, shape in zip(self._names, shapes, strict=True):
                 sizes[name] = math.prod(shape.tolist()) * _BYTES_PER_ELEMENT
         return sizes
@@ -192,8 +198,9 @@ class Tensors:
         return self._session[1]
 
     def _make_measuring(self) -> Any:
-        """Make a session whose last outputs are the shapes of the tensors, so that it need keep none of them."""
+        """Make a session whose outputs are the shapes of the tensors, so that it need keep none of them."""
         model = load_skeleton(self._path)
+        keep_needed(model.graph, self._names)
         taken = {name for node in model.graph.node for name in node.output}
         prefix = "shape"
         while any(name.startswith(prefix) for name in taken):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Sessions:
         Args:
             path: An absolute path.
             optimize: False turns all graph optimizations off.
-            observed: Tensors to expose as further outputs.
+            observed: The tensors to give instead of the model's outputs; what they do not need is not run.
         """
         status = Path(path).stat() if Path(path).is_file() else None
         stamp = status and (status.st_mtime_ns, status.st_size, status.st_ino)
@@ -121,9 +121,11 @@ class Sessions:
 
     def _make_observed(self, path: str, names: tuple[str, ...], options: Any) -> Any:
         model = load_skeleton(path)
-        present = {output.name for output in model.graph.output}
+        declared = {output.name: output for output in model.graph.output}
         # A name is enough: ONNX Runtime infers the type.
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+        outputs = [declared.get(name, onnx.ValueInfoProto(name=name)) for name in names]
+        keep_needed(model.graph, names)
+        model.graph.output.extend(outputs)
         return self.make_edited(model, path, options)
 
     def _make_room(self) -> None:
@@ -132,3 +134,20 @@ class Sessions:
         # Large models are not worth keeping: a new one must fit beside what is left.
         if psutil.Process().memory_info().rss > psutil.virtual_memory().total / 4:
             self._kept.clear()
+
+
+def keep_needed(graph: onnx.GraphProto, names: Sequence[str]) -> None:
+    """Remove the outputs of a graph, and the nodes that make none of some tensors."""
+    wanted, found = set(names), []
+    for node in reversed(graph.node):
+        if wanted.isdisjoint(node.output):
+            continue
+        found.append(node)
+        wanted.update(node.input)
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                for inner in graphs(body):  # their own tensors are among these, which does no harm
+                    wanted.update(info.name for info in inner.output)
+                    wanted.update(name for each in inner.node for name in each.input)
+    del graph.output[:], graph.node[:]
+    graph.node.extend(reversed(found))

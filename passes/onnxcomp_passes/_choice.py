@@ -47,6 +47,10 @@ RANKING_SECONDS = 90.0
 GROWTH = 1.5
 """Between one count of layers returned to float and the next that is tried."""
 
+OUT_OF_TIME = "the time limit was reached before it was chosen"
+BUDGET_USED = "the model as it is uses up the part of the budget that this may take"
+"""Why weights are left alone that nothing was tried with."""
+
 MIN_GAIN_MS = 1e-4
 """Stands in for layers whose time is too short to be seen."""
 

@@ -53,6 +53,7 @@ class Pruner:
         context: Its data are run again for layers behind others.
         compensate: Change what stays to make up for what goes; false: the mask alone, by magnitude times input norm.
         criteria: The weights that were changed in the model built last, and what told which of them go.
+        passes: How many passes over the data the model built last got after the first, of how many that it was to get.
     """
 
     base: Model
@@ -60,6 +61,8 @@ class Pruner:
     context: Context
     compensate: bool
     criteria: dict[str, str] = field(default_factory=dict)
+    passes: tuple[int, int] = (0, 0)
+    _remembered: tuple[Model, dict[str, str]] | None = None
     _spool: Spool = field(default_factory=Spool)
     _outputs: frozenset[str] = field(init=False)
 
@@ -71,7 +74,8 @@ class Pruner:
         """A copy of the model with weights pruned.
 
         With compensation, a layer is fitted to give, from what the pruned layers before it give, what it gave in the
-        base. The layers are taken in groups, in the order of the graph, with a pass over the data for each group.
+        base. The layers are taken in groups, in the order of the graph, with a pass over the data for each group. Once
+        time is up there are no more passes, and the layers left are fitted to what the base gives them.
 
         Args:
             amounts: By the names of weights; others stay.
@@ -85,14 +89,30 @@ class Pruner:
             groups = [wanted]
         else:
             groups = self._groups(fork, wanted, most_passes)
+        done = wanted_passes = 0
         for number, group in enumerate(groups):
             seen = [view for view in group if view.name in self.moments]
             moments = self.moments
             if number and seen:  # before the first, nothing has changed yet
-                moments = {**moments, **gather_products(fork, seen, self.context, original=self.base)}
+                wanted_passes += 1
+                if not self.context.out_of_time():
+                    done += 1
+                    moments = {**moments, **gather_products(fork, seen, self.context, original=self.base)}
             for view in group:
                 self._prune(view, amounts[view.name], moments.get(view.name))
+        self.passes = done, wanted_passes
         return fork
+
+    def remember(self, model: Model) -> None:
+        """Keep the model built last, for `final`."""
+        self._remembered = model, dict(self.criteria)
+
+    def final(self, amounts: Mapping[str, Amount]) -> Model:
+        """The model with these amounts; once time is up, the one remembered, which was built and tried with them."""
+        if self._remembered is None or not self.context.out_of_time():
+            return self.build(amounts)
+        model, self.criteria = self._remembered
+        return model
 
     def _groups(self, model: Model, views: Sequence[WeightView], most: int) -> list[list[WeightView]]:
         """Weights that are multiplied with the same tensor together, and neighbours, down to so many groups."""

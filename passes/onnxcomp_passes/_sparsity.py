@@ -11,7 +11,7 @@ import numpy as np
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Table
-from onnxcomp_passes._choice import most_worth_ranking
+from onnxcomp_passes._choice import BUDGET_USED, OUT_OF_TIME, most_worth_ranking
 from onnxcomp_passes._views import WeightView
 
 __all__ = ["choose_shares"]
@@ -26,6 +26,9 @@ MEASURED = (0.5, 0.75, 0.9)
 GRID = np.round(np.arange(0, 0.96, 0.05), 2)
 """Shares that are chosen from."""
 
+FEWEST = 0.3
+"""The least share of those that pays."""
+
 MASK = 0.25
 """Zeros that pay for telling where they are: a bit a weight, beside codes of 4 bits. Fewer would only cost accuracy."""
 
@@ -36,6 +39,8 @@ MARGIN = 0.9
 """The share of its budget that is spent on the samples that choices are made on: others lose a little more."""
 
 TINY = 1e-12
+
+NOT_MEASURED = "was not measured: so many weights are larger"
 
 
 @dataclass(frozen=True)
@@ -50,41 +55,86 @@ class _Layer:
         return float(GRID[int(np.argmin(self.costs - price * self.elements * np.maximum(0.0, GRID - MASK)))])
 
 
-def choose_shares(views: Sequence[WeightView], build: Build, context: Context, changes: Changes) -> Shares:
+def choose_shares(
+    views: Sequence[WeightView], build: Build, context: Context, changes: Changes, remember: Callable[[Model], None]
+) -> Shares:
     """The shares of zeros, by weight, that remove most weights within the budget.
 
     Each layer's error is measured alone at a few shares; errors of layers are taken to add up as squares. Every price
     of a zero then gives one allocation, and the sparsest that the judge allows for the whole model is found by
-    bisection.
+    bisection. Where not even the model as it is, or that with the fewest zeros in its best layer, is allowed, no more
+    is measured.
 
     Args:
         views: The weights.
         build: The model with such shares of zeros; weights not named stay as they are.
         context: Its judge measures.
-        changes: Gets the table of accuracy against sparsity.
+        changes: Gets the table of accuracy against sparsity, and why weights stay.
+        remember: Called with each whole model that holds, the chosen one last.
 
     Returns:
         Weight -> share; weights that stay are left out.
     """
     assert context.judge is not None
+    if not _fits(build({}), context):
+        for view in views:
+            changes.leave(view.label, BUDGET_USED)
+        return {}
+    measured, chosen = _measured(views, build, context), Shares()
+    complete = {name: errors for name, errors in measured.items() if len(errors) == len(MEASURED)}
+    if complete:
+        elements = {view.name: int(np.prod(view.shape)) for view in views}
+        base = context.judge.rough_error(build({}))
+        layers = {name: _Layer(elements[name], _costs(errors, base)) for name, errors in complete.items()}
+        chosen = _sparsest(list(_allocations(layers)), build, context, remember)
+    late = context.out_of_time()
+    for view in views:
+        if view.name not in chosen:
+            why = "no share of zeros pays within the budget" if view.name in measured else NOT_MEASURED
+            changes.leave(view.label, OUT_OF_TIME if late else why)
+    changes.tables.append(_table(views, measured, chosen))
+    return chosen
+
+
+def _table(views: Sequence[WeightView], measured: Mapping[str, list[float]], chosen: Shares) -> Table:
+    columns = ("weight", "weights", *(f"error at {share:.0%}" for share in MEASURED), "zeros chosen")
+    table = Table("accuracy against sparsity, each weight alone", columns, [])
+    known = {view.name: view for view in views}
+    for name, errors in measured.items():
+        cells = [*errors, *[None] * (len(MEASURED) - len(errors))]
+        table.rows.append((known[name].label, int(np.prod(known[name].shape)), *cells, chosen.get(name, 0.0)))
+    return table
+
+
+def _measured(views: Sequence[WeightView], build: Build, context: Context) -> dict[str, list[float]]:
+    """The errors of layers alone at the shares of `MEASURED`; at the first only, where nothing holds."""
     judge = context.judge
+    assert judge is not None
     elements = {view.name: int(np.prod(view.shape)) for view in views}
-    labels = {view.name: view.label for view in views}
     base = judge.rough_error(build({}))
     measured: dict[str, list[float]] = {}
     for name in most_worth_ranking(elements, context):
         context.progress(f"measuring how sparse {name} may be")
-        measured[name] = [_alone(judge, build, name, share) for share in MEASURED]
-    if not measured:
-        return {}
-    layers = {name: _Layer(elements[name], _costs(errors, base)) for name, errors in measured.items()}
-    chosen = _sparsest(list(_allocations(layers)), build, judge, context)
-    columns = ("weight", "weights", *(f"error at {share:.0%}" for share in MEASURED), "zeros chosen")
-    table = Table("accuracy against sparsity, each weight alone", columns, [])
-    for name, errors in measured.items():
-        table.rows.append((labels[name], elements[name], *errors, chosen.get(name, 0.0)))
-    changes.tables.append(table)
-    return chosen
+        measured[name] = [_alone(judge, build, name, MEASURED[0])]
+    if not measured or context.out_of_time():
+        return measured
+    added = {name: np.nan_to_num(max(0.0, errors[0] ** 2 - base**2), nan=np.inf) for name, errors in measured.items()}
+    best = min(measured, key=lambda name: float(added[name]) / elements[name])
+    if not _fits(build({best: FEWEST}), context):
+        return measured
+    for name in most_worth_ranking({name: elements[name] for name in measured}, context):
+        context.progress(f"measuring how much sparser {name} may be")
+        measured[name] += [_alone(judge, build, name, share) for share in MEASURED[1:]]
+    return measured
+
+
+def _fits(model: Model, context: Context) -> bool:
+    """Whether the judge allows a model, which is then forgotten."""
+    judge = context.judge
+    assert judge is not None
+    fits = judge.allows(judge.quality(model), MARGIN * context.share)
+    judge.forget(model)
+    return fits
 
 
 def _alone(judge: Judge, build: Build, name: str, share: float) -> float:
@@ -121,19 +171,16 @@ def _allocations(layers: Mapping[str, _Layer]) -> list[Shares]:
     return allocations
 
 
-def _sparsest(options: list[Shares], build: Build, judge: Judge, context: Context) -> Shares:
+def _sparsest(options: list[Shares], build: Build, context: Context, remember: Callable[[Model], None]) -> Shares:
     """The last of the options that holds, by bisection; none where not even the first does."""
-    share = MARGIN * context.share
-
-    def holds(index: int) -> bool:
-        model = build(options[index])
-        fits = judge.allows(judge.quality(model), share)
-        judge.forget(model)
-        return fits
-
     low, high = -1, len(options)
     while high - low > 1 and not context.out_of_time():
         middle = (low + high) // 2
         context.progress(f"pruning, allocation {middle + 1} of {len(options)}")
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        model = build(options[middle])
+        if _fits(model, context):
+            low = middle
+            remember(model)
+        else:
+            high = middle
     return options[low] if low >= 0 else {}

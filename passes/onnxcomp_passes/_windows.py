@@ -5,7 +5,7 @@ Gathered from calibration data in the worker, in memory that does not grow with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,31 @@ class Window:
         """The vectors that the weight is multiplied with, shape (groups, rows, inputs of a group)."""
         if not self.kernel:
             return np.asarray(array, np.float32).reshape(1, -1, array.shape[-1])
-        values = np.pad(np.asarray(array, np.float32), ((0, 0), (0, 0), *self._padding(array.shape[2:])))
-        spans = [(size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True)]
-        axes = tuple(range(2, values.ndim))
-        windows = np.lib.stride_tricks.sliding_window_view(values, spans, axes)
-        steps = (slice(None, None, step) for step in (1, 1, *self.strides, *self.dilations))
-        windows = windows[tuple(steps)]
-        rows = _chosen(windows, len(axes))  # of (samples, channels, *places, *kernel)
-        return np.moveaxis(rows.reshape(len(rows), self.groups, -1), 1, 0)
+        samples, channels, *sizes = array.shape
+        padding, steps = self._padding(sizes), zip(self.kernel, self.dilations, strict=True)
+        spans = [(size - 1) * step + 1 for size, step in steps]
+        ends = zip(sizes, padding, spans, self.strides, strict=True)
+        counts = [(size + sum(pads) - span) // step + 1 for size, pads, span, step in ends]
+        shape = (samples, *counts)
+        sample, *places = np.unravel_index(_spread(int(np.prod(shape))), shape)
+        firsts = [place * step - pads[0] for place, step, pads in zip(places, self.strides, padding, strict=True)]
+        index, inside = self._inner(firsts, sizes)
+        # Only what is looked at is copied: with its pads, the input of a large convolution would be as large again.
+        found = array.reshape(samples, channels, -1)[sample[:, None], :, index]  # (rows, places of a window, channels)
+        found = np.where(inside[:, :, None], found, 0).astype(np.float32, copy=False)
+        rows = found.swapaxes(1, 2).reshape(len(sample), self.groups, index.shape[1] * channels // self.groups)
+        return np.moveaxis(rows, 1, 0)
+
+    def _inner(self, firsts: Sequence[Array], sizes: Sequence[int]) -> tuple[Array, Array]:
+        """The places that windows read, flat, and whether they are inside the input; shape (windows, places)."""
+        rank, count = len(sizes), len(firsts[0])
+        index, inside = np.zeros((count, *[1] * rank), np.intp), np.ones((count, *[1] * rank), bool)
+        for axis, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+            steps = (np.arange(self.kernel[axis]) * self.dilations[axis]).reshape(-1, *[1] * (rank - axis - 1))
+            along = first.reshape(-1, *[1] * rank) + steps
+            inside = inside & (along >= 0) & (along < size)
+            index = index * size + np.clip(along, 0, size - 1)
+        return index.reshape(count, -1), inside.reshape(count, -1)
 
     def results(self, array: Array) -> Array:
         """What came out of the layer for each of the `rows`, shape (rows, outputs)."""
@@ -107,7 +124,7 @@ def _spread(count: int) -> Array:
     """So many places of a list that are looked at; a step prime to common widths falls on every column."""
     if count <= MAX_ROWS:
         return np.arange(count)
-    return np.random.default_rng(count).choice(count, MAX_ROWS, replace=False)
+    return np.sort(np.random.default_rng(count).choice(count, MAX_ROWS, replace=False))
 
 
 @dataclass(frozen=True)
@@ -233,7 +250,7 @@ def affordable(views: Sequence[WeightView]) -> list[WeightView]:
 def gather_products(
     model: Model, views: Sequence[WeightView], context: Context, original: Model | None = None
 ) -> dict[str, Moments]:
-    """Moments of the inputs of layers.
+    """Moments of the inputs of layers; once time is up, of the samples that were run by then, one batch at least.
 
     Args:
         model: The model that the views are of.
@@ -277,13 +294,27 @@ def _observed(
     assert context.data is not None
     path, other = context.workdir / "products.onnx", context.workdir / "products_original.onnx"
     model.save(path)
+    feeds = _in_time(context)
     try:
         if original is None:
-            return context.runtime.observe(path, context.data.feeds, observers)
+            return context.runtime.observe(path, feeds, observers)
         original.save(other)
         pairs = {(name, name): observer for name, observer in observers.items()}
-        seen = context.runtime.observe_pair(other, path, context.data.feeds, pairs)
+        seen = context.runtime.observe_pair(other, path, feeds, pairs)
         return {name: observer for (name, _), observer in seen.items()}
     finally:
         for file in [*path.parent.glob(f"{path.name}*"), *other.parent.glob(f"{other.name}*")]:
             file.unlink()
+
+
+def _in_time(context: Context) -> Callable[[], Iterator[dict[str, Array]]]:
+    """The context's feeds, each time from the first, until time is up."""
+
+    def feeds() -> Iterator[dict[str, Array]]:
+        assert context.data is not None
+        for number, feed in enumerate(context.data.feeds()):
+            if number and context.out_of_time():
+                break
+            yield feed
+
+    return feeds

@@ -15,7 +15,7 @@ from onnxcomp.model import Model
 from onnxcomp.packed import find_packed
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.weights import LazyWeight, Spool
-from onnxcomp_passes._choice import MARGIN, costliest_first, fewest, most_worth_ranking
+from onnxcomp_passes._choice import BUDGET_USED, MARGIN, OUT_OF_TIME, costliest_first, fewest, most_worth_ranking
 from onnxcomp_passes._energy import input_energies
 from onnxcomp_passes._kmeans import code_book, codebook, nearest_of
 from onnxcomp_passes._stored import lift_constants, output_channel_axis
@@ -97,13 +97,16 @@ class Cluster(Pass):
         base = model.fork()
         lift_constants(base.graph)
         views = wanted_views(base, context, changes, skip=self.skip, min_elements=self.min_elements)
-        energies = input_energies(base, views, context) if self.energy else {}
-        clustering = _Clustering(self, base, energies, Spool())
         judge = context.judge
         chooses = judge is not None and not self.bits and not self.widths
         if judge is not None and judge.generated and chooses:
             changes.leave("the model", "how few values do is measured on data; give --data, or bits=BITS")
             return changes
+        late = context.out_of_time()
+        if late and self.energy and not chooses and context.data is not None:
+            changes.notes.append("the time limit was reached: errors count the same whatever input they meet")
+        energies = input_energies(base, views, context) if self.energy and not late else {}
+        clustering = _Clustering(self, base, energies, Spool())
         if judge is not None and chooses:
             widths = self._choose(clustering, views, context, judge, changes)
         else:
@@ -133,16 +136,14 @@ class Cluster(Pass):
         self, clustering: _Clustering, views: list[WeightView], context: Context, judge: Judge, changes: Changes
     ) -> dict[str, int]:
         """The fewest bits for each weight that hold the budget; those with most error per byte saved are widened."""
-        steps: list[tuple[str, int]] = []
-        saved: dict[int, float] = {}
-        for view in views:
-            before = 8 * np.dtype(view.holder.dtype).itemsize
-            stored = int(np.count_nonzero(view.read())) if before else 0
-            for bits in (width for width in WIDTHS if width < before):
-                if clustering.refusal(view, bits) is None:
-                    saved[len(steps)] = max(stored, 1) * (before - bits) / 8
-                    steps.append((view.name, bits))
-                    before = bits
+        if not self._holds(clustering, {}, context):
+            return self._chosen({}, {view.name: BUDGET_USED for view in views}, views, changes)
+        steps, saved = self._steps(clustering, views, context, first=True)
+        gentlest = costliest_first(saved, self._errors(clustering, steps, saved, context, judge))[-1:]
+        hopeless = gentlest and not self._holds(clustering, dict(steps[index] for index in gentlest), context)
+        if hopeless or context.out_of_time():
+            return self._chosen({}, self._reasons(views, steps, context), views, changes)
+        steps, saved = self._steps(clustering, views, context)
         errors = self._errors(clustering, steps, saved, context, judge)
         order = costliest_first(saved, errors)
 
@@ -160,21 +161,59 @@ class Cluster(Pass):
 
         def holds(count: int) -> bool:
             context.progress(f"trying codebooks, {len(order) - count} of {len(order)} steps")
-            built = clustering.built(widths_without(count))
-            quality = judge.quality(built)
-            judge.forget(built)
-            return judge.allows(quality, MARGIN * context.share)
+            return self._holds(clustering, widths_without(count), context)
 
         count = 0 if holds(0) else fewest(len(order), holds, context)
         widths = widths_without(count)
+        return self._chosen(widths, self._reasons(views, steps, context), views, changes)
+
+    @staticmethod
+    def _reasons(views: list[WeightView], steps: list[tuple[str, int]], context: Context) -> dict[str, str]:
+        """Why weights stay, if they do; nothing of those that have few values already."""
+        if context.out_of_time():
+            return {view.name: OUT_OF_TIME for view in views}
+        return {name: "costs too much accuracy" for name, _ in steps}
+
+    def _chosen(
+        self, widths: dict[str, int], reasons: Mapping[str, str], views: list[WeightView], changes: Changes
+    ) -> dict[str, int]:
+        """Tell what was chosen, and why weights stay."""
         stay = [view.name for view in views if view.name not in widths]
-        tried = {name for name, _ in steps}
         for name in stay:
-            if name in tried:
-                changes.leave(name, "costs too much accuracy")
+            if name in reasons:
+                changes.leave(name, reasons[name])
         told = [f"{name}={bits}" for name, bits in widths.items()]
         changes.resolved = {"bits": SAFE_BITS, "widths": told, "skip": [*self.skip, *stay]}
         return widths
+
+    @staticmethod
+    def _holds(clustering: _Clustering, widths: Mapping[str, int], context: Context) -> bool:
+        """Whether the judge allows the model with such codebooks."""
+        judge = context.judge
+        assert judge is not None
+        built = clustering.built(widths)
+        quality = judge.quality(built)
+        judge.forget(built)
+        return judge.allows(quality, MARGIN * context.share)
+
+    @staticmethod
+    def _steps(
+        clustering: _Clustering, views: list[WeightView], context: Context, *, first: bool = False
+    ) -> tuple[list[tuple[str, int]], dict[int, float]]:
+        """What may be done, each weight's fewer bits after its more (or the first alone), and the bytes this saves."""
+        steps: list[tuple[str, int]] = []
+        saved: dict[int, float] = {}
+        for view in views:
+            before = 8 * np.dtype(view.holder.dtype).itemsize
+            stored = int(np.count_nonzero(view.read())) if before else 0
+            for bits in (width for width in WIDTHS if width < before):
+                if not context.out_of_time() and clustering.refusal(view, bits) is None:
+                    saved[len(steps)] = max(stored, 1) * (before - bits) / 8
+                    steps.append((view.name, bits))
+                    before = bits
+                    if first:
+                        break
+        return steps, saved
 
     @staticmethod
     def _errors(
@@ -188,11 +227,13 @@ class Cluster(Pass):
         before = judge.rough_error(clustering.base)
         alone: dict[int, float] = {}
         for index in most_worth_ranking(saved, context):
-            name, bits = steps[index]
-            context.progress(f"measuring {name} in {bits} bits")
-            built = clustering.built({name: bits})
-            alone[index] = judge.rough_error(built)
-            judge.forget(built)
+            name, bits = step = steps[index]
+            if step not in clustering.alone:
+                context.progress(f"measuring {name} in {bits} bits")
+                built = clustering.built({name: bits})
+                clustering.alone[step] = judge.rough_error(built)
+                judge.forget(built)
+            alone[index] = clustering.alone[step]
         errors = {}
         for index, error in alone.items():
             follows = index - 1 in alone and steps[index - 1][0] == steps[index][0]
@@ -202,12 +243,13 @@ class Cluster(Pass):
 
 @dataclass
 class _Clustering:
-    """Clustered weights of one model, each made once."""
+    """Clustered weights of one model, each made once, and their errors alone that were measured."""
 
     options: Cluster
     base: Model
     energies: Mapping[str, Array]
     spool: Spool
+    alone: dict[tuple[str, int], float] = field(default_factory=dict)
     _made: dict[tuple[str, int], LazyWeight] = field(default_factory=dict)
 
     def refusal(self, view: WeightView, bits: int) -> str | None:

@@ -31,6 +31,9 @@ TYPES = tuple(map(np.dtype, (np.float32, np.float16, np.int8, np.uint8)))
 MIN_SAVED_BYTES = 64
 """A weight that saves less is not worth nodes of its own."""
 
+LEAST_SAVED = 0.03
+"""Nor one that saves less than this share of its bytes: nodes to load and decode for next to nothing."""
+
 NAMES_BYTES = 24
 """What protobuf takes around a dense initializer besides its data, about."""
 
@@ -121,7 +124,7 @@ class Pack(Pass):
             if sparse is not None and sparse.ByteSize() < min(form.nbytes, held):
                 constant._values = SparseWeight(sparse)
                 told[constant.name] = _told(value, held, sparse.ByteSize(), "sparse_initializer")
-            elif form.nbytes + MIN_SAVED_BYTES < held + len(constant.name) + NAMES_BYTES:
+            elif form.nbytes + max(MIN_SAVED_BYTES, LEAST_SAVED * held) < held + len(constant.name) + NAMES_BYTES:
                 redirect(constant, form.nodes[-1].outputs[0])
                 added += form.nodes
                 told[constant.name] = _told(value, held, form.nbytes, how)

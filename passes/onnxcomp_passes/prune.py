@@ -126,7 +126,10 @@ class Prune(Pass):
         products = self._products(base, views, context, changes)
         pruner = Pruner(base, products, context, compensate=self.criterion != "wanda")
         amounts = self._amounts(pruner, views, context, changes)
-        candidate = pruner.build(amounts)
+        candidate = pruner.final(amounts)
+        did, of = pruner.passes
+        if did < of:
+            changes.notes.append(f"the time limit was reached after {did + 1} of {of + 1} passes over the data")
         done = [view for view in find_views(candidate) if view.name in pruner.criteria]
         for view in done:
             zeros, elements = int(np.count_nonzero(view.read() == 0)), int(np.prod(view.shape))
@@ -178,6 +181,9 @@ class Prune(Pass):
             return {}
         if context.data is None or context.runtime is None or context.workdir is None:
             return {}
+        if context.out_of_time():
+            changes.notes.append("the time limit was reached: weights are pruned by magnitude")
+            return {}
         found = gather_products(model, affordable(views), context)
         others = len(views) - len(found)
         if others:
@@ -221,10 +227,7 @@ class Prune(Pass):
         def build(asked: Mapping[str, float]) -> Model:
             return pruner.build({name: Amount(share=share) for name, share in asked.items()}, most_passes=TRIAL_PASSES)
 
-        chosen = choose_shares(views, build, context, changes)
-        for view in views:
-            if view.name not in chosen:
-                changes.leave(view.label, "no share of zeros pays within the budget")
+        chosen = choose_shares(views, build, context, changes, pruner.remember)
         changes.resolved = {"ratios": [f"{name}={share:g}" for name, share in chosen.items()]}
         return {name: Amount(share=share) for name, share in chosen.items()}
 
