@@ -29,9 +29,6 @@ Array = np.ndarray[Any, Any]
 DEFAULT_ENERGY = 0.99
 """Where nothing was asked for and nothing can be measured."""
 
-TRIAL_PASSES = 4
-"""Passes over the data for a model that is only tried: what is chosen then gets all of them, and is better."""
-
 MULTIPLE, MULTIPLES = 4, {"Conv": 8}
 """What kernels like: blocked convolutions whole blocks; of matrix products the time is nearly linear in the rank."""
 
@@ -213,7 +210,7 @@ class Ranker:
                 self._changes.leave(name, self._why_not(name, each))
 
         def build(asked: Mapping[str, Thin]) -> Model:
-            return self.splitter.build(asked, most_passes=TRIAL_PASSES)[0]
+            return self.splitter.build(asked)[0]
 
         probes = {name: self._nearest(name, each, PROBE) for name, each in options.items()}
         scale = measured_costs(probes, build, judge, self._context)

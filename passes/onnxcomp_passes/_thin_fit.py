@@ -23,8 +23,9 @@ __all__ = ["Found", "Splitter", "Thin", "fitted"]
 
 Array = np.ndarray[Any, Any]
 
-MOST_PASSES = 16
-"""Passes over the data for one model: layers further apart than that are fitted on the same pass."""
+MOST_PASSES = 6
+"""Passes over the data for one model: neighbours are fitted on the same pass where there are more layers. As many for a
+model that is only tried: what was judged is what comes out."""
 
 
 @dataclass(frozen=True)
@@ -141,17 +142,16 @@ class Splitter:
             moments = moments.centred()
         return Goal.of(unit.matrices(), moments)
 
-    def build(self, chosen: Mapping[str, Thin], *, most_passes: int = MOST_PASSES) -> tuple[Model, dict[str, Found]]:
+    def build(self, chosen: Mapping[str, Thin]) -> tuple[Model, dict[str, Found]]:
         """A copy of the model that computes what it would with factors, and these; its graph is that of the base.
 
         Args:
             chosen: What becomes of units, by name; others stay.
-            most_passes: The most passes over the data.
         """
         fork = self.base.fork()
         named = units_named(fork, self.units)
         found: dict[str, Found] = {}
-        for number, group in enumerate(self._groups([unit for unit in self.units if unit.name in chosen], most_passes)):
+        for number, group in enumerate(self._groups([unit for unit in self.units if unit.name in chosen])):
             moments = dict(self.moments)
             if number:  # before the first, nothing has changed yet
                 views = [named[unit.name].parts[0].view for unit in group if unit.first in moments]
@@ -167,13 +167,13 @@ class Splitter:
         for name, each in found.items():
             put_factors(model, named[name], each.factors, self._spool)
 
-    def _groups(self, units: Sequence[Unit], most: int) -> list[list[Unit]]:
+    def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
         """Neighbours, down to so many groups; all in one where they need not wait for each other."""
         if not self.moments:
             return [list(units)]
         tensors = inputs_of(self.base, [unit.parts[0].view for unit in units])
         order = list(dict.fromkeys(tensors.values()))
-        size = max(1, -(-len(order) // most))
+        size = max(1, -(-len(order) // MOST_PASSES))
         groups: list[list[Unit]] = [[]]
         for unit in units:
             tensor = tensors.get(unit.parts[0].view.name)
