@@ -85,30 +85,33 @@ def _last_price(each: _Tries) -> float:
     return float(rates.max(initial=0.0))
 
 
-def smallest(
-    path: Sequence[Choice], enough: Callable[[Choice], float], options: Mapping[str, Sequence[Option]]
-) -> Choice:
+def smallest(path: Sequence[Choice], saved: Gain, wanted: float, options: Mapping[str, Sequence[Option]]) -> Choice:
     """The first choice that saves enough, with what it saves too much given back where that helps most.
 
     Args:
         path: As `allocations` gives it.
-        enough: What a choice saves beyond what was asked for; negative where it falls short.
+        saved: What an option saves.
+        wanted: What all are to save together; the last choice where none does.
         options: By unit.
     """
+    totals = [sum(saved(*each) for each in choice.items()) for choice in path]
+    place = next((index for index, total in enumerate(totals) if total >= wanted), len(path) - 1)
     if not path:
         return {}
-    chosen = dict(next((choice for choice in path if enough(choice) >= 0), path[-1]))
+    chosen = dict(path[place])
+    spare = totals[place] - wanted
     while True:
-        better: list[tuple[float, str, Option | None]] = []
+        better: list[tuple[float, float, str, Option | None]] = []
         for name, now in chosen.items():
-            others: list[Option | None] = [each for each in options[name] if each.missed < now.missed]
-            for other in [*others, None]:
-                tried = {**chosen, name: other} if other else {key: each for key, each in chosen.items() if key != name}
-                if enough(tried) >= 0:
-                    better.append((now.missed - (other.missed if other else 0.0), name, other))
+            for other in (*options[name], None):
+                back = saved(name, now) - (saved(name, other) if other else 0.0)
+                helps = now.missed - (other.missed if other else 0.0)
+                if helps > 0 and 0 <= back <= spare:
+                    better.append((helps, back, name, other))
         if not better:
             return chosen
-        _, name, other = max(better, key=lambda item: item[0])
+        _, back, name, other = max(better, key=lambda item: item[0])
+        spare -= back
         if other is None:
             del chosen[name]
         else:

@@ -26,6 +26,20 @@ __all__ = ["Amount", "Ranker"]
 
 Array = np.ndarray[Any, Any]
 
+COLUMNS = (
+    "layer",
+    "shape",
+    "form",
+    "rank",
+    "energy kept",
+    "output error",
+    "bytes",
+    "before",
+    "MACs",
+    "before",
+    "speed",
+)
+
 DEFAULT_ENERGY = 0.99
 """Where nothing was asked for and nothing can be measured."""
 
@@ -106,19 +120,7 @@ class Ranker:
 
     def tell(self, chosen: Mapping[str, Thin], found: Mapping[str, Found]) -> None:
         """Say what was done, layer by layer, and why the others were left."""
-        columns = (
-            "layer",
-            "shape",
-            "form",
-            "rank",
-            "energy kept",
-            "output error",
-            "weights",
-            "before",
-            "MACs",
-            "before",
-        )
-        table = Table("thin weights", (*columns, "speed"), [])
+        table = Table("thin weights", COLUMNS, [])
         for unit in self._units:
             if unit.name not in chosen:
                 continue
@@ -191,7 +193,7 @@ class Ranker:
             return elements[name] - each.parameters
 
         path = allocations(options, dict.fromkeys(options, 1.0), saved)
-        found = smallest(path, lambda choice: sum(saved(*each) for each in choice.items()) - wanted, options)
+        found = smallest(path, saved, wanted, options)
         reached = whole / (whole - sum(saved(*each) for each in found.items()))
         self._changes.notes.append(f"{reached:.2f} times fewer weights in the whole model")
         return found
@@ -203,11 +205,12 @@ class Ranker:
         gain = self._gains(judge)
         options = {}
         for name, each in self._options().items():
-            worth = [option for option in each if 1 - option.missed >= LEAST_KEPT and gain(name, option) > 0]
+            near = [option for option in each if 1 - option.missed >= LEAST_KEPT]
+            worth = [option for option in near if gain(name, option) > 0]
             if worth:
                 options[name] = worth
-            elif each:
-                self._changes.leave(name, self._why_not(name, each))
+            else:
+                self._changes.leave(name, self._why_not(name, near))
 
         def build(asked: Mapping[str, Thin]) -> Model:
             return self.splitter.build(asked)[0]
@@ -264,6 +267,8 @@ class Ranker:
         return share <= FASTER
 
     def _why_not(self, name: str, options: Sequence[Option]) -> str:
+        if not options:
+            return f"no fewer weights keep {LEAST_KEPT:.0%} of the energy of its output"
         if not self._times or name not in self._sizes:
             return "its factors take no less time"
         speeds = {}
