@@ -14,6 +14,7 @@ from onnxcomp.passes import Changes, Context, Table
 from onnxcomp.weights import Spool
 from onnxcomp_passes._channel_scores import Consumer, Order, compensated_rows, consumers_of, order_units
 from onnxcomp_passes._channels_groups import Channels, Group, Slot, macs_by_node
+from onnxcomp_passes._choice import last_that_holds
 from onnxcomp_passes._dead import shift_bias, takes_shift
 from onnxcomp_passes._pruning import from_matrices
 from onnxcomp_passes._refit import refit
@@ -192,18 +193,13 @@ class Candidates:
         costs = self._measured(judge, multiple, context, changes)
         path = self._path(costs, multiple)
 
-        def holds(index: int) -> bool:
-            context.progress(f"removing channels, choice {index + 1} of {len(path)}")
-            model, _ = self.masked(path[index], spool)
+        def holds(removal: Removal) -> bool:
+            model, _ = self.masked(removal, spool)
             fits = judge.allows(judge.quality(model), MARGIN * context.share)
             judge.forget(model)
             return fits
 
-        low, high = -1, len(path)
-        while high - low > 1 and not context.out_of_time():
-            middle = (low + high) // 2
-            low, high = (middle, high) if holds(middle) else (low, middle)
-        return path[low] if low >= 0 else {}
+        return last_that_holds(path, holds, context) or {}
 
     def _multiple(self, name: str, multiple: int) -> int:
         """What the units that stay are a multiple of: kernels care for channels, not for how many heads there are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from onnxcomp.judge import Judge
@@ -17,10 +17,11 @@ from onnxcomp_passes._causes import find_cause
 from onnxcomp_passes._remedies import REMEDIES, SLOWING, Evidence
 from onnxcomp_passes._scheme import Scheme
 
-__all__ = ["Chooser", "costliest_first", "fewest", "most_worth_ranking"]
+__all__ = ["Chooser", "costliest_first", "fewest", "last_that_holds", "most_worth_ranking"]
 
 Layers = frozenset[int]
 Item = TypeVar("Item", int, str)
+Option = TypeVar("Option")
 
 REPAIRS = 3
 """Rounds of taking out layers whose int8 kernel did not materialise: each changes what is around the others."""
@@ -360,6 +361,25 @@ def fewest(most: int, holds: Callable[[int], bool], context: Context) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
+
+
+def last_that_holds(options: Sequence[Option], holds: Callable[[Option], bool], context: Context) -> Option | None:
+    """The last of options, ordered from the most careful to the boldest, that holds: by bisection.
+
+    Args:
+        options: They.
+        holds: Whether an option is within the budget.
+        context: Its deadline ends the search with the last that was found to hold.
+
+    Returns:
+        The option; None where none was found to hold.
+    """
+    low, high = -1, len(options)
+    while high - low > 1 and not context.out_of_time():
+        middle = (low + high) // 2
+        context.progress(f"choosing: option {middle + 1} of {len(options)}")
+        low, high = (middle, high) if holds(options[middle]) else (low, middle)
+    return options[low] if low >= 0 else None
 
 
 def _layer_of(kernel: str, known: Mapping[str, str]) -> str | None:

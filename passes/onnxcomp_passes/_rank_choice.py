@@ -11,6 +11,7 @@ import numpy as np
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Context
+from onnxcomp_passes._choice import last_that_holds
 from onnxcomp_passes._rank_options import Option
 from onnxcomp_passes._thin_fit import Thin
 
@@ -144,15 +145,10 @@ def measured_costs(probes: Mapping[str, Option], build: Build, judge: Judge, con
 def within_budget(path: Sequence[Choice], build: Build, judge: Judge, context: Context) -> Choice:
     """The last of the choices that the judge allows, by bisection; none where not even the first holds."""
 
-    def holds(index: int) -> bool:
-        context.progress(f"low rank, allocation {index + 1} of {len(path)}")
-        model = build({name: option.thin for name, option in path[index].items()})
+    def holds(choice: Choice) -> bool:
+        model = build({name: option.thin for name, option in choice.items()})
         fits = judge.allows(judge.quality(model), MARGIN * context.share)
         judge.forget(model)
         return fits
 
-    low, high = -1, len(path)
-    while high - low > 1 and not context.out_of_time():
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return path[low] if low >= 0 else {}
+    return last_that_holds(path, holds, context) or {}

@@ -11,7 +11,7 @@ import numpy as np
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Table
-from onnxcomp_passes._choice import BUDGET_USED, OUT_OF_TIME, most_worth_ranking
+from onnxcomp_passes._choice import BUDGET_USED, OUT_OF_TIME, last_that_holds, most_worth_ranking
 from onnxcomp_passes._views import WeightView
 
 __all__ = ["choose_shares"]
@@ -173,14 +173,12 @@ def _allocations(layers: Mapping[str, _Layer]) -> list[Shares]:
 
 def _sparsest(options: list[Shares], build: Build, context: Context, remember: Callable[[Model], None]) -> Shares:
     """The last of the options that holds, by bisection; none where not even the first does."""
-    low, high = -1, len(options)
-    while high - low > 1 and not context.out_of_time():
-        middle = (low + high) // 2
-        context.progress(f"pruning, allocation {middle + 1} of {len(options)}")
-        model = build(options[middle])
-        if _fits(model, context):
-            low = middle
+
+    def holds(option: Shares) -> bool:
+        model = build(option)
+        fits = _fits(model, context)
+        if fits:
             remember(model)
-        else:
-            high = middle
-    return options[low] if low >= 0 else {}
+        return fits
+
+    return last_that_holds(options, holds, context) or {}
