@@ -7,8 +7,9 @@
 
 "pair" times a product with a 1000 x 1000 weight against one with its factors of rank 100, in turn, with one thread.
 
-"large" factors a 4096 x 16384 weight at rank 512 in a process of its own: its seconds and peak memory, and its error
-over that of the exact truncation. The weight is random, with singular values that fall as trained ones do.
+"large" puts a model with a 4096 x 16384 weight through `low-rank:rank=512` in a process of its own, from file to file:
+its seconds and peak memory, and its error over that of the exact truncation. The weight is random, with singular values
+that fall as trained ones do.
 
 "models" runs `onnxcomp optimize -p simplify -p SPEC` (by default `low-rank` within the default budget; with an amount
 add --force) on sample models and tasks, NAME as pruning.py takes it, and evaluates on the test data that the tool does
@@ -59,19 +60,18 @@ WAYS: dict[str, dict[str, Any]] = {
 
 LARGE = """
 import sys, time
-import numpy as np
-from onnxcomp_passes._reduced_rank import Goal
+from onnxcomp import Context, Model
+from onnxcomp_passes import LowRank
 
 def peak_mb():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
-weight = np.load(sys.argv[1])
 started = time.monotonic()
-first, second = Goal.of(weight[None], None).factors(int(sys.argv[2]))
-seconds = time.monotonic() - started
-peak = peak_mb()
-print(seconds, peak, np.linalg.norm(weight - first[0].astype(np.float32) @ second[0].astype(np.float32)))
+model = Model.load(sys.argv[1])
+LowRank(rank=int(sys.argv[2])).rewrite(model, Context())
+model.save(sys.argv[3])
+print(time.monotonic() - started, peak_mb())
 """
 
 
@@ -112,11 +112,14 @@ def large() -> Iterator[list[str]]:
     weight = (rng.standard_normal((rows, inner), np.float32) * strengths) @ rng.standard_normal((inner, columns), "f4")
     weight += np.float32(0.1) * rng.standard_normal((rows, columns), np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weight.npy"
-        np.save(path, weight)
-        command = [sys.executable, "-c", LARGE, str(path), str(rank)]
+        paths = Path(folder) / "dense.onnx", Path(folder) / "thin.onnx"
+        Model.load(_product(weight)).save(paths[0], external_data=True)
+        command = [sys.executable, "-c", LARGE, str(paths[0]), str(rank), str(paths[1])]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds, peak, error = map(float, done.stdout.split())
+        thin = Model.load(paths[1])
+        first, second = (thin.weight(tensor.name) for node in thin.graph.nodes for tensor in node.inputs[1:])
+    seconds, peak = map(float, done.stdout.split())
+    error = float(np.linalg.norm(weight - first @ second))
     values = np.linalg.eigvalsh(weight @ weight.T)
     exact = float(np.sqrt(np.maximum(values[:-rank], 0).sum()))
     told = (f"{seconds:.1f}", f"{peak:.0f}", f"{error:.2f}", f"{exact:.2f}", f"{error / exact:.4f}")
