@@ -15,6 +15,7 @@ import onnxcomp
 from onnxcomp.advice import Advice, advise
 from onnxcomp.errors import ModelError, OptionError
 from onnxcomp.facts import ModelFacts, inspect
+from onnxcomp.passes import registered_passes
 from onnxcomp.report.document import jsonable
 from onnxcomp.report.views import print_facts
 from tests.small import CLASSES, HIDDEN, INPUTS, classifier
@@ -143,7 +144,9 @@ def test_many_zeros_suit_packing():
     assert "87.5% of the parameters are zero" in techniques(big(w=weight))["pack"].reason
 
 
-def test_what_no_installed_pass_does_is_said_to_be_missing():
+def test_what_no_installed_pass_does_is_said_to_be_missing(monkeypatch):
+    others = {name: found for name, found in registered_passes().items() if name != "low-rank"}
+    monkeypatch.setattr("onnxcomp.advice.registered_passes", lambda: others)
     facts = inspect(big())
     assert "low-rank" in {item.technique for item in advise(facts) if not item.available}
     assert "(no such pass is installed)" in shown(facts, advise(facts))
