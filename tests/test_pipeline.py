@@ -21,6 +21,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass
 from onnxcomp.pipeline import Budget, Result, optimize
 from onnxcomp.quality import Quality
+from onnxcomp.runtime import Runtime
 from onnxcomp_passes import Quantize, QuantizeWeights, Simplify
 from tests.models import mlp_model
 
@@ -152,15 +153,20 @@ def test_makes_a_trained_model_several_times_smaller_at_its_accuracy(tmp_path: P
     assert top1(MOBILENET) - top1(tmp_path / "small.onnx") <= 0.005
 
 
+def measured_speed(before: Path, after: Path) -> float:
+    with np.load(CALIB) as data, Runtime() as runtime:
+        one, other = runtime.time([before, after], {"image": data["image"][:1]}, min_rounds=200, seconds=1.0)
+    return one.median_ms / other.median_ms
+
+
 def test_zeros_and_codebooks_are_packed_on_top_of_int8_where_they_pay(tmp_path: Path) -> None:
-    result = optimize(LENET, data=CALIB, budget=Budget(max_drop=0.01))
+    result = optimize(LENET, data=CALIB, budget=Budget(max_drop=0.01), timing=False)  # else near ties may go either way
     result.save(tmp_path / "small.onnx")
 
     report = result.report
     assert stage(result, "prune + cluster + pack").verdict == "kept"
     assert report.size >= 8
-    assert report.speed is not None
-    assert report.speed >= 0.97
+    assert measured_speed(LENET, tmp_path / "small.onnx") >= 0.97
     assert report.after.int8_macs == report.after.macs
     assert (report.before.resident_bytes or 0) > 3.5 * (report.after.resident_bytes or 0)
     assert report.budget_met

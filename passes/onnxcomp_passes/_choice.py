@@ -41,6 +41,9 @@ HELPS = 0.97
 FASTER = 1.02
 """A set of layers is preferred to another when the whole model is at least this much better with it."""
 
+TIMINGS = 3
+"""A gain has to show in each of so many: in a single one noise may make it."""
+
 MOST_RANKED = 128
 RANKING_SECONDS = 90.0
 """Layers whose error is measured one by one, and how long that may take; the others count as the median."""
@@ -266,7 +269,7 @@ class Chooser:
         best, count = chosen, 1
         while count < 2 * len(slow) and not self._context.out_of_time():
             rest = self._fused(chosen.difference(slow[:count]))
-            if rest and self._gain(best, rest) >= FASTER and self._holds(rest):
+            if rest and self._is_better(rest, best) and self._holds(rest):
                 best = rest
             count *= 2
         for index in chosen - best:
@@ -299,6 +302,10 @@ class Chooser:
     def _lost(before: dict[str, float], after: dict[str, float], ways: dict[str, float], name: str) -> float:
         """The milliseconds that a layer loses in int8; not positive where it gains or nothing is known."""
         return after.get(name, 0.0) + ways.get(name, 0.0) - before.get(name, float("inf"))
+
+    def _is_better(self, new: Layers, old: Layers) -> bool:
+        """Whether one set gains over another in every one of some timings."""
+        return all(self._gain(old, new) >= FASTER for _ in range(TIMINGS))
 
     def _gain(self, old: Layers, new: Layers) -> float:
         """How many times better the whole model is with one set than with another: faster by smaller."""
