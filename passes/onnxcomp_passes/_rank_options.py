@@ -27,14 +27,6 @@ AUTO: tuple[str, ...] = ("svd", "spatial")
 """What allocations took of all forms, on a ResNet-50 and three other networks for images: never Tucker-2. CP runs as
 depthwise Convs, which cost ONNX Runtime more time than their multiply-accumulates tell."""
 
-MOST_OPTIONS = 48
-"""Ranks of one weight that are looked at."""
-
-FORM_CHOICES = ("auto", *FORMS)
-
-AUTO = ("svd", "spatial", "tucker")
-"""CP runs as depthwise Convs, which cost ONNX Runtime more time than their multiply-accumulates tell."""
-
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
 """Of the weights that stay, where each rank has to be solved for."""
 
