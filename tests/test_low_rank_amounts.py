@@ -195,14 +195,15 @@ def test_ranks_are_a_multiple_of_what_kernels_like(multiple: int, expected: int)
 
 
 @pytest.mark.parametrize("form", ["svd", "spatial", "tucker"])
-def test_a_conv_takes_the_form_that_fits_it(form: str):
+def test_a_conv_takes_the_form_that_fits_it_tucker_on_request_alone(form: str):
     shape = (64, 48, 3, 3)
     graph = "g (float[1, 48, 6, 6] x) => (float[1, 64, 4, 4] y) { y = Conv(x, W) }"
-    weight = few(form, shape, 1, count=12) + random_weights(*shape, scale=0.001)
+    proto = graph_model(graph, W=few(form, shape, 1, count=12) + random_weights(*shape, scale=0.001))
 
-    _, changes = thinned(graph_model(graph, W=weight), energy=0.99)
+    found = {conv: ranks(thinned(proto, energy=0.99, conv=conv)[1]).get("W", "") for conv in ("auto", form)}
 
-    assert ranks(changes)["W"].partition(":")[0] == form
+    assert found["auto"].partition(":")[0] == ("svd" if form == "tucker" else form)
+    assert found[form].partition(":")[0] == form
 
 
 @pytest.mark.parametrize("options", [{"ratio": 6.0}, {"energy": 0.7}])
@@ -311,6 +312,15 @@ def test_inputs_that_never_vary_do_no_harm(runtime: Runtime, tmp_path: Path):
 
     np.testing.assert_allclose(run(model, {"x": x})[0], run(proto, {"x": x})[0], atol=1e-4)
     assert np.isfinite(run(model, {"x": inputs()})[0]).all()
+
+
+def test_inputs_whose_squares_overflow_are_not_looked_at(runtime: Runtime, tmp_path: Path):
+    proto, x = network((32, 48, 24)), inputs() * np.float32(1e25)
+
+    model = calibrated(proto, x, runtime, tmp_path, rank=4)
+
+    assert weights_of(model) < weights_of(proto)
+    assert model.digest == thinned(proto, rank=4)[0].digest
 
 
 # --- chosen -----------------------------------------------------------------------------------------------------------

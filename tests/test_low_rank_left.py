@@ -87,6 +87,15 @@ def test_of_another_type(dtype: str, why: str):
     assert reason(proto) == why
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"energy": 0.5}, {"ratio": 2.0}])
+def test_with_values_that_are_not_finite(value: float, options: dict[str, float]):
+    weight = random_weights(20, 16)
+    weight[3, 4] = value
+
+    assert reason(matmul_model(weight), None, **options) == "has values that are not finite"
+
+
 def test_that_the_caller_may_replace():
     proto = mlp_model((20, 24))
     proto.graph.input.append(helper.make_tensor_value_info("W0", TensorProto.FLOAT, [20, 24]))

@@ -132,8 +132,9 @@ class Splitter:
     _outputs: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Know the graph's outputs."""
+        """Know the graph's outputs, and which moments are of use."""
         self._outputs = frozenset(str(tensor.name) for tensor in self.base.graph.outputs)
+        self.moments = _finite(self.moments)
 
     def goal(self, unit: Unit) -> Goal:
         """What the factors of a unit come close to, in the base."""
@@ -155,7 +156,7 @@ class Splitter:
             moments = dict(self.moments)
             if number:  # before the first, nothing has changed yet
                 views = [named[unit.name].parts[0].view for unit in group if unit.first in moments]
-                moments |= gather_products(fork, views, self.context, original=self.base)
+                moments |= _finite(gather_products(fork, views, self.context, original=self.base))
             for unit in group:
                 self.context.progress(f"factoring {unit.name}")
                 found[unit.name] = self._factor(named[unit.name], chosen[unit.name], moments.get(unit.first))
@@ -208,6 +209,15 @@ class Splitter:
         biases = [bias_of(part.view, self._outputs) for part in unit.parts if len(part.readers) == 1]
         found = [bias for bias in biases if bias is not None]
         return found if len(found) == len(unit.parts) else None
+
+
+def _finite(moments: Mapping[str, Moments]) -> dict[str, Moments]:
+    """Without those of inputs whose squares are too large for float32."""
+    return {
+        name: each
+        for name, each in moments.items()
+        if np.isfinite(each.products).all() and np.isfinite(each.cross).all()
+    }
 
 
 def _matrices(unit: Unit, factors: Factors) -> Array:

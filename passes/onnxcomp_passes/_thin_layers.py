@@ -204,6 +204,8 @@ def _part(view: WeightView, main: Container[int], known: KnownTensors) -> tuple[
     part = Part(view, readers)
     if min(part.sizes[1:]) < 2:
         return None, "is no thicker than rank 1"
+    if not np.isfinite(view.read()).all():
+        return None, "has values that are not finite"
     return part, ""
 
 
