@@ -27,6 +27,9 @@ LESS = 0.7
 LEAST_SHARE = 0.3
 """A stage that does not hold on other samples chooses again within 0.7 of the budget, then 0.49, then 0.34."""
 
+WHOLE = "the model"
+"""Where passes say that they leave what has no name of its own."""
+
 MAX_WEAKER = 6
 """Weaker forms of one stage that are tried at most."""
 
@@ -316,10 +319,11 @@ def _last_dropped(attempts: Sequence[Attempt]) -> Attempt:
 
 
 def _nothing(trial: Trial, stage: Stage) -> str:
-    """Why nothing changed: what each lossy pass says of most that it left."""
+    """Why nothing changed: what each lossy pass says of the whole model, else of most that it left."""
     told = []
     for step, entry in zip(stage.passes, trial.passes, strict=True):
-        whys = Counter(left["why"] for left in entry.left)
+        whole = [left["why"] for left in entry.left if left["where"] == WHOLE]
+        whys = Counter(whole or (left["why"] for left in entry.left))
         if whys and not step.lossless:
             why, count = whys.most_common(1)[0]
             who = f"{step.name}: " if len(stage.passes) > 1 else ""

@@ -9,8 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
+from onnxcomp.pipeline import optimize
 from onnxcomp_passes import Float16, LowRank, Pack, QuantizeDynamic, QuantizeWeights
 from tests.models import Array, graph_model, matmul_model, mlp_model, random_weights
 
@@ -297,3 +299,22 @@ def test_nodes_that_every_pass_leaves():
 
     assert split(changes) == ["table", "B"]
     assert {left.where: left.why for left in changes.left} == {"A": "excluded"}
+
+
+def test_a_form_whose_extra_is_missing_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxcomp_passes.low_rank.find_spec", lambda name: None)
+    LowRank(conv="spatial", rank=4)
+    with pytest.raises(OptionError, match=r"needs TensorLy: pip install 'onnxcomp\[low-rank\]'"):
+        LowRank(conv="tucker", rank=4)
+    with pytest.raises(OptionError, match="TensorLy"):
+        LowRank(ranks=("W=tucker:4x4",))
+
+
+def test_a_stage_tells_what_holds_for_the_whole_model_before_what_holds_for_one_weight() -> None:
+    weights = {"W": random_weights(64, 64), "V": random_weights(64, 2), "U": random_weights(2, 64)}
+    text = "g (float[N, 64] x) => (float[N, 64] y) { h = MatMul(x, W) r = Relu(h) m = MatMul(r, V) y = MatMul(m, U) }"
+    [entry] = optimize(graph_model(text, weights), passes=[LowRank()]).report.stages
+    assert (entry.verdict, entry.reason) == (
+        "unchanged",
+        "how much may go is measured on data; give --data, or ratio=RATIO",
+    )

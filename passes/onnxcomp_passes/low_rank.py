@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import ClassVar, Self
 
 from onnxcomp.errors import OptionError
@@ -67,7 +68,8 @@ class LowRank(Pass):
         """See the base class; an amount is asked for in one way.
 
         Raises:
-            OptionError: An option has the wrong type or is out of range, or two contradict each other.
+            OptionError: An option has the wrong type or is out of range, two contradict each other, or a form needs an
+                extra that is not installed.
         """
         super().__post_init__()
         asked = [name for name in ("rank", "ratio", "energy", "ranks") if getattr(self, name)]
@@ -77,7 +79,10 @@ class LowRank(Pass):
         if self.ratio and self.ratio <= 1:
             message = f"{self.name}: ratio is weights before over after and must be above 1, got {self.ratio:g}"
             raise OptionError(message)
-        _parsed(self.ranks)
+        asked_forms = {self.conv, *(thin.form for thin in _parsed(self.ranks).values())}
+        if "tucker" in asked_forms and find_spec("tensorly") is None:
+            message = f"{self.name}: the form tucker needs TensorLy: pip install 'onnxcomp[low-rank]'"
+            raise OptionError(message)
 
     def weaker(self) -> Iterator[Self]:
         """Two thirds of what is saved, then a third."""
