@@ -46,10 +46,14 @@ RECIPES = {
         ("simplify", "prune:sparsity=0.5", "cluster:bits=4", "pack"),
         ("simplify", "prune-channels:ratio=0.1"),
         ("simplify", "prune", "cluster", "pack"),
-    )
+    ),
+    "low-rank": (("simplify", "low-rank"),),
 }
 """What --recipes names: the passes of each recipe."""
-RECIPE_OPTIONS = ("--time-limit", "60s", "--no-timing")
+RECIPE_OPTIONS = {
+    "pruning": ("--time-limit", "60s", "--no-timing"),
+    "low-rank": ("--time-limit", "60s"),  # ranks are chosen by the clock
+}
 RECIPE_HEAD = ("model", "recipe", "exit", "checks", "size", "SQNR dB", "last stage", "why", "seconds")
 REASON_CHARACTERS = 110
 
@@ -109,14 +113,16 @@ def _float_layers(small: Path, stages: list[dict[str, Any]]) -> tuple[int, int]:
     return len(in_float), len(in_float.difference(item["where"] for step in steps for item in step["left"]))
 
 
-def run_recipe(name: str, recipe: Sequence[str], cache: Path, folder: Path) -> tuple[list[str], bool]:
+def run_recipe(
+    name: str, recipe: Sequence[str], options: Sequence[str], cache: Path, folder: Path
+) -> tuple[list[str], bool]:
     """A row of the table of recipes, and whether every check held."""
     model, calibration, test = prepare(name, cache)
     label = " ".join(recipe)
     small, report_path = folder / f"{name} {label}.onnx", folder / f"{name} {label}.json"
     passes = [word for step in recipe for word in ("-p", step)]
     command = [*CLI, "optimize", model, "--data", calibration, "-o", small, "--json", report_path, "-q", "--no-resume"]
-    command += [*passes, *RECIPE_OPTIONS]
+    command += [*passes, *options]
     process = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
     if process.returncode:
         said = _one_line((process.stderr.strip().splitlines() or ["nothing said"])[-1])
@@ -169,7 +175,7 @@ def run_recipes(kind: str, names: Sequence[str], cache: Path, folder: Path) -> i
     all_well = True
     for name in names:
         for recipe in RECIPES[kind]:
-            cells, well = run_recipe(name, recipe, cache, folder)
+            cells, well = run_recipe(name, recipe, RECIPE_OPTIONS[kind], cache, folder)
             print("| " + " | ".join(cells) + " |", flush=True)
             all_well &= well
     return 0 if all_well else 1

@@ -87,8 +87,8 @@ def layer_macs(unit: Unit, sizes: Sequence[Sizes], thin: Thin | None = None) -> 
         return dense
     if thin.form == "svd":
         return dense * thin.parameters(unit) // (groups * inputs * outputs)
-    factors = _random_factors(unit, thin)
-    assert isinstance(factors, ConvFactors)
+    shapes = factor_shapes(thin.form, unit.parts[0].view.shape, groups, thin.ranks)
+    factors = ConvFactors(thin.form, groups, tuple(np.zeros(shape, np.float32) for shape in shapes))
     return sum(each.data[0] * factors.macs(each.data[2:], each.output[2:]) for each in sizes)
 
 

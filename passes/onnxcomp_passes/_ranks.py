@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Table
+from onnxcomp_passes._choice import OUT_OF_TIME
 from onnxcomp_passes._conv_forms import useful_ranks
 from onnxcomp_passes._layer_costs import LayerTimes, layer_macs, layer_sizes
 from onnxcomp_passes._rank_choice import LEAST_KEPT, Choice, Gain, allocations, measured_costs, smallest, within_budget
@@ -219,8 +220,9 @@ class Ranker:
         scale = measured_costs(probes, build, judge, self._context)
         path = allocations({name: options[name] for name in scale}, scale, gain)
         found = within_budget(path, build, judge, self._context)
+        why = OUT_OF_TIME if self._context.out_of_time() else "no rank pays within the budget"
         for name in options.keys() - found.keys():
-            self._changes.leave(name, "no rank pays within the budget")
+            self._changes.leave(name, why)
         return {name: each for name, each in found.items() if self._is_faster(self._by_name[name], each.thin)}
 
     def _gains(self, judge: Judge) -> Gain:
