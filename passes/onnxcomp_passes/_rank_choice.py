@@ -15,7 +15,7 @@ from onnxcomp_passes._choice import last_that_holds
 from onnxcomp_passes._rank_options import Option
 from onnxcomp_passes._thin_fit import Thin
 
-__all__ = ["LEAST_KEPT", "Gain", "allocations", "measured_costs", "smallest", "within_budget"]
+__all__ = ["LEAST_KEPT", "MARGIN", "Gain", "allocations", "measured_costs", "smallest", "within_budget"]
 
 Array = np.ndarray[Any, Any]
 Choice = dict[str, Option]
@@ -142,13 +142,10 @@ def measured_costs(probes: Mapping[str, Option], build: Build, judge: Judge, con
     return found
 
 
-def within_budget(path: Sequence[Choice], build: Build, judge: Judge, context: Context) -> Choice:
-    """The last of the choices that the judge allows, by bisection; none where not even the first holds."""
+def within_budget(path: Sequence[Choice], holds: Callable[[dict[str, Thin]], bool], context: Context) -> Choice:
+    """The last of the choices that hold, by bisection; none where not even the first does."""
 
-    def holds(choice: Choice) -> bool:
-        model = build({name: option.thin for name, option in choice.items()})
-        fits = judge.allows(judge.quality(model), MARGIN * context.share)
-        judge.forget(model)
-        return fits
+    def tried(choice: Choice) -> bool:
+        return holds({name: option.thin for name, option in choice.items()})
 
-    return last_that_holds(path, holds, context) or {}
+    return last_that_holds(path, tried, context) or {}

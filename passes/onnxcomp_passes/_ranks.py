@@ -16,7 +16,16 @@ from onnxcomp.passes import Changes, Context, Table
 from onnxcomp_passes._choice import OUT_OF_TIME
 from onnxcomp_passes._conv_forms import useful_ranks
 from onnxcomp_passes._layer_costs import LayerTimes, layer_macs, layer_sizes
-from onnxcomp_passes._rank_choice import LEAST_KEPT, Choice, Gain, allocations, measured_costs, smallest, within_budget
+from onnxcomp_passes._rank_choice import (
+    LEAST_KEPT,
+    MARGIN,
+    Choice,
+    Gain,
+    allocations,
+    measured_costs,
+    smallest,
+    within_budget,
+)
 from onnxcomp_passes._rank_options import Option, break_even, forms_of, options_of
 from onnxcomp_passes._reduced_rank import Goal
 from onnxcomp_passes._thin_fit import Found, Splitter, Thin
@@ -95,6 +104,7 @@ class Ranker:
         self.splitter.units = self._units
         self._by_name = {unit.name: unit for unit in self._units}
         self._found: dict[str, list[Option]] | None = None
+        self._held: tuple[dict[str, Thin], Model, dict[str, Found]] | None = None
         self._lines: dict[tuple[str, str], tuple[float, float, float]] = {}
         judge = context.judge
         shapes = {name: list(np.shape(value)) for name, value in judge.feed.items()} if judge else {}
@@ -118,6 +128,14 @@ class Ranker:
             self._changes.leave("the model", "how much may go is measured on data; give --data, or ratio=RATIO")
             return {}
         return _thins(self._within_budget(judge))
+
+    def build(self, chosen: Mapping[str, Thin]) -> tuple[Model, dict[str, Found]]:
+        """The model with what was chosen, as `Splitter.build` gives it: the one that was tried, where there is one."""
+        if self._held is not None and self._held[0] == chosen:
+            return self._held[1:]
+        if self._context.out_of_time() and self._context.data is not None:
+            self._changes.notes.append("the time limit was reached: later layers are fitted to few samples")
+        return self.splitter.build(chosen)
 
     def tell(self, chosen: Mapping[str, Thin], found: Mapping[str, Found]) -> None:
         """Say what was done, layer by layer, and why the others were left."""
@@ -219,11 +237,22 @@ class Ranker:
         probes = {name: self._nearest(name, each, PROBE) for name, each in options.items()}
         scale = measured_costs(probes, build, judge, self._context)
         path = allocations({name: options[name] for name in scale}, scale, gain)
-        found = within_budget(path, build, judge, self._context)
+        found = within_budget(path, lambda asked: self._try(asked, judge), self._context)
         why = OUT_OF_TIME if self._context.out_of_time() else "no rank pays within the budget"
         for name in options.keys() - found.keys():
             self._changes.leave(name, why)
+        if self._context.out_of_time():  # what holds could not be fitted anew without some of its layers
+            return found
         return {name: each for name, each in found.items() if self._is_faster(self._by_name[name], each.thin)}
+
+    def _try(self, asked: dict[str, Thin], judge: Judge) -> bool:
+        """Whether a choice holds; if so it is remembered."""
+        model, found = self.splitter.build(asked)
+        holds = judge.allows(judge.quality(model), MARGIN * self._context.share)
+        judge.forget(model)
+        if holds:
+            self._held = asked, model, found
+        return holds
 
     def _gains(self, judge: Judge) -> Gain:
         """The part of the model's time and bytes that an option saves; 0 where it is not faster."""
@@ -310,7 +339,8 @@ class Ranker:
                 forms = forms_of(unit, self._amount.form)
                 sizes = self._sizes.get(unit.name, [])
                 multiple = self._amount.multiple or MULTIPLES.get(unit.node.op, MULTIPLE)
-                found = options_of(unit, self.splitter.goal(unit), sizes, forms, multiple)
+                goal, solved = self.splitter.goal(unit), self.splitter.solved
+                found = options_of(unit, goal, sizes, forms, multiple, solved)
                 if found:
                     self._found[unit.name] = found
                 else:

@@ -111,6 +111,11 @@ def _inputs(view: WeightView) -> int:
     return view.shape[0]
 
 
+def _sizes(view: WeightView) -> tuple[int, int]:
+    """Inputs and outputs."""
+    return _inputs(view), int(np.prod(view.shape)) // _inputs(view)
+
+
 def _bias(view: WeightView, shifted: Mapping[str, Array]) -> Array | None:
     """What a layer adds to its products, shape (outputs,); None where that is no constant of each output."""
     node = view.node
@@ -127,8 +132,7 @@ def _bias(view: WeightView, shifted: Mapping[str, Array]) -> Array | None:
 
 def _behind(model: Model, view: WeightView) -> Behind | None:
     """What comes behind a layer; None also for one so large that fewer rows are kept than a fit needs."""
-    shape = as_matrices(view, view.read())[0].shape
-    return find_behind(model, view.node) if rows_to_keep(shape) > shape[0] else None
+    return find_behind(model, view.node) if rows_to_keep(_sizes(view)) > _inputs(view) else None
 
 
 def _watch(view: WeightView, target: str, behind: Behind | None) -> dict[tuple[str, str], Together]:
@@ -136,7 +140,7 @@ def _watch(view: WeightView, target: str, behind: Behind | None) -> dict[tuple[s
     window, read = Window.of(view.node, view.shape), str(view.node.inputs[0].name)
     watch: dict[tuple[str, str], list[Fit | Kept]] = {(target, read): [Fit(window)]}
     if behind is not None:
-        most = rows_to_keep(as_matrices(view, view.read())[0].shape)
+        most = rows_to_keep(_sizes(view))
         watch.setdefault((behind.result, read), []).append(Kept(window, most))
         if behind.shortcut:
             watch.setdefault((behind.result, behind.shortcut), []).append(Kept(window, most, shortcut=True))

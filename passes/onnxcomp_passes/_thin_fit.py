@@ -19,7 +19,7 @@ from onnxcomp_passes._thin_graph import Factors, MatrixFactors, put_factors
 from onnxcomp_passes._thin_layers import Unit, units_named
 from onnxcomp_passes._windows import Moments, gather_products, inputs_of
 
-__all__ = ["Found", "Splitter", "Thin", "fitted"]
+__all__ = ["Found", "Solved", "Splitter", "Thin", "fitted"]
 
 Array = np.ndarray[Any, Any]
 
@@ -84,10 +84,20 @@ class Found:
     missed: float
 
 
-def fitted(unit: Unit, thin: Thin, goal: Goal) -> Found:
+Solved = dict[tuple[str, Thin], ConvFactors]
+"""Factors by the weight alone that were found already, by unit and form: some take seconds."""
+
+
+def fitted(unit: Unit, thin: Thin, goal: Goal, solved: Solved) -> Found:
     """The factors of a unit that come nearest to a goal.
 
     The singular value forms of matrices are the best there are; of others the last factor is fitted to those before it.
+
+    Args:
+        unit: The unit, with the weights that it has in the base.
+        thin: What becomes of it.
+        goal: What is to be met.
+        solved: What is known; more is added.
     """
     if thin.form == "svd":
         first, second = goal.factors(min(*thin.ranks, *unit.sizes[1:]))
@@ -96,7 +106,10 @@ def fitted(unit: Unit, thin: Thin, goal: Goal) -> Found:
             factors = _as_convs(unit, first, second)
         return Found(factors, goal.missed(first @ second))
     part = unit.parts[0]
-    convs = factor(part.view.read(), part.sizes[0], thin.form, thin.ranks)
+    key = unit.name, thin
+    if key not in solved:
+        solved[key] = factor(part.view.read(), part.sizes[0], thin.form, thin.ranks)
+    convs = solved[key]
     features = convs.features()
     last = goal.last(features)
     return Found(convs.with_last(last).balanced(), goal.missed(features @ last))
@@ -121,6 +134,7 @@ class Splitter:
         context: Its data are run again for layers behind others.
         refit: Fit a layer to what it gave in the base; else to what its whole weight would give. Either way from what
             the layers before it give by then.
+        solved: Factors by weights alone that were found already.
     """
 
     base: Model
@@ -128,6 +142,7 @@ class Splitter:
     moments: Mapping[str, Moments]
     context: Context
     refit: bool
+    solved: Solved = field(default_factory=dict)
     _spool: Spool = field(default_factory=Spool)
     _outputs: frozenset[str] = field(init=False)
 
@@ -192,7 +207,7 @@ class Splitter:
             fits = replace(fits, cross=fits.products)
         if fits is not None and biases is not None:
             fits = fits.centred()
-        found = fitted(unit, thin, Goal.of(before, fits))
+        found = fitted(unit, thin, Goal.of(before, fits), self.solved)
         after = _matrices(unit, found.factors)
         for part, matrices in zip(unit.parts, unit.shares(after), strict=True):
             value = np.ascontiguousarray(part.weights(matrices), np.float32)

@@ -51,7 +51,7 @@ class LowRank(Pass):
     conv: str = option(
         "auto",
         "What a Conv becomes: k x k and 1 x 1 (svd); 1 x 1, k x k, 1 x 1 (tucker); k x 1, 1 x k (spatial); 1 x 1, two"
-        " depthwise, 1 x 1 (cp); auto: svd or spatial.",
+        " depthwise, 1 x 1 (cp); auto: svd, spatial or cp.",
         choices=FORM_CHOICES,
     )
     whiten: bool = option(True, "Keep what matters for the inputs that layers get; needs data. Else plain SVD.")
@@ -107,7 +107,7 @@ class LowRank(Pass):
         chosen = ranker.choose()
         if not chosen:
             return changes
-        fork, found = ranker.splitter.build(chosen)
+        fork, found = ranker.build(chosen)
         ranker.splitter.split(fork, found)
         ranker.tell(chosen, found)
         told = [f"{name}={thin}" for name, thin in chosen.items()]
