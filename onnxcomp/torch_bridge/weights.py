@@ -1,0 +1,154 @@
+"""Which constants of a graph are trained, and in what form: as they are, or as the numbers behind integer codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from onnxcomp.graph_io import walk
+from onnxcomp.model import value_of
+from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, onnx_type
+
+__all__ = ["Held", "Reading", "find_constants", "is_scale", "is_trainable", "kind_of"]
+
+Array = np.ndarray[Any, Any]
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+FIXED = {
+    "BatchNormalization": {3, 4},
+    "Clip": {1, 2},
+    "Dropout": {1},
+    "Equal": {0, 1},
+    "GreaterOrEqual": {0, 1},
+    "Greater": {0, 1},
+    "LessOrEqual": {0, 1},
+    "Less": {0, 1},
+    "Max": {1, 2},
+    "Min": {1, 2},
+    "Pad": {1, 2, 3},
+    "Pow": {1},
+    "Range": {0, 1, 2},
+    "Resize": {1, 2, 3},
+    "Upsample": {1},
+    "Where": {0, 1, 2},
+}
+"""Operator -> inputs that set what it does rather than being learnt: statistics, limits, masks."""
+
+ELEMENTWISE = {"Add", "Div", "Mul", "Sub", "PRelu"}
+"""A single number in these is a constant of a formula (an epsilon, the root of a width), not a weight."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A node that reads a constant, and through which of its inputs."""
+
+    node: gs.Node
+    index: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A constant of the model.
+
+    Attributes:
+        name: Its own name; numbered where subgraphs have several of one name.
+        constant: Where its value is: an initializer, or the value of a Constant node.
+        readers: The nodes that read it.
+    """
+
+    name: str
+    constant: gs.Constant
+    readers: tuple[Reading, ...]
+
+
+def find_constants(graph: gs.Graph) -> list[Held]:
+    """All constants of a graph and of its subgraphs, the tensors of Constant nodes included.
+
+    A constant whose name another one has too is renamed in the graph, so that all names differ.
+    """
+    readers: dict[int, list[Reading]] = {}
+    tensors: dict[int, gs.Tensor] = {}
+    for each in walk(graph):
+        for node in each.nodes:
+            for index, tensor in enumerate(node.inputs):
+                readers.setdefault(id(tensor), []).append(Reading(node, index))
+                tensors[id(tensor)] = tensor
+        for tensor in each.outputs:
+            tensors.setdefault(id(tensor), tensor)
+    found: list[Held] = []
+    taken = {tensor.name for tensor in tensors.values() if not isinstance(tensor, gs.Constant)}
+    for key, tensor in tensors.items():
+        constant = tensor if isinstance(tensor, gs.Constant) else _value_of_node(tensor)
+        if constant is None:
+            continue
+        if isinstance(tensor, gs.Constant):
+            tensor.name = _unique(tensor.name, taken)
+        found.append(Held(tensor.name, constant, tuple(readers.get(key, ()))))
+    return found
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    fresh, number = name, 1
+    while fresh in taken:
+        fresh, number = f"{name}#{number}", number + 1
+    taken.add(fresh)
+    return fresh
+
+
+def _value_of_node(tensor: gs.Tensor) -> gs.Constant | None:
+    """What a Constant node gives, where that is a tensor."""
+    maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+    value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" and not maker.domain else None
+    return value if isinstance(value, gs.Constant) else None
+
+
+def kind_of(held: Held) -> int:
+    """The ONNX element type of a constant."""
+    return onnx_type(held.constant.dtype)
+
+
+def is_trainable(held: Held) -> bool:
+    """Whether a constant is a weight that may be learnt."""
+    kind = kind_of(held)
+    if not held.readers:
+        return False
+    if kind in FLOATS:
+        return all(_is_learnt(reading, held.constant) for reading in held.readers) and _is_finite(held.constant)
+    if kind in INTEGER_RANGES:
+        return all(_is_code(reading) for reading in held.readers)
+    return False
+
+
+def _is_learnt(reading: Reading, constant: gs.Constant) -> bool:
+    node, index = reading.node, reading.index
+    if index in FIXED.get(node.op, ()) or (node.op in {"QuantizeLinear", "DequantizeLinear"} and index > 0):
+        return False
+    return not (node.op in ELEMENTWISE and int(np.prod(constant.shape)) == 1)
+
+
+def _is_finite(constant: gs.Constant) -> bool:
+    return bool(np.isfinite(np.asarray(value_of(constant), np.float32)).all())
+
+
+def _is_code(reading: Reading) -> bool:
+    """Whether a constant is the codes that a DequantizeLinear with a constant scale reads."""
+    node = reading.node
+    return node.op == "DequantizeLinear" and reading.index == 0 and isinstance(node.inputs[1], gs.Constant)
+
+
+def is_scale(held: Held) -> bool:
+    """Whether a constant is a float scale of QuantizeLinear or DequantizeLinear and of nothing else."""
+    quantizers = {"QuantizeLinear", "DequantizeLinear"}
+    all_scales = all(reading.index == 1 and reading.node.op in quantizers for reading in held.readers)
+    return bool(held.readers) and kind_of(held) in FLOATS and all_scales
+
+
+def names_of(constants: Iterable[Held]) -> dict[str, Held]:
+    """The constants by name."""
+    return {held.name: held for held in constants}
