@@ -155,6 +155,11 @@ class Reference:
             return "metric"
         return "relative-error" if self._classes is None and self._mixed is None else "expected-drop"
 
+    @property
+    def classes(self) -> int | None:
+        """Which output holds class scores, if any."""
+        return self._classes
+
     def metric_value(self) -> float | None:
         """The original's own metric value."""
         if self._metric is None or self._labels is None:

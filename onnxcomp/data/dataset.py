@@ -223,6 +223,16 @@ class Dataset:
             raise DataError(message)
         return np.concatenate(parts)
 
+    def groups(self) -> list[npt.NDArray[np.int64]]:
+        """Return the places of the samples that have the inputs' shapes in common, and so can share a batch."""
+        places: dict[Any, list[npt.NDArray[np.int64]]] = {}
+        first = 0
+        for segment, rows in self._parts(self._store.segments):
+            shape = tuple(segment.arrays[spec.name].shape[1:] for spec in self.specs)
+            places.setdefault(shape, []).append(np.arange(first, first + len(rows)))
+            first += len(rows)
+        return [np.concatenate(each) for each in places.values()]
+
     def subset(self, indices: npt.NDArray[Any] | Sequence[int]) -> Dataset:
         """Return the samples at `indices`, in that order; nothing is copied."""
         chosen = np.asarray(indices)

@@ -1,0 +1,85 @@
+"""What training must not change: zeros that stay zero, and weights that share a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Fixed", "Ties"]
+
+MOST_VALUES = 0.125
+"""A weight with at most this share of distinct values is a codebook: its values are trained, its codes kept."""
+
+FEW_ELEMENTS = 64
+"""Smaller tensors are taken as they are."""
+
+
+class Ties:
+    """The places of a weight that share a value move together: the gradient of a value is the sum over its places.
+
+    Places start equal and get equal steps, so they stay equal, bit for bit.
+
+    Args:
+        weight: Any shape.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        values, codes = torch.unique(weight.detach().flatten(), return_inverse=True)
+        self.count = len(values)
+        self._codes = codes
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        """The gradient of each place's value."""
+        sums = torch.zeros(self.count, dtype=gradient.dtype, device=gradient.device)
+        sums.index_add_(0, self._codes.to(gradient.device), gradient.flatten())
+        return sums[self._codes].reshape(gradient.shape)
+
+
+class Fixed:
+    """Keeps zeros and codebooks of Parameters.
+
+    Args:
+        parameters: Names and Parameters. Those of two axes or more with zeros keep them.
+        codebooks: Whether few values are taken for a codebook.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, codebooks: bool = True) -> None:
+        self.parameters = {name: each for name, each in parameters if each.requires_grad and each.ndim >= 2}
+        self.masks: dict[str, Tensor] = {}
+        self.ties: dict[str, Ties] = {}
+        for name, parameter in self.parameters.items():
+            if codebooks and parameter.numel() >= FEW_ELEMENTS:
+                ties = Ties(parameter)
+                if ties.count <= MOST_VALUES * parameter.numel():
+                    self.ties[name] = ties
+            self.set_mask(name, parameter.detach() != 0)
+
+    def set_mask(self, name: str, kept: Tensor) -> None:
+        """Make zeros of all but what is kept, from now on."""
+        if bool(kept.all()):
+            self.masks.pop(name, None)
+        else:
+            self.masks[name] = kept
+            with torch.no_grad():
+                self.parameters[name].mul_(kept)
+
+    def before_step(self) -> None:
+        """Make gradients those of what may change."""
+        for name, ties in self.ties.items():
+            parameter = self.parameters[name]
+            if parameter.grad is not None:
+                parameter.grad = ties.apply(parameter.grad)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator] # torch has no type information here
+    def after_step(self) -> None:
+        """Put zeros back: weights that are masked have no gradient, but may have momentum left."""
+        for name, mask in self.masks.items():
+            self.parameters[name].mul_(mask)
+
+    def sparsity(self) -> float:
+        """The share of zeros in all that could have some."""
+        total = sum(each.numel() for each in self.parameters.values())
+        zeros = sum(int((each == 0).sum()) for each in self.parameters.values())
+        return float(zeros / max(1, total))
