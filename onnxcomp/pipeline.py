@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 import time
@@ -281,6 +282,9 @@ def _check_requirements(stages: Sequence[Stage], samples: Dataset) -> None:
     there = {"data": not samples.generated, "labels": samples.has_labels}
     for stage in stages:
         for wanted in stage.passes:
+            if "torch" in wanted.requires and importlib.util.find_spec("torch") is None:
+                message = f"the pass {wanted.name!r} needs torch: pip install 'onnxcomp[train]'"
+                raise RequirementError(message)
             for need in sorted(wanted.requires):
                 if not there.get(need, True):
                     message = f"the pass {wanted.name!r} needs {need}; give --data{' with labels' * (need == 'labels')}"

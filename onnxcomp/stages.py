@@ -65,8 +65,9 @@ class Stage:
 def joined(items: Sequence[Pass | Stage]) -> list[Stage]:
     """The stages of passes that are given one by one: a stage each, but for those that pay only with a later one.
 
-    Such a pass (`Pass.pays_with`) is judged together with the next one of that name and with what is between them.
-    Stages are taken as they are, and no pass is joined across one.
+    Such a pass (`Pass.pays_with`) is judged together with the next one of that name and with what is between them. One
+    that trains (`Pass.mends`) is judged together with all lossy ones before it, back to the last that trains. Stages
+    are taken as they are, and no pass is joined across one.
 
     Example:
         >>> from onnxcomp.passes import find_pass
@@ -94,11 +95,12 @@ def _partner(items: Sequence[Pass | Stage], index: int) -> int:
     """Where the pass is that this one pays with; its own place if there is none before the next stage."""
     item = items[index]
     wanted = item.pays_with if isinstance(item, Pass) else ""
-    for later in range(index + 1, len(items)) if wanted else ():
+    lossy = isinstance(item, Pass) and not item.lossless and not item.mends
+    for later in range(index + 1, len(items)) if wanted or lossy else ():
         other = items[later]
         if isinstance(other, Stage):
             break
-        if isinstance(other, Pass) and other.name == wanted:
+        if isinstance(other, Pass) and (other.name == wanted or (lossy and other.mends)):
             return later
     return index
 

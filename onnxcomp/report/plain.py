@@ -11,7 +11,7 @@ from onnxcomp.report.text import printable
 if TYPE_CHECKING:
     from onnxcomp.ledger import Report
 
-__all__ = ["plain_table", "plain_text"]
+__all__ = ["plain_columns", "plain_table", "plain_text"]
 
 
 def plain_text(report: Report, *, verbose: bool = False) -> str:
@@ -26,7 +26,7 @@ def plain_text(report: Report, *, verbose: bool = False) -> str:
     if not report.stages:
         lines.append("  no stage was run")
     for table in tables(report, verbose=verbose):
-        lines += ["", table.title, *_columns([table.columns, *table.rows])]
+        lines += ["", table.title, *plain_columns([table.columns, *table.rows])]
         lines += [table.more] if table.more else []
     lines += [f"warning: {printable(text)}" for text in report.warnings]
     lines += [f"note: {printable(text)}" for text in report.notes]
@@ -35,10 +35,10 @@ def plain_text(report: Report, *, verbose: bool = False) -> str:
 
 def plain_table(rows: Sequence[Row], head: tuple[str, str, str, str] = ("", "before", "after", "change")) -> list[str]:
     """Rows in columns that are as wide as what is in them; no spaces at the ends of lines."""
-    return _columns([head, *((row.label, row.before, row.after, row.change) for row in rows)])
+    return plain_columns([head, *((row.label, row.before, row.after, row.change) for row in rows)])
 
 
-def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
+def plain_columns(cells: Sequence[Sequence[str]]) -> list[str]:
     """The first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [

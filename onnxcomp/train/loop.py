@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from onnxcomp.data import Dataset
+from onnxcomp.errors import OptionError
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.torch_bridge import GraphModule
 from onnxcomp.train.checkpoint import load_checkpoint, save_checkpoint
@@ -27,7 +28,7 @@ from onnxcomp.train.pruner import Pruner
 from onnxcomp.train.samples import Part, Samples, find_augment
 from onnxcomp.train.teacher import Teacher
 
-__all__ = ["Evaluation", "History", "LossFunction", "Trainer"]
+__all__ = ["Evaluation", "History", "LossFunction", "Trainer", "run_key"]
 
 LossFunction = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor | None], Tensor]
 """Of the student's outputs, the teacher's, and labels, each with what is watched."""
@@ -89,6 +90,7 @@ class Trainer:
         data: Samples to train on.
         held_out: The teacher's outputs on samples that judge the training, and these samples.
         options: How.
+        use_labels: Whether the loss gets the samples' labels.
         pruning: What becomes zero on the way.
         codebooks: Whether few values of a weight are a codebook.
         checkpoint: The file to go on from and to write to; None: no checkpoints.
@@ -109,6 +111,7 @@ class Trainer:
         held_out: tuple[Reference, Dataset],
         options: TrainOptions,
         watch: Sequence[str] = (),
+        use_labels: bool = False,
         pruning: Pruning | None = None,
         codebooks: bool = True,
         checkpoint: Path | None = None,
@@ -124,6 +127,7 @@ class Trainer:
         self.options = options
         self._teacher, self._loss, self._watch = teacher, loss, tuple(watch)
         self._reference, self._held_out = held_out
+        self._use_labels = use_labels
         self._augment = find_augment(options.augment, allow_code=allow_code)
         self._samples = Samples(
             data,
@@ -218,8 +222,6 @@ class Trainer:
         self._losses.append(total)
 
     def _refuse(self, step: int) -> None:
-        from onnxcomp.errors import OptionError
-
         message = f"the loss is no number any more at step {step + 1}; give a smaller learning rate"
         raise OptionError(message)
 
@@ -231,7 +233,9 @@ class Trainer:
                 wanted = self._teacher.recall(part.indices, batch.inputs, batch.count)
             else:
                 wanted = self._teacher.run(batch.inputs)
-        labels = None if batch.labels is None else torch.from_numpy(np.array(batch.labels)).to(self.device)
+        labels = None
+        if self._use_labels and batch.labels is not None:
+            labels = torch.from_numpy(np.array(batch.labels)).to(self.device)
         with _autocast(self.device, mixed=self.options.mixed_precision):
             found = self._runner(self._tensors(batch.inputs), self._watch)
             return self._loss(found, self._tensors(wanted), labels)
@@ -349,8 +353,6 @@ class Trainer:
             return
         tensors, state = load_checkpoint(self._checkpoint)
         if state["key"] != self._key:
-            from onnxcomp.errors import OptionError
-
             message = f"{self._checkpoint}: is of another training; delete it, or name another folder"
             raise OptionError(message)
         groups: dict[str, dict[str, Tensor]] = {}

@@ -22,6 +22,10 @@ Outputs = dict[str, Array]
 class Teacher:
     """Runs the original, with inner tensors as further outputs.
 
+    Attributes:
+        outputs: Names of its own outputs.
+        names: The same and what is watched.
+
     Args:
         model: The original; not changed.
         watch: Names of the inner tensors.
@@ -35,7 +39,8 @@ class Teacher:
 
     def __init__(self, model: Model, watch: Sequence[str], runtime: Runtime, workdir: Path, cache_bytes: float) -> None:
         shown = model.fork()
-        self.names = [*(output.name for output in shown.graph.outputs)]
+        self.outputs = tuple(output.name for output in shown.graph.outputs)
+        self.names = [*self.outputs]
         _show(shown, [name for name in watch if name not in self.names])
         self.names += [name for name in watch if name not in self.names]
         self._path = workdir / "teacher.onnx"

@@ -1,0 +1,11 @@
+"""Training on the ONNX graph: a compressed model learns the original's answers.
+
+Needs torch (`pip install 'onnxcomp[train]'`).
+"""
+
+from onnxcomp.train.distilling import Trained, distill
+from onnxcomp.train.losses import Loss
+from onnxcomp.train.loop import Evaluation, History
+from onnxcomp.train.options import Pruning, TrainOptions
+
+__all__ = ["Evaluation", "History", "Loss", "Pruning", "TrainOptions", "Trained", "distill"]

@@ -1,0 +1,248 @@
+"""`distill`: train a student to give what its teacher gives, and put the weights back into the same graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onnxcomp import metrics
+from onnxcomp.data import Dataset, ImageOptions, input_specs, open_data
+from onnxcomp.errors import DataError, OutputError, RequirementError
+from onnxcomp.metrics import Metric
+from onnxcomp.model import Model, ModelSource
+from onnxcomp.quality import Quality, Reference
+from onnxcomp.resume import cache_folder
+from onnxcomp.runtime import Runtime
+from onnxcomp.torch_bridge import load
+from onnxcomp.train.loop import History, Trainer, run_key
+from onnxcomp.train.losses import Loss
+from onnxcomp.train.options import Pruning, TrainOptions
+from onnxcomp.train.processes import Processes
+from onnxcomp.train.teacher import Teacher
+
+__all__ = ["Trained", "distill"]
+
+FEWEST = 4
+"""Samples without which nothing can be trained on some and judged on others."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave.
+
+    Attributes:
+        model: The student with its new weights; as it came, where they are no better on held-out samples.
+        history: How training went.
+        before: What the student lost to the teacher on held-out samples, through ONNX Runtime.
+        after: What it loses now.
+        changed: Names of the weights that are not what they were.
+        kept: Whether the new weights were taken.
+        rank: The number of this process, where several train one model; the first alone should write.
+    """
+
+    model: Model
+    history: History
+    before: Quality
+    after: Quality
+    changed: list[str]
+    kept: bool
+    rank: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the model as plain data."""
+        names = ("history", "before", "after")
+        figures = {name: dataclasses.asdict(getattr(self, name)) for name in names}
+        return {**figures, "changed": self.changed, "kept": self.kept, "size_bytes": self.model.size_bytes}
+
+
+def distill(
+    teacher: ModelSource,
+    student: ModelSource,
+    data: Any,
+    *,
+    loss: Loss | None = None,
+    options: TrainOptions | None = None,
+    pruning: Pruning | None = None,
+    metric: str | Callable[..., Any] | Metric | None = None,
+    freeze: Sequence[str] = (),
+    learn_scales: bool = False,
+    latents: bool = True,
+    resume: bool = True,
+    log_dir: Path | None = None,
+    allow_code: bool = False,
+    image: ImageOptions | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Trained:
+    """Train a student with its teacher's outputs, and with labels where there are any.
+
+    Zeros of the student stay zeros, weights that share few values go on sharing them, integer codes stay on their grid,
+    and BatchNormalization's statistics stay as they are.
+
+    Args:
+        teacher: The original; not changed. It runs in ONNX Runtime.
+        student: What is trained: another form of the same model, or the model itself. Not changed.
+        data: Samples, with or without labels; see `onnxcomp.data.open_data`.
+        loss: What is learnt.
+        options: How.
+        pruning: What becomes zero on the way.
+        metric: What labels are judged by; found out by their looks unless given.
+        freeze: Patterns of names of weights that are not trained.
+        learn_scales: Train scales of quantized weights and activations too.
+        latents: Numbers behind integer codes begin where the teacher has them, within their codes.
+        resume: Go on where the same training was interrupted.
+        log_dir: Where TensorBoard's log goes.
+        allow_code: Whether the user's functions may be called.
+        image: How to read a folder of images.
+        shapes: Sizes of dynamic inputs.
+        progress: Called with a short line on what is going on.
+
+    Raises:
+        OnnxcompError: Something in the input is missing or wrong.
+
+    Example:
+        >>> import numpy as np
+        >>> from onnx import parser
+        >>> text = '''<ir_version: 8, opset_import: ["": 17]> g (float[N, 2] x) => (float[N, 2] y)
+        ...     <float[2] b = {1, VALUE}> { y = Add(x, b) }'''
+        >>> models = [parser.parse_model(text.replace("VALUE", value)) for value in ("2", "1")]
+        >>> x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+        >>> found = distill(*models, {"x": x}, options=TrainOptions(epochs=50, learning_rate=0.05), resume=False)
+        >>> found.before.error > 0.5, found.after.error < 0.01, found.model.weight("b").round(2).tolist()
+        (True, True, [1.0, 2.0])
+    """
+    options, loss = options or TrainOptions(), loss or Loss()
+    original, start = Model.load(teacher), Model.load(student)
+    processes = Processes.found()
+    samples = _samples(data, start, allow_code=allow_code, image=image, shapes=shapes)
+    with samples, tempfile.TemporaryDirectory(prefix="onnxcomp-") as name, _threads(options.threads):
+        workdir = Path(name)
+        judged = _metric(samples, metric, allow_code=allow_code)
+        parts = samples.split({"train": 1 - options.held_out, "held_out": options.held_out}, options.seed)
+        loss = loss.fitted(original, start)
+        with Runtime(threads=options.threads) as runtime:
+            instructor = Teacher(original, loss.watch, runtime, workdir, options.cache_mb * 1e6)
+            held_out = parts["held_out"]
+            expected = ([run[name] for name in instructor.outputs] for run in map(instructor.run, held_out.feeds()))
+            reference = Reference(held_out, expected, judged, None, options.seed)
+            loss = replace(loss, classes=loss.classes or judged is not None or reference.classes is not None)
+            module = load(start, freeze=freeze, learn_scales=learn_scales, latents=original if latents else None)
+            key = run_key(
+                *(model.digest for model in (original, start)), samples.digest, options.described(),
+                dataclasses.asdict(pruning) if pruning else None, repr(loss), [*freeze], learn_scales, latents,
+                *(version(package) for package in ("onnxcomp", "torch", "onnxruntime")), processes.world,
+            )  # fmt: skip
+            checkpoint = _checkpoint(key, fresh=not resume)
+            with _logger(log_dir if processes.rank == 0 else None) as log:
+                trainer = Trainer(
+                    module,
+                    instructor,
+                    loss,
+                    watch=loss.watch,
+                    data=parts["train"],
+                    held_out=(reference, held_out),
+                    use_labels=judged is not None,
+                    options=options,
+                    pruning=pruning,
+                    checkpoint=checkpoint,
+                    key=key,
+                    allow_code=allow_code,
+                    progress=progress if processes.rank == 0 else lambda _: None,
+                    log=log,
+                    processes=processes,
+                )
+                history = trainer.fit()
+            result = start.fork()
+            changed = module.write_back(result)
+            before, after = (_quality(each, reference, held_out, runtime, workdir) for each in (start, result))
+        if checkpoint is not None and processes.rank == 0:
+            checkpoint.unlink(missing_ok=True)
+        processes.close()
+    kept = pruning is not None or _score(after) < _score(before)
+    return Trained(result if kept else start, history, before, after, changed if kept else [], kept, processes.rank)
+
+
+def _samples(data: Any, student: Model, **how: Any) -> Dataset:
+    if isinstance(data, Dataset):
+        samples = data.subset(range(data.size))
+    else:
+        samples = open_data(data, input_specs(student.proto()), **how)
+    if samples.size < FEWEST:
+        message = f"{samples.description}: training needs at least {FEWEST}, to train on some and judge on others"
+        raise DataError(message)
+    return samples
+
+
+def _metric(samples: Dataset, asked: Any, *, allow_code: bool) -> Metric | None:
+    """What labels are judged by; None: they are not used."""
+    if not samples.has_labels:
+        return None
+    if asked is not None:
+        return metrics.get_metric(asked, allow_code=allow_code)
+    return metrics.metric_for_labels(samples.labels())
+
+
+def _quality(model: Model, reference: Reference, data: Dataset, runtime: Runtime, workdir: Path) -> Quality:
+    path = workdir / "student.onnx"
+    path.unlink(missing_ok=True)
+    saved = model.fork()
+    saved.path = None
+    saved.save(path)
+    return reference.compare(runtime.run(path, data.feeds()), data)
+
+
+def _score(quality: Quality) -> tuple[float, float]:
+    return (quality.error if quality.drop is None else quality.drop), quality.error
+
+
+def _checkpoint(key: str, *, fresh: bool) -> Path | None:
+    """Where this training's checkpoint is, in the user's cache folder; None where nothing can be written there."""
+    folder = cache_folder() / "training"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{key[:32]}.safetensors"
+        if fresh:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return None
+    return path
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _logger(folder: Path | None) -> Iterator[Callable[[str, float, int], None]]:
+    """What writes TensorBoard's log."""
+    if folder is None:
+        yield lambda *_: None
+        return
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        message = "a TensorBoard log needs tensorboardX: pip install 'onnxcomp[train]'"
+        raise RequirementError(message) from error
+    try:
+        writer = SummaryWriter(str(folder))
+    except OSError as error:
+        message = f"{folder}: the log cannot be written ({error.strerror})"
+        raise OutputError(message) from error
+    try:
+        yield writer.add_scalar
+    finally:
+        writer.close()

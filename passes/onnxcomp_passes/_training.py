@@ -1,0 +1,79 @@
+"""What the passes that train have in common: how they are told to, and what they say of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from onnxcomp.errors import RequirementError
+from onnxcomp.model import Model
+from onnxcomp.passes import Changes, Context, Pass, Table, option
+
+if TYPE_CHECKING:
+    from onnxcomp.train import Loss, Trained
+
+__all__ = ["COLUMNS", "Training"]
+
+COLUMNS = ("step", "loss", "drop", "error", "agreement", "zeros")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Pass):
+    """A pass that trains the model as it has become, with the original's answers or with labels."""
+
+    epochs: float = option(10.0, "Passes over the training samples.", minimum=0.01)
+    batch_size: int = option(64, "Samples in a step.", minimum=1)
+    learning_rate: float = option(1e-3, "The highest; it rises, then falls along a cosine.", minimum=0.0)
+    weight_decay: float = option(0.0, "Of weights of two axes or more.", minimum=0.0)
+    ema: float = option(0.0, "Decay of an average of the weights, which is kept; 0: none.", minimum=0.0, maximum=0.9999)
+    patience: int = option(0, "Judgements without gain after which training ends; 0: never.", minimum=0)
+    augment: str = option("", "What is done to images at random: shift:N, flip, or both, divided by a plus sign.")
+    freeze: tuple[str, ...] = option((), "Patterns of names of weights that are not trained.")
+    held_out: float = option(0.1, "Share of the samples that judge the training.", minimum=0.01, maximum=0.9)
+
+    def _train(self, model: Model, context: Context, changes: Changes, loss: Loss, **more: Any) -> Trained:
+        """Train a model in place, and say how it went."""
+        from onnxcomp.train import TrainOptions, distill
+
+        if context.data is None:
+            message = f"{self.name} needs data; give --data"
+            raise RequirementError(message)
+        teacher = Model.load(context.judge.original_path) if context.judge is not None else model.fork()
+        options = TrainOptions(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            ema=self.ema,
+            patience=self.patience,
+            augment=self.augment.replace("+", ","),
+            held_out=self.held_out,
+            seed=int(context.rng.integers(1 << 31)),
+        )
+        metric = context.judge.metric if context.judge is not None else None
+        found = distill(
+            teacher, model, context.data, loss=loss, options=options, metric=metric, freeze=self.freeze,
+            progress=context.progress, **more,
+        )  # fmt: skip
+        changes.tables.append(_table(found))
+        if found.kept and found.changed:
+            changes.add(f"{len(found.changed)} weights", self._told(found))
+            model.become(found.model)
+        else:
+            changes.leave("the model", "training made it no better on the samples that were held out")
+        return found
+
+    @staticmethod
+    def _told(found: Trained) -> str:
+        before, after, steps = found.before, found.after, found.history.steps
+        if before.drop is None or after.drop is None:
+            return f"trained for {steps:,} steps: error {before.error:.2%} to {after.error:.2%}"
+        return f"trained for {steps:,} steps: drop {before.drop:+.4f} to {after.drop:+.4f}"
+
+
+def _table(found: Trained) -> Table:
+    rows: list[tuple[str | int | float | None, ...]] = [
+        (each.step, each.loss, each.drop, each.error, each.agreement, each.sparsity)
+        for each in found.history.evaluations
+    ]
+    return Table("training", COLUMNS, rows)
