@@ -114,7 +114,7 @@ def quantize_layers(
     layers = [layer for layer in find_layers(model.graph, context, changes) if isinstance(layer.weight, gs.Constant)]
     if not layers:
         return []
-    model.raise_opset(FOUR_BIT_OPSET if EIGHT != min(weights, activations, ends) else PER_CHANNEL_OPSET)
+    model.raise_opset(FOUR_BIT_OPSET if min(weights, activations, ends) != EIGHT else PER_CHANNEL_OPSET)
     layers = [layer for layer in find_layers(model.graph, context) if isinstance(layer.weight, gs.Constant)]
     at_ends = {layers[0].name, layers[-1].name}
     bits = {layer.name: (ends, ends) if layer.name in at_ends else (weights, activations) for layer in layers}
