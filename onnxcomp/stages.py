@@ -92,17 +92,16 @@ def joined(items: Sequence[Pass | Stage]) -> list[Stage]:
 
 
 def _partner(items: Sequence[Pass | Stage], index: int) -> int:
-    """Where the pass is that this one pays with; its own place if there is none before the next stage."""
+    """Where the last pass is that this one is judged with; its own place if there is none before the next stage."""
     item = items[index]
-    wanted = item.pays_with if isinstance(item, Pass) else ""
-    lossy = isinstance(item, Pass) and not item.lossless and not item.mends
-    for later in range(index + 1, len(items)) if wanted or lossy else ():
-        other = items[later]
-        if isinstance(other, Stage):
-            break
-        if isinstance(other, Pass) and (other.name == wanted or (lossy and other.mends)):
-            return later
-    return index
+    if not isinstance(item, Pass):
+        return index
+    stage = next((place for place in range(index, len(items)) if isinstance(items[place], Stage)), len(items))
+    later = [other for other in items[index + 1 : stage] if isinstance(other, Pass)]
+    pays = next((place for place, other in enumerate(later) if other.name == item.pays_with), -1)
+    lossy = not (item.lossless or item.mends)
+    mended = next((place for place, other in enumerate(later) if lossy and other.mends), -1)
+    return index + 1 + max(pays, mended)
 
 
 BYTES_SHARE = 0.8

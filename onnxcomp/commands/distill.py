@@ -18,6 +18,7 @@ from onnxcomp.commands.options import (
     shape_option,
     shapes_from,
 )
+from onnxcomp.errors import OptionError
 from onnxcomp.values import parse_share
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def distill_command(**options: Any) -> None:
     from onnxcomp.structure import model_files
 
     if not options["data"]:
-        raise click.UsageError("Missing option '--data': there is nothing to train on without samples.")
+        message = "--data is missing: there is nothing to train on without samples"
+        raise OptionError(message)
     check_code(allow_code=options["allow_code"], data=options["data"], metric=options["metric"], loss=options["user"])
     teacher, student = options["teacher"], options["student"]
     output = options["output"] or student.with_name(f"{student.stem}.distilled.onnx")
@@ -101,7 +103,7 @@ def distill_command(**options: Any) -> None:
             allow_code=options["allow_code"],
             image=image_from(options),
             shapes=shapes_from(options["shape"]),
-            **({"progress": progress} if progress else {}),
+            progress=progress or (lambda _: None),
         )
     if found.rank:
         return

@@ -34,13 +34,13 @@ def print_training(found: Trained, output: Path, console: Console) -> None:
         for each in found.history.evaluations
     ]
     for line in plain_columns([head, *rows]):
-        console.print(line, markup=False)
-    console.print(f"before training: {_told(found.before)}", markup=False)
-    console.print(f"after training:  {_told(found.after)}", markup=False)
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"before training: {_told(found.before)}", markup=False, soft_wrap=True)
+    console.print(f"after training:  {_told(found.after)}", markup=False, soft_wrap=True)
     if not found.kept:
         console.print("the new weights are no better on the held-out samples, so the student stays as it was")
     size = bytes_text(found.model.size_bytes)
-    console.print(f"{printable(output)}: {size}, {len(found.changed)} weights changed", markup=False)
+    console.print(f"{printable(output)}: {size}, {len(found.changed)} weights changed", markup=False, soft_wrap=True)
 
 
 def _told(quality: Quality) -> str:

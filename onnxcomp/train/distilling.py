@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -123,7 +123,8 @@ def distill(
     original, start = Model.load(teacher), Model.load(student)
     processes = Processes.found()
     samples = _samples(data, start, allow_code=allow_code, image=image, shapes=shapes)
-    with samples, tempfile.TemporaryDirectory(prefix="onnxcomp-") as name, _threads(options.threads):
+    opened = nullcontext() if samples is data else samples
+    with opened, tempfile.TemporaryDirectory(prefix="onnxcomp-") as name, _threads(options.threads):
         workdir = Path(name)
         judged = _metric(samples, metric, allow_code=allow_code)
         parts = samples.split({"train": 1 - options.held_out, "held_out": options.held_out}, options.seed)
@@ -172,7 +173,7 @@ def distill(
 
 def _samples(data: Any, student: Model, **how: Any) -> Dataset:
     if isinstance(data, Dataset):
-        samples = data.subset(range(data.size))
+        samples = data
     else:
         samples = open_data(data, input_specs(student.proto()), **how)
     if samples.size < FEWEST:

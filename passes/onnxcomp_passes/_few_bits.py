@@ -92,7 +92,7 @@ def _scales(rows: Array, top: int) -> Array:
         missed = np.square(np.clip(np.rint(rows / step), -top, top) * step - rows).sum(axis=1)
         best = np.where(missed < least, step[:, 0], best)
         least = np.minimum(least, missed)
-    return best.astype(np.float32)
+    return np.asarray(best, np.float32)
 
 
 def quantize_layers(

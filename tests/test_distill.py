@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxcomp.errors import DataError, ModelError, OptionError
+from onnxcomp.model import Model
+from onnxcomp.resume import cache_folder
+from onnxcomp.train import Loss, Pruning, Trained, TrainOptions, distill
+from tests.training import LENET, QUICK, WEIGHTS, arrays, clustered, halved, pruned
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def weights(model: Model) -> dict[str, bytes]:
+    return {name: model.weight(name).tobytes() for name in (*WEIGHTS, "1.bias", "3.bias", "5.bias")}
+
+
+def test_a_student_comes_nearer_to_its_teacher_without_labels():
+    found = distill(LENET, pruned(), arrays(), options=QUICK)
+
+    assert found.kept
+    assert found.after.drop is not None
+    assert found.before.drop is not None
+    assert found.after.drop < found.before.drop
+    assert found.after.error < 0.8 * found.before.error
+
+
+def test_neither_model_is_changed():
+    teacher, student = Model.load(LENET), pruned()
+    digests = teacher.digest, student.digest
+
+    distill(teacher, student, arrays(), options=QUICK)
+
+    assert (teacher.digest, student.digest) == digests
+
+
+def test_the_graph_is_the_same_but_for_its_weights():
+    student = halved()
+    found = distill(LENET, student, arrays(), options=QUICK)
+
+    before, after = student.proto(), found.model.proto()
+    assert before.graph.node == after.graph.node
+    assert before.graph.input == after.graph.input
+    assert [(each.name, each.dims) for each in before.graph.initializer] == [
+        (each.name, each.dims) for each in after.graph.initializer
+    ]
+
+
+def test_zeros_of_the_student_stay_zeros():
+    student = pruned()
+    found = distill(LENET, student, arrays(), options=QUICK)
+
+    for name in WEIGHTS:
+        before, after = student.weight(name), found.model.weight(name)
+        np.testing.assert_array_equal(after[before == 0], 0)
+        assert (after[before != 0] != before[before != 0]).mean() > 0.9
+
+
+def test_codebooks_are_trained_and_codes_are_kept():
+    student = clustered()
+    found = distill(LENET, student, arrays(), options=QUICK)
+
+    for name in WEIGHTS:
+        before, after = student.weight(name), found.model.weight(name)
+        pairs = {(old, new) for old, new in zip(before.ravel().tolist(), after.ravel().tolist(), strict=True)}
+        assert len(pairs) == len(np.unique(before))
+        assert any(old != new for old, new in pairs)
+
+
+def test_frozen_weights_are_not_trained():
+    student = halved()
+    found = distill(LENET, student, arrays(), options=QUICK, freeze=("1.*", "*.bias"))
+
+    assert set(found.changed) == {"3.weight", "5.weight"}
+    assert weights(found.model)["1.weight"] == weights(student)["1.weight"]
+
+
+def test_a_student_that_training_makes_worse_stays_as_it_was():
+    found = distill(LENET, LENET, arrays(), options=dataclasses.replace(QUICK, learning_rate=0.5))
+
+    assert not found.kept
+    assert found.changed == []
+    assert weights(found.model) == weights(Model.load(LENET))
+
+
+def test_one_seed_gives_one_result():
+    one, other = (distill(LENET, pruned(), arrays(), options=QUICK) for _ in range(2))
+    third = distill(LENET, pruned(), arrays(), options=dataclasses.replace(QUICK, seed=1))
+
+    assert weights(one.model) == weights(other.model) != weights(third.model)
+
+
+def test_parts_of_a_step_give_what_the_whole_does():
+    one, other = (
+        distill(LENET, pruned(), arrays(), options=dataclasses.replace(QUICK, epochs=1, accumulate=parts)).model
+        for parts in (1, 4)
+    )
+    for name in WEIGHTS:
+        np.testing.assert_allclose(one.weight(name), other.weight(name), atol=2e-5)
+
+
+def test_labels_alone_teach_too():
+    found = distill(
+        LENET,
+        pruned(0.95),
+        arrays(400, labels=True),
+        loss=Loss(alpha=0.0),
+        options=dataclasses.replace(QUICK, epochs=8),
+    )
+
+    assert found.before.kind == "metric"
+    assert found.after.drop is not None
+    assert found.before.drop is not None
+    assert found.after.drop < found.before.drop
+
+
+@pytest.mark.parametrize("term", ["features", "attention", "relational", "graph"])
+def test_inner_tensors_teach(term: str):
+    loss = Loss(**{term: 1.0}, output_weight=0.0, tensors=("/2/Relu_output_0",) if term != "attention" else "auto")
+    if term == "attention":  # a network of vectors has no attention maps
+        with pytest.raises(OptionError, match="attention"):
+            distill(LENET, pruned(), arrays(), loss=loss, options=QUICK)
+        return
+    found = distill(LENET, pruned(), arrays(), loss=loss, options=QUICK)
+
+    assert found.after.error < found.before.error
+
+
+def test_weights_become_zeros_on_the_way():
+    found = distill(LENET, LENET, arrays(), options=QUICK, pruning=Pruning(sparsity=0.8))
+
+    zeros = sum(int((found.model.weight(name) == 0).sum()) for name in WEIGHTS)
+    assert zeros / sum(found.model.weight(name).size for name in WEIGHTS) == pytest.approx(0.8, abs=0.001)
+
+
+def test_an_average_of_the_weights_keeps_zeros():
+    options = dataclasses.replace(QUICK, ema=0.9)
+    found = distill(LENET, LENET, arrays(), options=options, pruning=Pruning(sparsity=0.8, end=0.5))
+
+    zeros = sum(int((found.model.weight(name) == 0).sum()) for name in WEIGHTS)
+    assert zeros / sum(found.model.weight(name).size for name in WEIGHTS) == pytest.approx(0.8, abs=0.001)
+
+
+def test_training_ends_early_without_gain():
+    options = TrainOptions(epochs=40, learning_rate=0.3, patience=2, evaluations=20)
+    found = distill(LENET, LENET, arrays(), options=options)
+
+    assert found.history.steps < 40 * 3
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(DataError, match="at least 4"):
+        distill(LENET, LENET, arrays(3), options=QUICK)
+
+
+def test_a_tensor_that_is_not_there_is_refused():
+    with pytest.raises((ModelError, OptionError), match="nowhere"):
+        distill(LENET, LENET, arrays(), loss=Loss(features=1.0, tensors=("nowhere",)), options=QUICK)
+
+
+def test_a_loss_that_is_no_number_is_an_error():
+    with pytest.raises(OptionError, match="smaller learning rate"):
+        distill(LENET, LENET, arrays(), options=dataclasses.replace(QUICK, learning_rate=1e30, epochs=10))
+
+
+# --- going on after an interruption -----------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from onnxcomp.train import Pruning, TrainOptions, distill
+from tests.training import LENET, arrays
+
+found = distill(LENET, LENET, arrays(), options=TrainOptions(
+    epochs=float(sys.argv[2]), batch_size=16, ema=0.9, checkpoint_seconds=0.02, optimizer=sys.argv[3],
+), pruning=Pruning(sparsity=0.8))
+found.model.save(sys.argv[1])
+print("resumed at", found.history.resumed_at)
+"""
+
+
+def run(tmp_path: Path, name: str, optimizer: str) -> subprocess.Popen[str]:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path / name), "12", optimizer]
+    paths = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in (".", "passes"))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path: Path, optimizer: str):
+    whole = run(tmp_path, "whole.onnx", optimizer)
+    assert whole.communicate()[0].strip() == "resumed at 0"
+
+    killed = run(tmp_path, "resumed.onnx", optimizer)
+    folder = cache_folder() / "training"
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "resumed.onnx").exists()
+
+    said = run(tmp_path, "resumed.onnx", optimizer).communicate()[0]
+    assert int(said.split()[-1]) > 0
+    assert (tmp_path / "resumed.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    assert not list(folder.glob("*"))
+
+
+def test_a_damaged_checkpoint_is_told_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("onnxcomp.train.distilling.run_key", lambda *_: "x" * 64)
+    folder = cache_folder() / "training"
+    folder.mkdir(parents=True)
+    (folder / f"{'x' * 32}.safetensors").write_bytes(b"no checkpoint")
+
+    with pytest.raises(OptionError, match="is not a checkpoint"):
+        distill(LENET, pruned(), arrays(), options=QUICK)
+    assert distill(LENET, pruned(), arrays(), options=QUICK, resume=False).kept
+
+
+def test_results_are_plain_data():
+    found: Trained = distill(LENET, pruned(), arrays(), options=QUICK)
+
+    told = found.to_dict()
+    assert told["kept"] is True
+    assert [each["step"] for each in told["history"]["evaluations"]][0] == 0
+    assert told["size_bytes"] == found.model.size_bytes
