@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from onnxcomp.errors import ModelError, RequirementError
 from onnxcomp.model import Model, ModelSource, value_of
 from onnxcomp.torch_bridge import operators
-from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, torch_dtype
+from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, onnx_type, torch_dtype
 from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quantize_linear
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
@@ -85,7 +85,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
     scales are never trained.
 
     Attributes:
-        input_names: Of the inputs that must be given.
+        input_names: Of the inputs, those with a default among them.
+        defaults: What inputs are that need not be given.
         output_names: Of the outputs.
         plan: The steps that run.
     """
@@ -105,6 +106,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         plan = compile_graph(model.graph, _opsets(model))
         self.input_names = tuple(plan.inputs)
         self.output_names = tuple(plan.outputs)
+        self.defaults = {each.name: as_tensor(np.asarray(value_of(each))) for each in _defaults(model.graph)}
         self._output_types = {tensor.name: tensor.dtype for tensor in model.graph.outputs}
         self._kinds = {held.name: kind_of(held) for held in constants}
         self._codes: dict[str, _Code] = {}
@@ -183,6 +185,10 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
                     steps.append(step)
                     continue
                 run_plan(Plan((), (), (), (replace(step, frees=()),)), values)
+                if not all(isinstance(values[name], Tensor) for name in step.outputs if name):
+                    steps.append(step)  # sequences are no buffers
+                    for name in step.outputs:
+                        values.pop(name, None)
         read = {name for step in steps for name in step.reads} | set(plan.outputs)
         for name in list(self._buffers):
             if name not in read:
@@ -210,7 +216,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
             feed = dict(inputs[0])
         else:
-            feed = dict(zip(self.input_names, inputs, strict=True))
+            needed = [name for name in self.input_names if name not in self.defaults]
+            feed = dict(zip(needed if len(inputs) == len(needed) else self.input_names, inputs, strict=True))
         found = self.run(feed)
         return found[self.output_names[0]] if len(self.output_names) == 1 else tuple(found.values())
 
@@ -227,12 +234,12 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         Raises:
             ModelError: An operator fails, or there is no tensor of that name.
         """
-        missing = [name for name in self.input_names if name not in feed]
+        missing = [name for name in self.input_names if name not in feed and name not in self.defaults]
         if missing:
             message = f"the graph needs the input {missing[0]!r}; it was given {', '.join(feed) or 'none'}"
             raise ModelError(message)
         watched = tuple(watch)
-        values: Values = {**self._buffers, **self._parameters, **feed}
+        values: Values = {**self.defaults, **self._buffers, **self._parameters, **feed}
         run_plan(self.plan, values, frozenset(watched))
         try:
             found = {name: values[name] for name in (*self.output_names, *watched)}
@@ -243,10 +250,10 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
 
     def _as_declared(self, name: str, value: Any) -> Any:
         """Quantized values are floats inside; an output of an integer type is given as such."""
-        dtype = self._output_types.get(name)
-        if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = onnx_type(self._output_types.get(name))
+        if kind not in INTEGER_RANGES or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        return value.to(as_tensor(np.zeros(0, dtype)).dtype) if np.dtype(dtype).kind in "iu" else value
+        return value.to(torch_dtype(kind))
 
     # --- writing back ---------------------------------------------------------------------------------------------
 
@@ -308,6 +315,11 @@ def _codes_of(held: Held) -> _Code:
     types = (0, 0, kind)
     call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, "output_dtype": kind}, input_types=types)
     return _Code(held, call, inputs)
+
+
+def _defaults(graph: gs.Graph) -> list[gs.Constant]:
+    """The initializers that inputs may override."""
+    return list(vars(graph).get("default_values", ()))
 
 
 def _to_half(call: NodeCall, x: Tensor) -> Tensor:

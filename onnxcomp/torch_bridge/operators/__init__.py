@@ -1,5 +1,41 @@
 """ONNX's operators on torch tensors, one module a family; importing this registers them all."""
 
-from onnxcomp.torch_bridge.operators import elementwise, quantization
+from onnxcomp.torch_bridge.operators import (
+    activations,
+    chance,
+    contrib,
+    control,
+    convolution,
+    elementwise,
+    indexing,
+    matmul,
+    normalization,
+    pooling,
+    quantization,
+    quantized_products,
+    recurrent,
+    reductions,
+    resize,
+    sequences,
+    shapes,
+)
 
-__all__ = ["elementwise", "quantization"]
+__all__ = [
+    "activations",
+    "chance",
+    "contrib",
+    "control",
+    "convolution",
+    "elementwise",
+    "indexing",
+    "matmul",
+    "normalization",
+    "pooling",
+    "quantization",
+    "quantized_products",
+    "recurrent",
+    "reductions",
+    "resize",
+    "sequences",
+    "shapes",
+]

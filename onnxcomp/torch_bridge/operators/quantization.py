@@ -66,4 +66,17 @@ def dequantize_linear(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tens
         values = values - spread(zero_point.to(values.dtype), x, axis, block)
     found = values * spread(scale, x, axis, block)
     wanted = call.get("output_dtype")
-    return found.to(torch_dtype(wanted)) if wanted else found
+    dtype = torch_dtype(wanted) if wanted else scale.dtype
+    return found if found.dtype == dtype else found.to(dtype)
+
+
+@operator("DynamicQuantizeLinear")
+def _dynamic_quantize_linear(call: NodeCall, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """To uint8 by the range of the values themselves; the range gets no gradient."""
+    low, high = INTEGER_RANGES[TensorProto.UINT8]
+    with torch.no_grad():
+        smallest, largest = x.amin().clamp(max=0), x.amax().clamp(min=0)
+        scale = (largest - smallest) / (high - low)
+        scale = torch.where(scale == 0, 1, scale)
+        zero_point = torch.round((low - smallest / scale).clamp(low, high))
+    return torch.clamp(round_through(x / scale) + zero_point, low, high), scale, zero_point
