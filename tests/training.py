@@ -15,7 +15,7 @@ SAMPLES = Path(__file__).parents[1] / "sample_models"
 LENET = SAMPLES / "fashion_lenet.onnx"
 WEIGHTS = ("1.weight", "3.weight", "5.weight")
 
-QUICK = TrainOptions(epochs=4, batch_size=32, held_out=0.2, evaluations=2)
+QUICK = TrainOptions(epochs=12, batch_size=16, held_out=0.2, evaluations=4)
 
 
 def arrays(count: int = 240, *, labels: bool = False) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def dataset(count: int = 240, *, labels: bool = False) -> Dataset:
     return open_data(arrays(count, labels=labels), input_specs(Model.load(LENET).proto()))
 
 
-def pruned(sparsity: float = 0.9) -> Model:
+def pruned(sparsity: float = 0.7) -> Model:
     """LeNet without its smallest weights."""
     model = Model.load(LENET)
     for name in WEIGHTS:
@@ -38,7 +38,7 @@ def pruned(sparsity: float = 0.9) -> Model:
     return model
 
 
-def clustered(values: int = 5) -> Model:
+def clustered(values: int = 9) -> Model:
     """LeNet with few values in each weight."""
     model = Model.load(LENET)
     for name in WEIGHTS:

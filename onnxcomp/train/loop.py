@@ -57,9 +57,9 @@ class Evaluation:
     seconds: float
 
     @property
-    def score(self) -> float:
-        """Smaller is better."""
-        return self.error if self.drop is None else self.drop
+    def score(self) -> tuple[float, float]:
+        """Smaller is better; between equal drops, which few samples often give, the error decides."""
+        return (self.error if self.drop is None else self.drop), self.error
 
 
 @dataclass
@@ -271,7 +271,7 @@ class Trainer:
         self._losses.clear()
         self.history.evaluations.append(found)
         if self._pruner is not None:
-            self._pruner.waits = bool(self._max_drop) and step > 0 and found.score > self._max_drop
+            self._pruner.waits = bool(self._max_drop) and step > 0 and found.score[0] > self._max_drop
         counts = self._pruner is None or self._pruner.is_done or step == self.total_steps
         best = self.history.best
         if counts and (best is None or found.score < best.score):
