@@ -20,7 +20,8 @@ from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, onnx_type, t
 from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quantize_linear
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
-from onnxcomp.torch_bridge.weights import FLOATS, Held, find_constants, is_scale, is_trainable, kind_of
+from onnxcomp.torch_bridge.scales import find_scales, following
+from onnxcomp.torch_bridge.weights import FLOATS, Held, find_constants, is_trainable, kind_of
 
 __all__ = ["GraphModule", "load"]
 
@@ -88,6 +89,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         input_names: Of the inputs, those with a default among them.
         defaults: What inputs are that need not be given.
         output_names: Of the outputs.
+        scale_names: Of the Parameters that are scales.
         plan: The steps that run.
     """
 
@@ -110,17 +112,23 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         self._output_types = {tensor.name: tensor.dtype for tensor in model.graph.outputs}
         self._kinds = {held.name: kind_of(held) for held in constants}
         self._codes: dict[str, _Code] = {}
-        self._place(constants, freeze, learn_scales)
+        scales, self._products = find_scales(constants) if learn_scales else (set(), {})
+        self._place(constants, freeze, scales)
+        self.scale_names = frozenset(scales & self._parameters.keys())
+        self._products = {
+            name: each for name, each in self._products.items() if {each.first, each.second} & self.scale_names
+        }
+        self._first_scales = {name: self._parameters[name].detach().clone() for name in self.scale_names}
         self.plan = self._with_codes(plan, model.opset)
         self._start_codes(latents)
         self.plan = self._folded(self.plan)
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
-    def _place(self, constants: Sequence[Held], freeze: Sequence[str], learn_scales: bool) -> None:
+    def _place(self, constants: Sequence[Held], freeze: Sequence[str], scales: set[str]) -> None:
         """Make a Parameter or a buffer of each constant. Names with dots are theirs, so torch's check is passed by."""
         for held in constants:
-            wanted = is_trainable(held) or (learn_scales and is_scale(held))
+            wanted = is_trainable(held) or held.name in scales
             if wanted and not any(fnmatch.fnmatchcase(held.name, pattern) for pattern in freeze):
                 kind = kind_of(held)
                 if kind in INTEGER_RANGES:
@@ -141,7 +149,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
 
     def _with_codes(self, plan: Plan, opset: int) -> Plan:
         """The plan with the steps in front that make codes and 16-bit floats of Parameters; without Constant nodes."""
-        first: list[Step] = []
+        first = following(self._products, {name: tuple(self._buffers[name].shape) for name in self._products})
         renamed: dict[str, str] = {}
         for name, code in self._codes.items():
             renamed[name] = f"{name}#codes"
@@ -172,8 +180,19 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
                     parameter.copy_(torch.minimum(torch.maximum(near, parameter - half), parameter + half))
 
     def _any(self, name: str) -> Tensor:
+        """The present value of a Parameter, of a constant, or of a scale that follows from others."""
+        product = self._products.get(name)
+        if product is not None and self._has_moved(product.first, product.second):
+            values = (self._any(product.first).reshape(-1) * self._any(product.second).reshape(-1)).detach()
+            return values.expand(max(1, self._buffers[name].numel())).reshape(self._buffers[name].shape)
         found = self._parameters.get(name)
         return self._buffers[name] if found is None else found
+
+    def _has_moved(self, *scales: str) -> bool:
+        return any(
+            name in self._first_scales and not torch.equal(self._parameters[name].cpu(), self._first_scales[name].cpu())
+            for name in scales
+        )
 
     def _folded(self, plan: Plan) -> Plan:
         """The plan without the steps that depend on nothing which is given or trained; their results become buffers."""
@@ -280,6 +299,11 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
             after = self._stored(name, before)
             if after.tobytes() != before.tobytes():
                 held.constant.values = after
+                changed.append(name)
+        for name, product in self._products.items():
+            if self._has_moved(product.first, product.second):
+                held = constants[name]
+                held.constant.values = _as_array(self._any(name), np.asarray(value_of(held.constant)))
                 changed.append(name)
         return changed
 

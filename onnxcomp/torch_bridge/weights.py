@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from onnxcomp.graph_io import walk
 from onnxcomp.model import value_of
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, onnx_type
 
-__all__ = ["Held", "Reading", "find_constants", "is_scale", "is_trainable", "kind_of"]
+__all__ = ["Held", "Reading", "find_constants", "is_trainable", "kind_of"]
 
 Array = np.ndarray[Any, Any]
 
@@ -140,15 +139,3 @@ def _is_code(reading: Reading) -> bool:
     """Whether a constant is the codes that a DequantizeLinear with a constant scale reads."""
     node = reading.node
     return node.op == "DequantizeLinear" and reading.index == 0 and isinstance(node.inputs[1], gs.Constant)
-
-
-def is_scale(held: Held) -> bool:
-    """Whether a constant is a float scale of QuantizeLinear or DequantizeLinear and of nothing else."""
-    quantizers = {"QuantizeLinear", "DequantizeLinear"}
-    all_scales = all(reading.index == 1 and reading.node.op in quantizers for reading in held.readers)
-    return bool(held.readers) and kind_of(held) in FLOATS and all_scales
-
-
-def names_of(constants: Iterable[Held]) -> dict[str, Held]:
-    """The constants by name."""
-    return {held.name: held for held in constants}

@@ -34,6 +34,10 @@ LossFunction = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor | No
 """Of the student's outputs, the teacher's, and labels, each with what is watched."""
 
 
+SMALLEST_SCALE = 1e-12
+"""Scales stay above zero."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What held-out samples said.
@@ -143,7 +147,7 @@ class Trainer:
         self.fixed = Fixed(self._parameters, codebooks=codebooks)
         self._pruner = Pruner(self.fixed, pruning, self.total_steps) if pruning else None
         self._max_drop = pruning.max_drop if pruning else 0.0
-        self._optimizer = _optimizer(self._parameters, options)
+        self._optimizer = _optimizer(self._parameters, options, module.scale_names)
         self._average = {name: each.detach().clone() for name, each in self._parameters} if options.ema else {}
         self._best: dict[str, Tensor] = {}
         self._checkpoint, self._progress, self._log = checkpoint, progress, log
@@ -197,7 +201,7 @@ class Trainer:
 
     def _one_step(self, step: int, parts: Sequence[Part]) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(step)
+            group["lr"] = self._rate(step) * group["pace"]
         if self._pruner is not None:
             self._pruner.before_step(step)
         self._optimizer.zero_grad(set_to_none=True)
@@ -216,6 +220,9 @@ class Trainer:
             nn.utils.clip_grad_norm_([each for _, each in self._parameters], self.options.clip_norm)
         self._optimizer.step()
         self.fixed.after_step()
+        with torch.no_grad():
+            for name in self.module.scale_names:
+                self.module._parameters[name].clamp_min_(SMALLEST_SCALE)
         for name, average in self._average.items():
             decay = min(self.options.ema, (1 + step) / (10 + step))  # not held back by where it began
             average.lerp_(self.module._parameters[name].detach(), 1 - decay)
@@ -408,10 +415,17 @@ def _autocast(device: Any, *, mixed: bool) -> Any:
     return torch.autocast("cuda", torch.bfloat16)
 
 
-def _optimizer(parameters: Sequence[tuple[str, nn.Parameter]], options: TrainOptions) -> Any:
+def _optimizer(parameters: Sequence[tuple[str, nn.Parameter]], options: TrainOptions, scales: frozenset[str]) -> Any:
+    """Scales go at a pace of their own size: a step of Adam is as large as the learning rate, whatever the gradient."""
+    plain = [each for name, each in parameters if name not in scales]
     groups = [
-        {"params": [each for _, each in parameters if each.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [each for _, each in parameters if each.ndim < 2], "weight_decay": 0.0},
+        {"params": [each for each in plain if each.ndim >= 2], "weight_decay": options.weight_decay, "pace": 1.0},
+        {"params": [each for each in plain if each.ndim < 2], "weight_decay": 0.0, "pace": 1.0},
+    ]
+    groups += [
+        {"params": [each], "weight_decay": 0.0, "pace": float(each.detach().abs().mean())}
+        for name, each in parameters
+        if name in scales
     ]
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "sgd":

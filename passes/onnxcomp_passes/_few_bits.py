@@ -71,7 +71,9 @@ class _Writer:
         shape[layer.axis] = -1
         top = 2 ** (bits - 1) - 1
         codes = np.clip(np.rint(weight / scale.reshape(shape)), -top, top).astype(_SIGNED[bits])
-        held = gs.Constant(self.model.unique_name(f"{constant.name}_quantized"), codes)
+        # Under the weight's own name where it is free: training then finds what the codes were rounded from.
+        alone = len(constant.outputs) == 1
+        held = gs.Constant(constant.name if alone else self.model.unique_name(f"{constant.name}_quantized"), codes)
         scales = gs.Constant(self.model.unique_name(f"{constant.name}_scale"), scale)
         zeros = gs.Constant(self.model.unique_name(f"{constant.name}_zero_point"), np.zeros(len(scale), codes.dtype))
         result = Variable(self.model.unique_name(f"{constant.name}_dequantized"))

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from onnxcomp import Budget, optimize
+from onnxcomp.errors import OptionError, RequirementError
+from onnxcomp.model import Model
+from onnxcomp.passes import Context, find_pass
+from onnxcomp.runtime import Runtime
+from onnxcomp.stages import joined
+from tests.training import LENET, WEIGHTS, arrays, dataset
+
+
+def names(*passes: str) -> list[str]:
+    return [stage.name for stage in joined([find_pass(name)() for name in passes])]
+
+
+def test_distillation_is_judged_with_what_it_mends():
+    passes = [find_pass("simplify")(), find_pass("prune-channels")(ratio=0.5), find_pass("distill")()]
+    assert [stage.name for stage in joined(passes)] == ["simplify", "prune-channels + distill"]
+
+
+def test_all_lossy_passes_before_it_are_judged_with_it():
+    assert names("prune", "low-rank", "quantize", "distill") == ["prune + low-rank + quantize + distill"]
+
+
+def test_a_second_distillation_mends_what_came_after_the_first():
+    assert names("low-rank", "distill", "quantize", "qat") == ["low-rank + distill", "quantize + qat"]
+
+
+def test_pruning_is_judged_once_it_is_distilled_and_packed():
+    assert names("prune", "distill", "pack") == ["prune + distill + pack"]
+
+
+def accuracy(path: Path) -> float:
+    samples = arrays(1000, labels=True)
+    logits = ort.InferenceSession(str(path)).run(None, {"image": samples["image"]})[0]
+    return float((logits.argmax(axis=1) == samples["label"]).mean())
+
+
+def test_a_pipeline_distils_what_it_pruned(tmp_path: Path):
+    passes = [find_pass("prune")(sparsity=0.97), find_pass("distill")(epochs=30.0, learning_rate=2e-3)]
+    result = optimize(LENET, data=arrays(1000), passes=passes, budget=Budget(max_drop=0.05), force=True, resume=False)
+    result.save(tmp_path / "student.onnx")
+    alone = optimize(LENET, data=arrays(1000), passes=passes[:1], force=True, resume=False)
+    alone.save(tmp_path / "pruned.onnx")
+
+    zeros = sum(int((result.model.weight(name) == 0).sum()) for name in WEIGHTS)
+    assert zeros > 0.95 * sum(result.model.weight(name).size for name in WEIGHTS)
+    assert accuracy(tmp_path / "student.onnx") > accuracy(tmp_path / "pruned.onnx") + 0.02
+
+
+def test_the_report_tells_how_training_went():
+    passes = [find_pass("prune")(sparsity=0.8), find_pass("distill")(epochs=4.0)]
+    result = optimize(LENET, data=arrays(), passes=passes, force=True, resume=False)
+
+    entry = result.report.stages[0].attempts[-1].passes[1]
+    assert entry.name == "distill"
+    assert [table["title"] for table in entry.tables] == ["training"]
+
+
+def test_fine_tuning_needs_labels():
+    with pytest.raises(RequirementError, match="labels"):
+        optimize(LENET, data=arrays(), passes=[find_pass("fine-tune")()])
+
+
+def test_training_needs_data():
+    with pytest.raises(RequirementError, match="data"):
+        optimize(LENET, passes=[find_pass("distill")()])
+
+
+def test_training_needs_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequirementError, match="needs torch"):
+        optimize(LENET, data=arrays(), passes=[find_pass("distill")()])
+
+
+# --- quantization-aware training --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def context(tmp_path: Path):
+    with Runtime() as runtime:
+        yield Context(data=dataset(400), runtime=runtime, workdir=tmp_path)
+
+
+def test_a_float_model_gets_grids_of_four_bits(context: Context):
+    model = Model.load(LENET)
+    find_pass("qat")(weight_bits=4, activation_bits=4, epochs=4.0).rewrite(model, context)
+
+    kinds = [model.weight(name).dtype for name in WEIGHTS]
+    assert kinds == [np.dtype(np.int8), np.dtype(ml_dtypes.int4), np.dtype(np.int8)]
+
+
+def test_codes_are_trained_and_the_saved_ones_give_the_trained_outputs(context: Context, tmp_path: Path):
+    import torch
+
+    from onnxcomp.torch_bridge import load
+
+    plain, trained = Model.load(LENET), Model.load(LENET)
+    find_pass("qat")(weight_bits=4, activation_bits=4, end_bits=4, epochs=0.01).rewrite(plain, context)
+    find_pass("qat")(weight_bits=4, activation_bits=4, end_bits=4, epochs=8.0).rewrite(trained, context)
+    trained.save(tmp_path / "trained.onnx")
+    images = arrays(64)["image"]
+
+    moved = plain.weight("3.weight") != trained.weight("3.weight")
+    assert 0.001 < moved.mean() < 0.5
+    expected = ort.InferenceSession(str(tmp_path / "trained.onnx")).run(None, {"image": images})[0]
+    got = load(tmp_path / "trained.onnx")(torch.from_numpy(images)).detach().numpy()
+    close = np.isclose(got, expected, atol=1e-4).all(axis=1)
+    assert close.mean() > 0.9  # a value on the edge between two codes may fall to either side
+
+
+def test_training_through_rounding_mends_it(tmp_path: Path):
+    def drop(epochs: float) -> float:
+        qat = find_pass("qat")(weight_bits=4, activation_bits=4, end_bits=4, epochs=epochs)
+        result = optimize(LENET, data=arrays(1000), passes=[qat], force=True, resume=False)
+        result.save(tmp_path / "model.onnx")
+        return accuracy(LENET) - accuracy(tmp_path / "model.onnx")
+
+    assert drop(20.0) < drop(0.01)
+
+
+def test_a_quantized_model_keeps_its_types(context: Context):
+    model = Model.load(LENET)
+    find_pass("quantize")(choose=False).rewrite(model, context)
+    before = {constant.name: constant.dtype for constant in model.constants()}
+    changes = find_pass("qat")(epochs=4.0).rewrite(model, context)
+
+    assert {constant.name: constant.dtype for constant in model.constants()} == before
+    assert changes.count
+
+
+def test_three_bits_are_refused():
+    with pytest.raises(OptionError, match="must be 4 or 8"):
+        find_pass("qat")(weight_bits=5)
