@@ -17,6 +17,7 @@ from onnxcomp.errors import ModelError, RequirementError
 from onnxcomp.model import Model, ModelSource, value_of
 from onnxcomp.torch_bridge import operators
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, onnx_type, torch_dtype
+from onnxcomp.torch_bridge.fusion import fuse
 from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quantize_linear
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
@@ -88,7 +89,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         input_names: Of the inputs, those with a default among them.
         defaults: What inputs are that need not be given.
         output_names: Of the outputs.
-        plan: The steps that run.
+        plan: The steps, one a node; what runs is the same with some of them put together.
     """
 
     def __init__(
@@ -114,6 +115,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         self.plan = self._with_codes(plan, model.opset)
         self._start_codes(latents)
         self.plan = self._folded(self.plan)
+        self._fast = fuse(self.plan, self._buffers, self._shapes())
+        self._inside = _made(self.plan) - _made(self._fast)
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
@@ -199,6 +202,9 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
                 self._non_persistent_buffers_set.add(name)
         return replace(plan, steps=with_frees(steps, plan.outputs))
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(each.shape) for name, each in (*self._parameters.items(), *self._buffers.items())}
+
     # --- running --------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Tensor | Mapping[str, Tensor]) -> Any:
@@ -240,7 +246,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
             raise ModelError(message)
         watched = tuple(watch)
         values: Values = {**self.defaults, **self._buffers, **self._parameters, **feed}
-        run_plan(self.plan, values, frozenset(watched))
+        run_plan(self._fast if self._inside.isdisjoint(watched) else self.plan, values, frozenset(watched))
         try:
             found = {name: values[name] for name in (*self.output_names, *watched)}
         except KeyError as error:
@@ -315,6 +321,10 @@ def _codes_of(held: Held) -> _Code:
     types = (0, 0, kind)
     call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, "output_dtype": kind}, input_types=types)
     return _Code(held, call, inputs)
+
+
+def _made(plan: Plan) -> set[str]:
+    return {name for step in plan.steps for name in step.outputs}
 
 
 def _defaults(graph: gs.Graph) -> list[gs.Constant]:
