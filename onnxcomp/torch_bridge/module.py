@@ -17,6 +17,7 @@ from onnxcomp.errors import ModelError, RequirementError
 from onnxcomp.model import Model, ModelSource, value_of
 from onnxcomp.torch_bridge import operators
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, onnx_type, torch_dtype
+from onnxcomp.torch_bridge.fusion import fuse
 from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quantize_linear
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
@@ -71,10 +72,10 @@ def load(
 
 @dataclass(frozen=True)
 class _Code:
-    """What turns the numbers behind a weight into what the graph holds: the first step, and its inverse's call."""
+    """What turns the numbers behind a weight into what the graph holds: the call of that step, and of its inverse."""
 
-    held: Held
     call: NodeCall
+    back: NodeCall
     inputs: tuple[str, ...]
 
 
@@ -91,6 +92,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         output_names: Of the outputs.
         scale_names: Of the Parameters that are scales.
         plan: The steps that run.
+        plan: The steps, one a node; what runs is the same with some of them put together.
     """
 
     def __init__(
@@ -122,6 +124,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         self.plan = self._with_codes(plan, model.opset)
         self._start_codes(latents)
         self.plan = self._folded(self.plan)
+        self._fast = fuse(self.plan, self._buffers, self._shapes())
+        self._inside = _made(self.plan) - _made(self._fast)
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
@@ -172,10 +176,10 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
             codes = parameter.detach().clone()
             scale, *zero = (self._any(each).detach() for each in code.inputs if each)
             with torch.no_grad():
-                parameter.copy_(dequantize_linear(code.call, codes, scale, *zero))
+                parameter.copy_(dequantize_linear(code.back, codes, scale, *zero))
                 source = known.get(name)
                 if source is not None and kind_of(source) in FLOATS and tuple(source.constant.shape) == codes.shape:
-                    half = dequantize_linear(code.call, torch.full_like(codes, _WITHIN), scale)
+                    half = dequantize_linear(code.back, torch.full_like(codes, _WITHIN), scale)
                     near = as_tensor(np.asarray(value_of(source.constant))).to(parameter.dtype)
                     parameter.copy_(torch.minimum(torch.maximum(near, parameter - half), parameter + half))
 
@@ -218,6 +222,9 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
                 self._non_persistent_buffers_set.add(name)
         return replace(plan, steps=with_frees(steps, plan.outputs))
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(each.shape) for name, each in (*self._parameters.items(), *self._buffers.items())}
+
     # --- running --------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Tensor | Mapping[str, Tensor]) -> Any:
@@ -259,7 +266,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
             raise ModelError(message)
         watched = tuple(watch)
         values: Values = {**self.defaults, **self._buffers, **self._parameters, **feed}
-        run_plan(self.plan, values, frozenset(watched))
+        run_plan(self._fast if self._inside.isdisjoint(watched) else self.plan, values, frozenset(watched))
         try:
             found = {name: values[name] for name in (*self.output_names, *watched)}
         except KeyError as error:
@@ -318,7 +325,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         with torch.no_grad():
             found = quantize_linear(code.call, parameter, scale, *zero)
             old = as_tensor(before).to(parameter.dtype)
-            same = parameter == dequantize_linear(code.call, old, scale, *zero)
+            same = parameter == dequantize_linear(code.back, old, scale, *zero)
         kind = self._kinds[name]
         low, high = INTEGER_RANGES[kind]
         whole = np.clip(found.double().cpu().numpy(), low, high).astype(np.int64)
@@ -336,9 +343,12 @@ def _codes_of(held: Held) -> _Code:
     inputs = tuple(tensor.name for tensor in node.inputs[1:])
     kind = kind_of(held)
     attrs = {key: node.attrs[key] for key in ("axis", "block_size") if key in node.attrs}
-    types = (0, 0, kind)
-    call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, "output_dtype": kind}, input_types=types)
-    return _Code(held, call, inputs)
+    call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, "output_dtype": kind}, input_types=(0, 0, kind))
+    return _Code(call, NodeCall(held.name, "DequantizeLinear", attrs=attrs), inputs)
+
+
+def _made(plan: Plan) -> set[str]:
+    return {name for step in plan.steps for name in step.outputs}
 
 
 def _defaults(graph: gs.Graph) -> list[gs.Constant]:

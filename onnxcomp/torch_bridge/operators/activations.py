@@ -17,6 +17,9 @@ BROADCASTING = 7
 ONE_AXIS = 13
 """Since this opset Softmax and its kin work along one axis; before, over all axes from it on."""
 
+SIXTH_ROUNDING = 1e-8
+"""A sixth as float32 holds it is no further than this from a sixth."""
+
 operator("Relu")(lambda call, x: torch.relu(x))
 operator("Sigmoid")(lambda call, x: torch.sigmoid(x))
 operator("Tanh")(lambda call, x: torch.tanh(x))
@@ -42,7 +45,10 @@ def _thresholded_relu(call: NodeCall, x: Tensor) -> Tensor:
 
 @operator("HardSigmoid")
 def _hard_sigmoid(call: NodeCall, x: Tensor) -> Tensor:
-    return torch.clamp(x * call.get("alpha", 0.2) + call.get("beta", 0.5), 0.0, 1.0)
+    alpha, beta = call.get("alpha", 0.2), call.get("beta", 0.5)
+    if beta == 0.5 and abs(alpha - 1 / 6) < SIXTH_ROUNDING:
+        return F.hardsigmoid(x)
+    return F.hardtanh(x * alpha + beta, 0.0, 1.0)
 
 
 @operator("PRelu")
@@ -76,14 +82,20 @@ def _shrink(call: NodeCall, x: Tensor) -> Tensor:
 
 @operator("Clip")
 def _clip(call: NodeCall, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    limits = [call.get("min") if low is None else _number(low), call.get("max") if high is None else _number(high)]
-    if limits == [None, None]:
+    least = call.get("min") if low is None else _number(low)
+    most = call.get("max") if high is None else _number(high)
+    if least is None and most is None:
         return x
-    if any(isinstance(limit, Tensor) for limit in limits):
-        limits = [limit if limit is None else torch.as_tensor(limit, dtype=x.dtype) for limit in limits]
-    if None not in limits and not any(isinstance(limit, Tensor) for limit in limits) and limits[0] > limits[1]:
-        return torch.full_like(x, limits[1])
-    return wide(lambda each: torch.clamp(each, *limits), x)
+    if isinstance(least, Tensor) or isinstance(most, Tensor):
+        limits = (limit if limit is None else torch.as_tensor(limit, dtype=x.dtype) for limit in (least, most))
+        return torch.clamp(x, *limits)
+    if least is None or most is None:
+        return torch.relu(x) if least == 0 else wide(lambda each: torch.clamp(each, least, most), x)
+    if least > most:
+        return torch.full_like(x, most)
+    if x.is_floating_point():
+        return F.hardtanh(x, least, most)  # its gradient is several times as fast as that of clamp
+    return wide(lambda each: torch.clamp(each, least, most), x)
 
 
 def _number(limit: Tensor) -> float | Tensor:

@@ -1,0 +1,266 @@
+"""Steps that torch has one function for, put together: faster, and the same but for rounding.
+
+Only the plan changes; the graph keeps its nodes, and so do its weights their names. What is inside of a fused group is
+not there to be watched, which is why `GraphModule` keeps the plan as it was too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - as everybody calls it
+
+from onnxcomp.torch_bridge.operators.normalization import layer_norm
+from onnxcomp.torch_bridge.plan import Plan, Step, with_frees
+from onnxcomp.torch_bridge.registry import NodeCall, Operator
+
+__all__ = ["fuse"]
+
+CONSTANT_ROUNDING = 1e-6
+"""How far, relative to it, a constant may be from what a formula has: some float32 roundings (6e-8)."""
+
+ROOT_2 = 2.0**0.5
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A group of steps.
+
+    Attributes:
+        steps: Their places; the last is where the fused one goes.
+        function: What does the same.
+        inputs: What it reads.
+        attrs: What it is told.
+    """
+
+    steps: tuple[int, ...]
+    function: Operator
+    inputs: tuple[str, ...]
+    attrs: Mapping[str, Any]
+
+
+class _View:
+    """A plan by who makes and who reads a value."""
+
+    def __init__(self, plan: Plan, fixed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.steps = plan.steps
+        self.fixed = fixed
+        self.shapes = shapes
+        self.maker = {name: index for index, step in enumerate(plan.steps) for name in step.outputs if name}
+        self.readers: dict[str, list[int]] = {}
+        for index, step in enumerate(plan.steps):
+            for name in step.reads:
+                self.readers.setdefault(name, []).append(index)
+        self.outputs = set(plan.outputs)
+
+    def made_by(self, name: str, *ops: str) -> int | None:
+        """The place of the step that makes a value, if it is of one of these operators."""
+        index = self.maker.get(name)
+        if index is None or self.steps[index].call.op not in ops or self.steps[index].call.domain:
+            return None
+        return index
+
+    def inner(self, index: int) -> str:
+        """The value of a step with one output."""
+        return self.steps[index].outputs[0]
+
+    def only_reader(self, name: str, *ops: str) -> int | None:
+        """The place of the one step that reads a value, if it is of one of these operators."""
+        readers = self.readers.get(name, [])
+        if len(readers) != 1 or name in self.outputs:
+            return None
+        step = self.steps[readers[0]]
+        return readers[0] if step.call.op in ops and not step.call.domain and not step.bodies else None
+
+    def is_number(self, name: str, *values: float) -> bool:
+        """Whether a value is a constant that is never trained, and one of these numbers."""
+        found = self.number(name)
+        return found is not None and any(abs(found - value) <= CONSTANT_ROUNDING * abs(value) for value in values)
+
+    def number(self, name: str) -> float | None:
+        """The constant of one element of that name, in full precision."""
+        tensor = self.fixed.get(name)
+        full = tensor is not None and tensor.dtype in {torch.float32, torch.float64} and tensor.numel() == 1
+        return float(tensor) if tensor is not None and full else None
+
+    def other(self, index: int, name: str) -> str:
+        """The input of a step of two inputs that is not this one; empty where there is none."""
+        inputs = self.steps[index].inputs
+        if len(inputs) != 2 or name not in inputs:
+            return ""
+        return inputs[1] if inputs[0] == name else inputs[0]
+
+
+def fuse(plan: Plan, fixed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """Put together what torch has one function for.
+
+    Args:
+        plan: The plan of a main graph; it is not changed.
+        fixed: The constants that are never trained.
+        shapes: Those of all constants and weights.
+    """
+    view = _View(plan, fixed, shapes)
+    steps: list[Step | None] = list(plan.steps)
+    gone: set[int] = set()
+    for match in MATCHES:
+        for found in match(view):
+            if gone.isdisjoint(found.steps):
+                gone.update(found.steps)
+                for index in found.steps:
+                    steps[index] = None
+                last = plan.steps[found.steps[-1]]
+                call = NodeCall(last.call.name, found.function.__name__, opset=last.call.opset, attrs=dict(found.attrs))
+                steps[found.steps[-1]] = Step(found.function, call, found.inputs, last.outputs)
+    return replace(plan, steps=with_frees([step for step in steps if step is not None], plan.outputs))
+
+
+# --- a product and what is added to it --------------------------------------------------------------------------------
+
+
+def linear(call: NodeCall, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The product x weight, plus a bias."""
+    return F.linear(x, weight.T, bias) if weight.ndim == 2 else torch.matmul(x, weight) + bias
+
+
+def _linears(view: _View) -> Iterator[_Found]:
+    for index, step in enumerate(view.steps):
+        if step.call.op != "MatMul" or step.call.domain:
+            continue
+        after = view.only_reader(view.inner(index), "Add")
+        if after is None:
+            continue
+        x, weight = step.inputs
+        bias = view.other(after, view.inner(index))
+        columns = view.shapes.get(weight, ())[1:]
+        if len(columns) == 1 and view.shapes.get(bias) == columns:
+            yield _Found((index, after), linear, (x, weight, bias), {})
+
+
+# --- x (1 + erf(x / sqrt 2)) / 2 --------------------------------------------------------------------------------------
+
+
+def gelu(call: NodeCall, x: Tensor) -> Tensor:
+    """The exact Gelu."""
+    return F.gelu(x)
+
+
+def _gelus(view: _View) -> Iterator[_Found]:
+    for index, step in enumerate(view.steps):
+        if step.call.op != "Erf":
+            continue
+        scaled = view.made_by(step.inputs[0], "Div", "Mul")
+        one = view.only_reader(view.inner(index), "Add")
+        if scaled is None or one is None or not view.is_number(view.other(one, view.inner(index)), 1):
+            continue
+        if view.only_reader(view.inner(scaled), "Erf") is None:
+            continue
+        x = _scaled_by_root(view, scaled)
+        rest = _half_of_product(view, one, x) if x else None
+        if rest is not None:
+            yield _Found((scaled, index, one, *rest), gelu, (x,), {})
+
+
+def _scaled_by_root(view: _View, index: int) -> str:
+    """What a step divides by the root of 2; empty where it does something else."""
+    first, second = view.steps[index].inputs
+    if view.steps[index].call.op == "Div":
+        return first if view.is_number(second, ROOT_2) else ""
+    if view.is_number(second, 1 / ROOT_2):
+        return first
+    return second if view.is_number(first, 1 / ROOT_2) else ""
+
+
+def _half_of_product(view: _View, index: int, x: str) -> tuple[int, ...] | None:
+    """The steps that multiply a value by x and by a half, in any order; the last one last."""
+    value = view.inner(index)
+    first = view.only_reader(value, "Mul")
+    if first is None:
+        return None
+    factor = view.other(first, value)
+    half = view.made_by(factor, "Mul")
+    if half is not None and view.is_number(view.other(half, x), 0.5) and view.only_reader(factor, "Mul") == first:
+        return (half, first)
+    second = view.only_reader(view.inner(first), "Mul")
+    if second is None:
+        return None
+    factors = (factor, view.other(second, view.inner(first)))
+    if any(each == x and view.is_number(other, 0.5) for each, other in (factors, factors[::-1])):
+        return (first, second)
+    return None
+
+
+# --- (x - mean) / sqrt(variance + epsilon) * scale + bias -------------------------------------------------------------
+
+
+def normalize(call: NodeCall, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Layer normalization along the last axis."""
+    return layer_norm(x, x.ndim - 1, scale, bias, call.attrs["epsilon"])
+
+
+def _layer_norms(view: _View) -> Iterator[_Found]:
+    for index, step in enumerate(view.steps):
+        if step.call.op != "Div" or step.call.domain:
+            continue
+        found = _normalization(view, index)
+        if found is not None:
+            yield found
+
+
+def _normalization(view: _View, quotient: int) -> _Found | None:
+    centred_name, root_name = view.steps[quotient].inputs
+    centred, root = view.made_by(centred_name, "Sub"), view.made_by(root_name, "Sqrt")
+    if centred is None or root is None:
+        return None
+    x, mean_name = view.steps[centred].inputs
+    mean, more = view.made_by(mean_name, "ReduceMean"), view.made_by(view.steps[root].inputs[0], "Add")
+    if mean is None or more is None or view.steps[mean].inputs[0] != x:
+        return None
+    variance = next(
+        (v for name in view.steps[more].inputs if (v := view.made_by(name, "ReduceMean")) is not None), None
+    )
+    if variance is None:
+        return None
+    epsilon = view.number(view.other(more, view.inner(variance)))
+    square = view.made_by(view.steps[variance].inputs[0], "Pow", "Mul")
+    if epsilon is None or square is None or not _is_square(view, square, centred_name):
+        return None
+    if not all(_along_last(view, each) for each in (mean, variance)):
+        return None
+    scaled = view.only_reader(view.inner(quotient), "Mul")
+    shifted = None if scaled is None else view.only_reader(view.inner(scaled), "Add")
+    inside = (mean, centred, square, variance, more, root, quotient)
+    if scaled is None or shifted is None or not _closed(view, (*inside, scaled, shifted)):
+        return None
+    scale, bias = view.other(scaled, view.inner(quotient)), view.other(shifted, view.inner(scaled))
+    shape = view.shapes.get(scale, ())
+    if len(shape) != 1 or view.shapes.get(bias) != shape:
+        return None
+    return _Found((*inside, scaled, shifted), normalize, (x, scale, bias), {"epsilon": epsilon})
+
+
+def _is_square(view: _View, index: int, name: str) -> bool:
+    step = view.steps[index]
+    if step.call.op == "Mul":
+        return step.inputs == (name, name)
+    return step.inputs[0] == name and view.is_number(step.inputs[1], 2)
+
+
+def _along_last(view: _View, index: int) -> bool:
+    step = view.steps[index]
+    given = view.fixed.get(step.inputs[1]) if len(step.inputs) > 1 else step.call.get("axes")
+    axes = given.reshape(-1).tolist() if isinstance(given, Tensor) else given
+    return axes is not None and list(axes) == [-1] and bool(step.call.get("keepdims", 1))
+
+
+def _closed(view: _View, group: tuple[int, ...]) -> bool:
+    """Whether nothing outside of a group reads what it makes, but for its last value."""
+    names = [view.inner(index) for index in group[:-1]]
+    return all(name not in view.outputs and set(view.readers.get(name, [])) <= set(group) for name in names)
+
+
+MATCHES: tuple[Callable[[_View], Iterator[_Found]], ...] = (_layer_norms, _gelus, _linears)
+"""In this order: what is larger comes first."""
