@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,8 @@ def test_labels_alone_teach_too():
 @pytest.mark.parametrize("term", ["features", "relational", "graph"])
 def test_inner_tensors_can_be_learnt_from_alone(term: str):
     tensors = ("/2/Relu_output_0", "/4/Relu_output_0")
-    loss = Loss(**{term: 1.0}, output_weight=0.0, tensors=tensors)
+    weights: Any = {term: 1.0}
+    loss = Loss(output_weight=0.0, tensors=tensors, **weights)
     found = distill(LENET, pruned(), arrays(), loss=loss, options=QUICK)
 
     losses = [each.loss for each in found.history.evaluations[1:]]
@@ -238,5 +240,5 @@ def test_results_are_plain_data():
 
     told = found.to_dict()
     assert told["kept"] is True
-    assert [each["step"] for each in told["history"]["evaluations"]][0] == 0
+    assert next(each["step"] for each in told["history"]["evaluations"]) == 0
     assert told["size_bytes"] == found.model.size_bytes

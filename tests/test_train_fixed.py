@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -106,7 +108,7 @@ def test_the_ramp_is_cubic_and_ends_at_the_target():
     assert found[25] == pytest.approx(0.9 * (1 - 0.5**3), abs=0.002)
     assert found[50] == pytest.approx(0.9, abs=0.002)
     assert found[99] == found[50]
-    assert all(later >= earlier for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later >= earlier for earlier, later in itertools.pairwise(found))
 
 
 def test_once_is_before_the_first_step():

@@ -13,6 +13,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Context, find_pass
 from onnxcomp.runtime import Runtime
 from onnxcomp.stages import joined
+from onnxcomp_passes import Distill, FineTune, Prune, PruneChannels, Qat, Quantize, Simplify
 from tests.training import LENET, WEIGHTS, arrays, dataset
 
 
@@ -21,7 +22,7 @@ def names(*passes: str) -> list[str]:
 
 
 def test_distillation_is_judged_with_what_it_mends():
-    passes = [find_pass("simplify")(), find_pass("prune-channels")(ratio=0.5), find_pass("distill")()]
+    passes = [Simplify(), PruneChannels(ratio=0.5), Distill()]
     assert [stage.name for stage in joined(passes)] == ["simplify", "prune-channels + distill"]
 
 
@@ -44,19 +45,19 @@ def accuracy(path: Path) -> float:
 
 
 def test_a_pipeline_distils_what_it_pruned(tmp_path: Path):
-    passes = [find_pass("prune")(sparsity=0.97), find_pass("distill")(epochs=30.0, learning_rate=2e-3)]
+    passes = [Prune(sparsity=0.9, criterion="magnitude"), Distill(epochs=20.0)]
     result = optimize(LENET, data=arrays(1000), passes=passes, budget=Budget(max_drop=0.05), force=True, resume=False)
     result.save(tmp_path / "student.onnx")
     alone = optimize(LENET, data=arrays(1000), passes=passes[:1], force=True, resume=False)
     alone.save(tmp_path / "pruned.onnx")
 
     zeros = sum(int((result.model.weight(name) == 0).sum()) for name in WEIGHTS)
-    assert zeros > 0.95 * sum(result.model.weight(name).size for name in WEIGHTS)
+    assert zeros > 0.85 * sum(result.model.weight(name).size for name in WEIGHTS)
     assert accuracy(tmp_path / "student.onnx") > accuracy(tmp_path / "pruned.onnx") + 0.02
 
 
 def test_the_report_tells_how_training_went():
-    passes = [find_pass("prune")(sparsity=0.8), find_pass("distill")(epochs=4.0)]
+    passes = [Prune(sparsity=0.8), Distill(epochs=4.0)]
     result = optimize(LENET, data=arrays(), passes=passes, force=True, resume=False)
 
     entry = result.report.stages[0].attempts[-1].passes[1]
@@ -66,21 +67,24 @@ def test_the_report_tells_how_training_went():
 
 def test_fine_tuning_needs_labels():
     with pytest.raises(RequirementError, match="labels"):
-        optimize(LENET, data=arrays(), passes=[find_pass("fine-tune")()])
+        optimize(LENET, data=arrays(), passes=[FineTune()])
 
 
 def test_training_needs_data():
     with pytest.raises(RequirementError, match="data"):
-        optimize(LENET, passes=[find_pass("distill")()])
+        optimize(LENET, passes=[Distill()])
 
 
 def test_training_needs_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RequirementError, match="needs torch"):
-        optimize(LENET, data=arrays(), passes=[find_pass("distill")()])
+        optimize(LENET, data=arrays(), passes=[Distill()])
 
 
 # --- quantization-aware training --------------------------------------------------------------------------------------
+
+
+SPOILT = [Prune(sparsity=0.9, criterion="magnitude"), Quantize(choose=False), Qat(epochs=10.0)]
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ def context(tmp_path: Path):
 
 def test_a_float_model_gets_grids_of_four_bits(context: Context):
     model = Model.load(LENET)
-    find_pass("qat")(weight_bits=4, activation_bits=4, epochs=4.0).rewrite(model, context)
+    Qat(weight_bits=4, activation_bits=4, epochs=4.0).rewrite(model, context)
 
     kinds = [model.weight(name).dtype for name in WEIGHTS]
     assert kinds == [np.dtype(np.int8), np.dtype(ml_dtypes.int4), np.dtype(np.int8)]
@@ -103,22 +107,22 @@ def test_codes_are_trained_and_the_saved_ones_give_the_trained_outputs(context: 
     from onnxcomp.torch_bridge import load
 
     plain, trained = Model.load(LENET), Model.load(LENET)
-    find_pass("qat")(weight_bits=4, activation_bits=4, end_bits=4, epochs=0.01).rewrite(plain, context)
-    find_pass("qat")(weight_bits=4, activation_bits=4, end_bits=4, epochs=8.0).rewrite(trained, context)
+    Qat(weight_bits=4, end_bits=4, epochs=0.01, learning_rate=1e-12).rewrite(plain, context)
+    Qat(weight_bits=4, end_bits=4, epochs=8.0).rewrite(trained, context)
     trained.save(tmp_path / "trained.onnx")
     images = arrays(64)["image"]
 
     moved = plain.weight("3.weight") != trained.weight("3.weight")
-    assert 0.001 < moved.mean() < 0.5
+    assert 0.001 < moved.mean() < 0.5, "training moves some codes, and begins at what was calibrated"
     expected = ort.InferenceSession(str(tmp_path / "trained.onnx")).run(None, {"image": images})[0]
     got = load(tmp_path / "trained.onnx")(torch.from_numpy(images)).detach().numpy()
-    close = np.isclose(got, expected, atol=1e-4).all(axis=1)
-    assert close.mean() > 0.9  # a value on the edge between two codes may fall to either side
+    # An activation on the edge between two codes may fall to either side: that is one of 255 steps.
+    assert np.abs(got - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_training_through_rounding_mends_it(tmp_path: Path):
     def drop(epochs: float) -> float:
-        qat = find_pass("qat")(weight_bits=4, activation_bits=4, end_bits=4, epochs=epochs)
+        qat = Qat(weight_bits=4, activation_bits=4, end_bits=4, epochs=epochs)
         result = optimize(LENET, data=arrays(1000), passes=[qat], force=True, resume=False)
         result.save(tmp_path / "model.onnx")
         return accuracy(LENET) - accuracy(tmp_path / "model.onnx")
@@ -126,16 +130,32 @@ def test_training_through_rounding_mends_it(tmp_path: Path):
     assert drop(20.0) < drop(0.01)
 
 
-def test_a_quantized_model_keeps_its_types(context: Context):
-    model = Model.load(LENET)
-    find_pass("quantize")(choose=False).rewrite(model, context)
-    before = {constant.name: constant.dtype for constant in model.constants()}
-    changes = find_pass("qat")(epochs=4.0).rewrite(model, context)
+def test_a_quantized_model_keeps_its_types():
+    alone, trained = (optimize(LENET, data=arrays(600), passes=each, force=True) for each in (SPOILT[:2], SPOILT))
 
-    assert {constant.name: constant.dtype for constant in model.constants()} == before
-    assert changes.count
+    kinds = [
+        {constant.name: (constant.dtype, tuple(constant.shape)) for constant in result.model.constants()}
+        for result in (alone, trained)
+    ]
+    assert kinds[0] == kinds[1]
+    entry = trained.report.stages[0].attempts[-1].passes[2]
+    assert "trained for" in entry.changed[0]["what"]
+
+
+def test_int32_biases_have_the_product_of_the_scales_that_were_learnt():
+    result = optimize(LENET, data=arrays(600), passes=SPOILT, force=True)
+
+    checked = 0
+    for node in result.model.graph.nodes:
+        if node.op == "Gemm":
+            scales = [
+                np.asarray(tensor.inputs[0].inputs[1].values, np.float32).reshape(-1) for tensor in node.inputs[:3]
+            ]
+            np.testing.assert_allclose(scales[2], scales[0] * scales[1], rtol=1e-6)
+            checked += 1
+    assert checked
 
 
 def test_three_bits_are_refused():
     with pytest.raises(OptionError, match="must be 4 or 8"):
-        find_pass("qat")(weight_bits=5)
+        Qat(weight_bits=5)

@@ -172,10 +172,7 @@ def distill(
 
 
 def _samples(data: Any, student: Model, **how: Any) -> Dataset:
-    if isinstance(data, Dataset):
-        samples = data
-    else:
-        samples = open_data(data, input_specs(student.proto()), **how)
+    samples = data if isinstance(data, Dataset) else open_data(data, input_specs(student.proto()), **how)
     if samples.size < FEWEST:
         message = f"{samples.description}: training needs at least {FEWEST}, to train on some and judge on others"
         raise DataError(message)

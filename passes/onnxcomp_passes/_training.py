@@ -31,14 +31,25 @@ class Training(Pass):
     freeze: tuple[str, ...] = option((), "Patterns of names of weights that are not trained.")
     held_out: float = option(0.1, "Share of the samples that judge the training.", minimum=0.01, maximum=0.9)
 
-    def _train(self, model: Model, context: Context, changes: Changes, loss: Loss, **more: Any) -> Trained:
-        """Train a model in place, and say how it went."""
+    def _train(
+        self, model: Model, context: Context, changes: Changes, loss: Loss, came: Model | None = None, **more: Any
+    ) -> Trained:
+        """Train a model in place, and say how it went.
+
+        Args:
+            model: Trained in place.
+            context: Its judge knows the original, which is the teacher.
+            changes: Told how it went.
+            loss: What is learnt.
+            came: The teacher where there is no judge: the model before this pass; by default as it is.
+            more: For `onnxcomp.train.distill`.
+        """
         from onnxcomp.train import TrainOptions, distill
 
         if context.data is None:
             message = f"{self.name} needs data; give --data"
             raise RequirementError(message)
-        teacher = Model.load(context.judge.original_path) if context.judge is not None else model.fork()
+        teacher = Model.load(context.judge.original_path) if context.judge is not None else came or model.fork()
         options = TrainOptions(
             epochs=self.epochs,
             batch_size=self.batch_size,

@@ -63,7 +63,7 @@ class Qat(Training):
         """See the class."""
         from onnxcomp.train import Loss
 
-        changes = Changes()
+        changes, came = Changes(), model.fork()
         if not analysis.is_quantized(model):
             done = quantize_layers(
                 model, context, changes, weights=self.weight_bits, activations=self.activation_bits, ends=self.end_bits
@@ -73,5 +73,5 @@ class Qat(Training):
         elif (self.weight_bits, self.activation_bits) != (EIGHT, EIGHT):
             changes.notes.append("the model is quantized already, and keeps its types")
         loss = Loss(temperature=self.temperature, alpha=self.alpha)
-        self._train(model, context, changes, loss, learn_scales=self.learn_scales)
+        self._train(model, context, changes, loss, came, learn_scales=self.learn_scales)
         return changes
