@@ -84,8 +84,10 @@ def export_command(
 
 def _show(result: Exported) -> None:
     from onnxcomp.report.text import bytes_text, printable
+    from onnxcomp.structure import model_files
 
-    lines = [f"{result.path}: {bytes_text(result.path.stat().st_size)}, opset {result.opset}"]
+    size = sum(path.stat().st_size for path in model_files(result.path))
+    lines = [f"{result.path}: {bytes_text(size)}, opset {result.opset}"]
     lines += [f"  input  {_told(tensor)}" for tensor in result.inputs]
     lines += [f"  output {_told(tensor)}, error {result.errors[tensor.name]:.1e}" for tensor in result.outputs]
     sizes = "; ".join(f"{name} {', '.join(map(str, found))}" for name, found in result.sizes.items())
