@@ -150,6 +150,10 @@ def raises() -> Any:
     raise ValueError(message)
 
 
+def exits() -> Any:
+    raise SystemExit(4)
+
+
 def no_module() -> Any:
     return 3
 

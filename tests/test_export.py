@@ -146,6 +146,7 @@ def test_loads_weights(path, tmp_path, wrapped):
         ("gives_nothing", "the module gives no tensor"),
         ("fails_inside", "the module fails on inputs of x float32 (2, 3): KeyError: 'first line\\nsecond line'"),
         ("raises", "'tests.networks:raises' failed: ValueError: no luck"),
+        ("exits", "'tests.networks:exits' failed: SystemExit: 4"),
         ("no_module", "must give a torch.nn.Module, or a pair of one and its example inputs; it gave a int"),
         ("three", "must give a torch.nn.Module, or a pair of one and its example inputs; it gave a tuple of 3"),
         ("convolutional", "there are no example inputs; give a shape for image"),

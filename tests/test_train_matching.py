@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
+from onnxcomp.torch_bridge import load
 from onnxcomp.train.losses import Loss, matched_tensors
-from tests.models import SMALL_NETWORK, graph_model, mlp_model
+from tests.models import SMALL_NETWORK, graph_model, mlp_model, random_weights
 
 BLOCKS = 12
 
@@ -128,3 +130,26 @@ def test_a_loss_without_inner_tensors_to_fit_is_refused():
     text = "g (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }"
     with pytest.raises(OptionError, match="loss: graph need inner tensors, and teacher and student have none"):
         Loss(graph=1).fitted(Model.load(graph_model(text)), model)
+
+
+def test_a_student_of_the_bridge_learns_by_it():
+    text = """g (float[N, 4] x) => (float[N, 4] y) {
+        a = Add(x, W) b = Relu(a) c = Add(b, x) d = Add(c, V) e = Relu(d) f = Add(e, c) y = Add(f, V)
+    }"""
+    one, other = (
+        Model.load(graph_model(text, W=random_weights(4, seed=n), V=random_weights(4, seed=n + 2))) for n in (0, 1)
+    )
+    loss = Loss(features=1, relational=1, graph=1).fitted(one, other)
+    assert loss.watch == ("c", "f")
+    teacher, student = load(one), load(other)
+    feed = {"x": torch.randn(16, 4, generator=torch.Generator().manual_seed(0))}
+    wanted = {name: tensor.detach() for name, tensor in teacher.run(feed, loss.watch).items()}
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
+    values = []
+    for _ in range(200):
+        value = loss(student.run(feed, loss.watch), wanted)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0] / 20

@@ -53,7 +53,7 @@ def module_of(source: Any, allow_code: bool, tell: Progress) -> tuple[Any, Any]:
     tell(f"making the module by {source}")
     try:
         made = factory()
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything, and scripts like to exit
         message = f"{source!r} failed: {reason(error)}"
         raise OptionError(message) from error
     pair = made if isinstance(made, tuple) else (made, None)
