@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RuntimeFailure,
         WorkerDied,
     )
+    from onnxcomp.exporting import Exported, export
     from onnxcomp.facts import ModelFacts, inspect
     from onnxcomp.ledger import Report
     from onnxcomp.model import Model
@@ -36,6 +37,7 @@ __all__ = [
     "Comparison",
     "Context",
     "DataError",
+    "Exported",
     "Model",
     "ModelError",
     "ModelFacts",
@@ -52,6 +54,7 @@ __all__ = [
     "WorkerDied",
     "advise",
     "compare",
+    "export",
     "inspect",
     "load_recipe",
     "optimize",
@@ -62,6 +65,7 @@ __all__ = [
 _HOMES = {
     "advice": ("Advice", "advise"),
     "comparison": ("Comparison", "compare"),
+    "exporting": ("Exported", "export"),
     "facts": ("ModelFacts", "inspect"),
     "ledger": ("Report",),
     "model": ("Model",),

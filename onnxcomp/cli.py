@@ -6,6 +6,7 @@ import click
 
 from onnxcomp.commands.compare import compare_command
 from onnxcomp.commands.distill import distill_command
+from onnxcomp.commands.export import export_command
 from onnxcomp.commands.inspect import inspect_command
 from onnxcomp.commands.optimize import optimize_command
 from onnxcomp.commands.passes import passes_command
@@ -19,5 +20,5 @@ def main() -> None:
     """Make ONNX models smaller and faster, never worse, with the proof."""
 
 
-for _command in (optimize_command, inspect_command, compare_command, distill_command, passes_command):
+for _command in (optimize_command, inspect_command, compare_command, distill_command, export_command, passes_command):
     main.add_command(_command)

@@ -74,7 +74,7 @@ def commands() -> list[tuple[str, click.Command]]:
 
 
 def test_has_the_commands_that_the_docs_name():
-    assert sorted(main.commands) == ["compare", "inspect", "optimize", "passes"]
+    assert sorted(main.commands) == ["compare", "export", "inspect", "optimize", "passes"]
 
 
 @pytest.mark.parametrize(("name", "command"), commands())
@@ -97,7 +97,9 @@ def test_tells_its_version():
     assert run("--version").output.strip().endswith(metadata.version("onnxcomp"))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["optimize", "--help"], ["compare", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["optimize", "--help"], ["compare", "--help"], ["export", "--help"], ["--version"]]
+)
 def test_help_imports_neither_onnx_nor_onnxruntime_nor_rich(arguments):
     code = (
         "import sys; from onnxcomp.cli import main\n"

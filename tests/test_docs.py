@@ -30,12 +30,14 @@ TEST_SAMPLES = 200
 
 @pytest.fixture(scope="session")
 def user_folder(tmp_path_factory):
-    """What the documents take to be there: a model, data, and the sample models; smaller, to be quick."""
+    """What the documents take to be there: a model, data, code, and the sample models; smaller, to be quick."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "sample_models").mkdir()
     for path in SAMPLES.glob("fashion_*.onnx"):
         shutil.copy(path, folder / "sample_models")
     shutil.copy(SAMPLES / "fashion_lenet.onnx", folder / "model.onnx")
+    shown = next(block for block in blocks("docs/cli.md") if block.file_name == "network.py")
+    (folder / "network.py").write_text(shown.text, encoding="utf-8")
     for source, name, count in (("calib", "calib", CALIBRATION_SAMPLES), ("test", "test", TEST_SAMPLES)):
         with np.load(SAMPLES / f"fashion_{source}.npz") as arrays:
             np.savez(folder / f"{name}.npz", **{key: arrays[key][:count] for key in arrays.files})

@@ -193,6 +193,19 @@ def test_soft_targets_of_large_logits_are_finite():
     assert student.grad.tolist() == [[1, -1, 0]]
 
 
+@pytest.mark.parametrize("name", ["soft_targets", "normalised_mse", "attention_maps", "relational", "graph_based"])
+def test_a_student_comes_near_its_teacher(name):
+    function, shape = TERMS[name]
+    student, teacher = normal(*shape, grad=True), normal(*shape, seed=1)
+    optimizer = torch.optim.Adam([student], lr=0.05)
+    start = function(student, teacher).item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        function(student, teacher).backward()
+        optimizer.step()
+    assert function(student, teacher).item() < start / 100
+
+
 # --- what does not matter ---------------------------------------------------------------------------------------------
 
 

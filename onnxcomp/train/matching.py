@@ -24,10 +24,11 @@ BETWEEN = {"Add", "BatchNormalization", "InstanceNormalization", "LayerNormaliza
 def matched_tensors(teacher: Model, student: Model, *, limit: int = 8, any_channels: bool = False) -> list[str]:
     """Choose inner tensors that are in both graphs, by name, to compare a student with its teacher by.
 
-    Ends of blocks: sums of two paths (behind their activation, if there is one), or where there are fewer than two of
-    those the activations behind layers, or the layers themselves. Half of the places are for attention weights
-    (Softmax of rank 4) where there are any. Both kinds are spread evenly over the depth. Only tensors of floats outside
-    of subgraphs count, whose shapes are equal as far as they can be inferred; outputs of the graph are left out.
+    Ends of blocks: sums of two paths (behind their activation, if there is one); where there are fewer than two of
+    those, activations behind layers too; where there is neither, the layers themselves. Half of the places are for
+    attention weights (Softmax of rank 4) where there are any. Both kinds are spread evenly over the depth. Only tensors
+    of floats outside of subgraphs count, whose shapes are equal as far as they can be inferred; outputs of the graph
+    are left out.
 
     Args:
         teacher: The model that is learned from; it is not changed.
@@ -65,16 +66,16 @@ def matched_tensors(teacher: Model, student: Model, *, limit: int = 8, any_chann
 
     nodes = one.graph.nodes
     maps = [tensor for tensor in _attention_weights(nodes) if suits(tensor)]
-    ends: list[gs.Tensor] = []
-    for candidates in (_sums(nodes), _activated(nodes), _layers(nodes)):
-        found = [tensor for tensor in candidates if suits(tensor)]
-        ends = max(ends, found, key=len)
-        if len(ends) >= 2:
-            break
+    ends = [tensor for tensor in _sums(nodes) if suits(tensor)]
+    if len(ends) < 2:
+        ends += [tensor for tensor in _activated(nodes) if suits(tensor) and not any(tensor is end for end in ends)]
+    if not ends:
+        ends = [tensor for tensor in _layers(nodes) if suits(tensor)]
+    order = {tensor.name: place for place, tensor in enumerate(tensor for node in nodes for tensor in node.outputs)}
+    ends.sort(key=lambda tensor: order[tensor.name])
     places = min(len(maps), limit // 2 if ends else limit)
     chosen = {tensor.name for tensor in (*_spread(maps, places), *_spread(ends, limit - places))}
-    order = [tensor.name for node in nodes for tensor in node.outputs]
-    return [name for name in order if name in chosen]
+    return sorted(chosen, key=order.__getitem__)
 
 
 def _attention_weights(nodes: Iterable[gs.Node]) -> list[gs.Tensor]:
@@ -83,17 +84,21 @@ def _attention_weights(nodes: Iterable[gs.Node]) -> list[gs.Tensor]:
 
 def _sums(nodes: Iterable[gs.Node]) -> list[gs.Tensor]:
     """Sums of two paths of the same shape, each behind the activation that alone reads it."""
-    found = []
-    for node in nodes:
-        if node.op != "Add" or any(isinstance(tensor, gs.Constant) for tensor in node.inputs):
-            continue
-        shapes = [_shape(tensor) for tensor in node.inputs]
-        if None not in shapes and len(shapes[0] or ()) != len(shapes[1] or ()):
-            continue  # a bias or a mask that is computed
-        if any(shape is not None and len(shape) < 2 for shape in shapes):
-            continue
-        found.append(_behind(node.outputs[0]))
-    return found
+    return [
+        _behind(node.outputs[0])
+        for node in nodes
+        if node.op == "Add" and not any(_is_constant(tensor) for tensor in node.inputs) and _is_of_equals(node)
+    ]
+
+
+def _is_of_equals(node: gs.Node) -> bool:
+    """Whether a node's two inputs may have the same shape, of two axes at least: no bias, and no mask, is added."""
+    one, other = (_shape(tensor) for tensor in node.inputs)
+    if one is None or other is None:
+        known = one if other is None else other
+        return known is None or len(known) >= 2
+    sizes = [[size if isinstance(size, int) else None for size in shape] for shape in (one, other)]
+    return len(one) >= 2 and sizes[0] == sizes[1]
 
 
 def _activated(nodes: Iterable[gs.Node]) -> list[gs.Tensor]:
@@ -127,11 +132,15 @@ def _is_of_layer(tensor: gs.Tensor) -> bool:
         node = tensor.inputs[0]
         if node.op in LAYERS:
             return True
-        paths = [each for each in node.inputs if not isinstance(each, gs.Constant) and each.name]
+        paths = [each for each in node.inputs if each.name and not _is_constant(each)]
         if node.op not in BETWEEN or len(paths) != 1:
             return False
         tensor = paths[0]
     return False
+
+
+def _is_constant(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) or (bool(tensor.inputs) and tensor.inputs[0].op == "Constant")
 
 
 def _is_float(tensor: gs.Tensor) -> bool:
