@@ -71,10 +71,10 @@ def load(
 
 @dataclass(frozen=True)
 class _Code:
-    """What turns the numbers behind a weight into what the graph holds: the first step, and its inverse's call."""
+    """What turns the numbers behind a weight into what the graph holds: the call of that step, and of its inverse."""
 
-    held: Held
     call: NodeCall
+    back: NodeCall
     inputs: tuple[str, ...]
 
 
@@ -167,10 +167,10 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
             codes = parameter.detach().clone()
             scale, *zero = (self._any(each).detach() for each in code.inputs if each)
             with torch.no_grad():
-                parameter.copy_(dequantize_linear(code.call, codes, scale, *zero))
+                parameter.copy_(dequantize_linear(code.back, codes, scale, *zero))
                 source = known.get(name)
                 if source is not None and kind_of(source) in FLOATS and tuple(source.constant.shape) == codes.shape:
-                    half = dequantize_linear(code.call, torch.full_like(codes, _WITHIN), scale)
+                    half = dequantize_linear(code.back, torch.full_like(codes, _WITHIN), scale)
                     near = as_tensor(np.asarray(value_of(source.constant))).to(parameter.dtype)
                     parameter.copy_(torch.minimum(torch.maximum(near, parameter - half), parameter + half))
 
@@ -300,7 +300,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         with torch.no_grad():
             found = quantize_linear(code.call, parameter, scale, *zero)
             old = as_tensor(before).to(parameter.dtype)
-            same = parameter == dequantize_linear(code.call, old, scale, *zero)
+            same = parameter == dequantize_linear(code.back, old, scale, *zero)
         kind = self._kinds[name]
         low, high = INTEGER_RANGES[kind]
         whole = np.clip(found.double().cpu().numpy(), low, high).astype(np.int64)
@@ -318,9 +318,8 @@ def _codes_of(held: Held) -> _Code:
     inputs = tuple(tensor.name for tensor in node.inputs[1:])
     kind = kind_of(held)
     attrs = {key: node.attrs[key] for key in ("axis", "block_size") if key in node.attrs}
-    types = (0, 0, kind)
-    call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, "output_dtype": kind}, input_types=types)
-    return _Code(held, call, inputs)
+    call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, "output_dtype": kind}, input_types=(0, 0, kind))
+    return _Code(call, NodeCall(held.name, "DequantizeLinear", attrs=attrs), inputs)
 
 
 def _made(plan: Plan) -> set[str]:
