@@ -209,7 +209,7 @@ def test_packed_products_of_few_bits_give_what_onnxruntime_gives():
     rng = np.random.default_rng(0)
     feed = {"x": random_weights(3, 40)}
     packed = rng.integers(0, 256, (6, 2, 16)).astype(np.uint8)
-    weights = {
+    weights: dict[str, Array] = {
         "B": packed,
         "s": rng.uniform(0.1, 0.2, 12).astype(np.float32),
         "z": rng.integers(0, 256, 6).astype(np.uint8),
