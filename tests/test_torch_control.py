@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -10,6 +12,8 @@ from onnx import parser
 
 from onnxcomp.model import Model
 from onnxcomp.torch_bridge import load
+
+Array = np.ndarray[Any, Any]
 
 BRANCHES = """<ir_version: 8, opset_import: ["": 17]>
 g (bool c, float[N, 2] x) => (float[N, 2] y) <float[2, 2] outer = {1, 2, 3, 4}> {
@@ -46,12 +50,12 @@ ROUNDING = 1e-6
 """Some float32 roundings (6e-8) of values below ten."""
 
 
-def expected(text, feed):
+def expected(text: str, feed: dict[str, Array]) -> list[Array]:
     session = onnxruntime.InferenceSession(parser.parse_model(text).SerializeToString())
-    return session.run(None, feed)
+    return list(session.run(None, feed))
 
 
-def check_trains(text, feed, weights):
+def check_trains(text: str, feed: dict[str, Array], weights: list[str]) -> None:
     """The outputs are those of ONNX Runtime, before a step of training and, written back, after it."""
     model = Model.load(parser.parse_model(text))
     module = load(model)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from onnxcomp.torch_bridge import load
 from onnxcomp.torch_bridge.plan import Plan, run_plan
 from tests.models import graph_model, random_weights
+
+Array = np.ndarray[Any, Any]
 
 ROUNDING = 2e-6
 """Of values below ten: some float32 roundings (6e-8 relative)."""
@@ -26,19 +31,19 @@ NORM = """a = ReduceMean<axes = [-1]>(x)  b = Sub(x, a)  c = Pow(b, two)  d = Re
     e = Add(d, epsilon)  f = Sqrt(e)  h = Div(b, f)  i = Mul(h, scale)  y = Add(i, bias)"""
 
 
-def gelu_model(body, **more):
+def gelu_model(body: str, **more: Array) -> onnx.ModelProto:
     weights = {"half": HALF, "one": ONE, "root": ROOT, "inverse": INVERSE, **more}
     used = {name: value for name, value in weights.items() if name in body}
     return graph_model(f"g (float[N, 8] x) => (float[N, 8] y) {{ {body} }}", used)
 
 
-def norm_model(body=NORM, outputs="float[N, 8] y"):
+def norm_model(body: str = NORM, outputs: str = "float[N, 8] y") -> onnx.ModelProto:
     weights = {"two": np.array(2, np.float32), "epsilon": np.array(1e-5, np.float32)}
     weights |= {"scale": random_weights(8), "bias": random_weights(8, seed=1)}
     return graph_model(f"g (float[N, 8] x) => ({outputs}) {{ {body} }}", weights)
 
 
-def linear_model():
+def linear_model() -> onnx.ModelProto:
     body = "h = MatMul(x, W)  y = Add(b, h)"
     weights = {"W": random_weights(8, 8), "b": random_weights(8, seed=1)}
     return graph_model(f"g (float[N, 3, 8] x) => (float[N, 3, 8] y) {{ {body} }}", weights)
@@ -48,7 +53,7 @@ def operators(plan: Plan) -> list[str]:
     return [step.call.op for step in plan.steps]
 
 
-def step_by_step(module, x):
+def step_by_step(module: Any, x: torch.Tensor) -> list[torch.Tensor]:
     """The outputs and the gradients of each step on its own."""
     module.zero_grad()
     x = x.clone().requires_grad_()
@@ -58,7 +63,7 @@ def step_by_step(module, x):
     return [values["y"].detach(), x.grad, *(each.grad.clone() for each in module.parameters())]
 
 
-def fused(module, x):
+def fused(module: Any, x: torch.Tensor) -> list[torch.Tensor]:
     module.zero_grad()
     x = x.clone().requires_grad_()
     y = module(x)

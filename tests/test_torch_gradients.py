@@ -103,7 +103,7 @@ CASES: list[Case] = [
 ]
 """LRN and its like have defaults that make some gradients small, not wrong."""
 
-ATTRIBUTES = {"LRN": {"size": 3, "alpha": 0.5}, "LpNormalization": {"axis": -1}}
+ATTRIBUTES: dict[str, dict[str, Any]] = {"LRN": {"size": 3, "alpha": 0.5}, "LpNormalization": {"axis": -1}}
 
 STEPS = {"Ceil", "Floor", "Round", "Sign"}
 """Constant but for jumps, so that their gradient is 0."""

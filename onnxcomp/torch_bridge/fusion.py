@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 from onnxcomp.torch_bridge.operators.normalization import layer_norm
+from onnxcomp.torch_bridge.operators.quantization import quantize_and_back
 from onnxcomp.torch_bridge.plan import Plan, Step, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall, Operator
 
@@ -34,13 +34,13 @@ class _Found:
         steps: Their places; the last is where the fused one goes.
         function: What does the same.
         inputs: What it reads.
-        attrs: What it is told.
+        call: The node that tells it what to do.
     """
 
     steps: tuple[int, ...]
     function: Operator
     inputs: tuple[str, ...]
-    attrs: Mapping[str, Any]
+    call: NodeCall
 
 
 class _View:
@@ -113,7 +113,7 @@ def fuse(plan: Plan, fixed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
                 for index in found.steps:
                     steps[index] = None
                 last = plan.steps[found.steps[-1]]
-                call = NodeCall(last.call.name, found.function.__name__, opset=last.call.opset, attrs=dict(found.attrs))
+                call = replace(found.call, name=last.call.name, op=found.function.__name__)
                 steps[found.steps[-1]] = Step(found.function, call, found.inputs, last.outputs)
     return replace(plan, steps=with_frees([step for step in steps if step is not None], plan.outputs))
 
@@ -137,7 +137,7 @@ def _linears(view: _View) -> Iterator[_Found]:
         bias = view.other(after, view.inner(index))
         columns = view.shapes.get(weight, ())[1:]
         if len(columns) == 1 and view.shapes.get(bias) == columns:
-            yield _Found((index, after), linear, (x, weight, bias), {})
+            yield _Found((index, after), linear, (x, weight, bias), step.call)
 
 
 # --- x (1 + erf(x / sqrt 2)) / 2 --------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def _gelus(view: _View) -> Iterator[_Found]:
         x = _scaled_by_root(view, scaled)
         rest = _half_of_product(view, one, x) if x else None
         if rest is not None:
-            yield _Found((scaled, index, one, *rest), gelu, (x,), {})
+            yield _Found((scaled, index, one, *rest), gelu, (x,), step.call)
 
 
 def _scaled_by_root(view: _View, index: int) -> str:
@@ -239,7 +239,8 @@ def _normalization(view: _View, quotient: int) -> _Found | None:
     shape = view.shapes.get(scale, ())
     if len(shape) != 1 or view.shapes.get(bias) != shape:
         return None
-    return _Found((*inside, scaled, shifted), normalize, (x, scale, bias), {"epsilon": epsilon})
+    call = replace(view.steps[quotient].call, attrs={"epsilon": epsilon})
+    return _Found((*inside, scaled, shifted), normalize, (x, scale, bias), call)
 
 
 def _is_square(view: _View, index: int, name: str) -> bool:
@@ -262,5 +263,24 @@ def _closed(view: _View, group: tuple[int, ...]) -> bool:
     return all(name not in view.outputs and set(view.readers.get(name, [])) <= set(group) for name in names)
 
 
-MATCHES: tuple[Callable[[_View], Iterator[_Found]], ...] = (_layer_norms, _gelus, _linears)
+# --- a QuantizeLinear and its DequantizeLinear ------------------------------------------------------------------------
+
+
+def _quantized(view: _View) -> Iterator[_Found]:
+    for index, step in enumerate(view.steps):
+        if step.call.op != "QuantizeLinear" or step.call.domain:
+            continue
+        after = view.only_reader(view.inner(index), "DequantizeLinear")
+        if after is None or view.steps[after].inputs[1:] != step.inputs[1:]:
+            continue
+        call = view.steps[after].call
+        same = all(step.call.get(key, default) == call.get(key, default) for key, default in QUANTIZED_ALONG.items())
+        if same and not call.get("output_dtype"):
+            yield _Found((index, after), quantize_and_back, step.inputs, step.call)
+
+
+QUANTIZED_ALONG = {"axis": 1, "block_size": 0}
+
+
+MATCHES: tuple[Callable[[_View], Iterator[_Found]], ...] = (_layer_norms, _gelus, _linears, _quantized)
 """In this order: what is larger comes first."""

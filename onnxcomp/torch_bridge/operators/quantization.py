@@ -8,6 +8,9 @@ of learned step size quantization (Esser et al. 2020, section 2.1).
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from onnx import TensorProto
 from torch import Tensor
@@ -15,7 +18,7 @@ from torch import Tensor
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, torch_dtype
 from onnxcomp.torch_bridge.registry import NodeCall, operator
 
-__all__ = ["dequantize_linear", "quantize_linear", "round_through"]
+__all__ = ["dequantize_linear", "quantize_and_back", "quantize_linear", "round_through"]
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -44,17 +47,67 @@ def spread(parameter: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
 @operator("QuantizeLinear")
 def quantize_linear(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """clamp(round(x / scale) + zero point), as floats that hold whole numbers."""
+    return _Quantize.apply(x, *_prepared(call, x, scale, zero_point), False)
+
+
+def quantize_and_back(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """What a DequantizeLinear makes of the codes of a QuantizeLinear, of which `call` tells."""
+    return _Quantize.apply(x, *_prepared(call, x, scale, zero_point), True)
+
+
+def _prepared(
+    call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> tuple[Tensor, Tensor | None, float, float]:
+    """The scale and the zero point in the shape that x asks for, and the range."""
     kind = call.input_types[2] if zero_point is not None and len(call.input_types) > 2 else 0
     kind = kind or call.get("output_dtype") or TensorProto.UINT8
     if kind not in INTEGER_RANGES:
         message = f"values of element type {TensorProto.DataType.Name(kind)} are not trained through"
         raise NotImplementedError(message)
     axis, block = call.get("axis", 1), call.get("block_size", 0)
-    codes = round_through(x / spread(scale, x, axis, block))
-    if zero_point is not None:
-        codes = codes + spread(zero_point.to(codes.dtype), x, axis, block)
-    low, high = INTEGER_RANGES[kind]
-    return codes if kind == TensorProto.INT32 else torch.clamp(codes, low, high)
+    low, high = (-math.inf, math.inf) if kind == TensorProto.INT32 else INTEGER_RANGES[kind]
+    scale = spread(scale, x, axis, block)
+    return scale, None if zero_point is None else spread(zero_point.to(scale.dtype), x, axis, block), low, high
+
+
+class _Quantize(torch.autograd.Function):  # type: ignore[misc] # torch has no type information here
+    """Divide, round, add the zero point and clamp; then, if asked for, back again.
+
+    The gradients are those of these operations one by one, with rounding passed straight through, in fewer passes over
+    the values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, low: float, high: float, back: bool) -> Tensor:
+        ratio = x / scale
+        for_scale = ctx.needs_input_grad[1]
+        codes = torch.round(ratio) if for_scale else ratio.round_()
+        if zero is not None:
+            codes += zero
+        clamped = codes.clamp(low, high)
+        if back:
+            if zero is not None:
+                clamped -= zero
+            found = clamped * scale if for_scale else clamped.mul_(scale)
+        else:
+            found = clamped
+        ctx.back, ctx.low, ctx.high = back, low, high
+        ctx.save_for_backward(scale, codes, ratio if for_scale else None, clamped if for_scale and back else None)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scale, codes, ratio, whole = ctx.saved_tensors
+        # 0 where a whole number was clamped: the fastest way to say so.
+        towards_x = torch.ops.aten.hardtanh_backward(gradient, codes, ctx.low - 0.5, ctx.high + 0.5)
+        if not ctx.back:
+            towards_x /= scale
+        towards_scale = None
+        if ratio is not None:
+            # In between, the scale's two gradients: from the product that is left, and from the division.
+            from_division = towards_x * ratio
+            towards_scale = (gradient * whole - from_division if ctx.back else -from_division).sum_to_size(scale.shape)
+        return towards_x, towards_scale, None, None, None, None
 
 
 @operator("DequantizeLinear")

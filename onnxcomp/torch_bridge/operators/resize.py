@@ -160,23 +160,24 @@ def _whole(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _coordinates(mode: str, axis: _Axis) -> Array:
-    """Where each place of the output lies in the input."""
-    out = np.arange(axis.out, dtype=np.float64)
+    """Where each place of the output lies in the input, in float32 as runtimes have it: the nearest depends on it."""
+    scale = np.float32(axis.scale)
+    out = np.arange(axis.out, dtype=np.float32)
     span = axis.out if mode == "half_pixel_symmetric" else 0
     if mode == "asymmetric":
-        return out / axis.scale
+        return out / scale
     if mode == "align_corners":
         return out * (axis.size - 1) / (axis.out - 1) if axis.out > 1 else np.zeros_like(out)
     if mode == "pytorch_half_pixel" and axis.out == 1:
         return np.full_like(out, -0.5)
     if mode == "tf_half_pixel_for_nn":
-        return (out + 0.5) / axis.scale
+        return (out + 0.5) / scale
     if mode == "tf_crop_and_resize":
         first, last = axis.start * (axis.size - 1), axis.end * (axis.size - 1)
         return first + out * (last - first) / (axis.out - 1) if axis.out > 1 else np.full_like(out, (first + last) / 2)
-    places = (out + 0.5) / axis.scale - 0.5
+    places = (out + 0.5) / scale - 0.5
     if span:
-        places += axis.size / 2 * (1 - span / (axis.scale * axis.size))
+        places += axis.size / 2 * (1 - span / (scale * axis.size))
     return places
 
 
