@@ -107,8 +107,8 @@ def test_codes_are_trained_and_the_saved_ones_give_the_trained_outputs(context: 
     from onnxcomp.torch_bridge import load
 
     plain, trained = Model.load(LENET), Model.load(LENET)
-    Qat(weight_bits=4, end_bits=4, epochs=0.01, learning_rate=1e-12).rewrite(plain, context)
-    Qat(weight_bits=4, end_bits=4, epochs=8.0).rewrite(trained, context)
+    Qat(weight_bits=4, epochs=0.01, learning_rate=1e-12).rewrite(plain, context)
+    Qat(weight_bits=4, epochs=8.0).rewrite(trained, context)
     trained.save(tmp_path / "trained.onnx")
     images = arrays(64)["image"]
 

@@ -56,10 +56,7 @@ def find_scales(constants: Sequence[Held]) -> tuple[set[str], dict[str, Product]
 
 def _is_scale(held: Held) -> bool:
     """Whether a constant is a float scale of quantized values and of nothing else."""
-    all_scales = all(
-        reading.index == 1 and reading.node.op in QUANTIZERS and not reading.node.attrs.get("block_size")
-        for reading in held.readers
-    )
+    all_scales = all(reading.index == 1 and reading.node.op in QUANTIZERS for reading in held.readers)
     return bool(held.readers) and kind_of(held) in FLOATS and all_scales
 
 
