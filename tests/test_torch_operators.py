@@ -71,6 +71,35 @@ def test_a_failing_operator_is_named_with_its_node():
         module(torch.ones(1, 3, dtype=torch.float64))
 
 
+def test_an_operator_that_onnx_defines_by_others_is_run_as_these():
+    text = """g (float[1, 2, 3, 4] x, float[3, 2] c, float[3, 2] s) => (float[1, 2, 3, 4] y) {
+        h = Identity(x)  y = RotaryEmbedding(h, c, s, p)
+    }"""
+    model = graph_model(text, p=np.arange(3)[None], opset=23, ir_version=10)
+    x, angles = torch.randn(1, 2, 3, 4, requires_grad=True), torch.rand(3, 2)
+
+    y = load(model)(x, angles.cos(), angles.sin())
+    y.sum().backward()
+
+    first, second = x.detach().chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    torch.testing.assert_close(y, torch.cat([cos * first - sin * second, sin * first + cos * second], -1))
+    assert x.grad is not None
+
+
+def test_constants_inside_of_functions_are_not_trained():
+    text = """<ir_version: 8, opset_import: ["": 17, "own": 1]>
+    g (float[N, 2] x) => (float[N, 2] y) <float[2] b = {1, 2}> { h = own.Twice(x)  y = Add(h, b) }
+    <domain: "own", opset_import: ["": 17]>
+    Twice (x) => (y) { two = Constant<value = float[2] {2, 2}>()  y = Mul(x, two) }"""
+    model = Model.load(onnx.parser.parse_model(text))
+    module = load(model)
+
+    assert [name for name, _ in module.named_parameters()] == ["b"]
+    assert module(torch.ones(1, 2)).tolist() == [[3, 4]]
+    assert module.write_back(model) == []
+
+
 # --- whole numbers ----------------------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import torch
 from onnx import TensorProto, inliner
@@ -101,8 +103,10 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         latents: Model | None = None,
     ) -> None:
         super().__init__()
-        model = _inlined(model)
-        _check_operators(model)
+        inlined = _inlined(model)
+        _check_operators(inlined)
+        own = None if inlined is model else {held.name for held in find_constants(model.fork().graph)}
+        model = inlined if inlined is not model else model.fork()
         constants = find_constants(model.graph)
         plan = compile_graph(model.graph, _opsets(model))
         self.input_names = tuple(plan.inputs)
@@ -111,7 +115,9 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         self._output_types = {tensor.name: tensor.dtype for tensor in model.graph.outputs}
         self._kinds = {held.name: kind_of(held) for held in constants}
         self._codes: dict[str, _Code] = {}
-        self._place(constants, freeze, learn_scales)
+        # What stands in a function has no tensor of its own to be written back to.
+        inside = () if own is None else [held.name for held in constants if held.name not in own]
+        self._place(constants, [*freeze, *map(glob.escape, inside)], learn_scales)
         self.plan = self._with_codes(plan, model.opset)
         self._start_codes(latents)
         self.plan = self._folded(self.plan)
@@ -355,10 +361,41 @@ def _as_array(tensor: Tensor, before: Array) -> Array:
 
 
 def _inlined(model: Model) -> Model:
-    """A fork whose functions are nodes of the graph."""
-    if not model.functions:
-        return model.fork()
-    return Model.load(inliner.inline_local_functions(model.to_proto()))
+    """The model with its functions as nodes of the graph, and so ONNX's own where an operator is not there."""
+    found = Model.load(inliner.inline_local_functions(model.to_proto())) if model.functions else model
+    while composed := _composed_operators(found):
+        try:
+            proto = inliner.inline_selected_functions(_typed(found), composed, inline_schema_functions=True)
+        except (RuntimeError, TypeError):  # a type that is not known; an onnx that cannot do it yet
+            break
+        found = Model.load(proto)
+    return found
+
+
+def _typed(model: Model) -> onnx.ModelProto:
+    """The model with the types of its inner values, which ONNX's inliner asks for, those of initializers included."""
+    proto = onnx.shape_inference.infer_shapes(model.to_proto())
+    proto.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in proto.graph.initializer
+    )
+    return proto
+
+
+def _composed_operators(model: Model) -> list[tuple[str, str]]:
+    """Domain and name of the operators that are missing but that ONNX defines by others."""
+    missing = [("" if node.domain is None else node.domain, node.op) for node in missing_operators(model.graphs())]
+    opsets = _opsets(model)
+    return [each for each in missing if _is_composed(*each, opsets.get(each[0], 1))]
+
+
+def _is_composed(domain: str, op: str, opset: int) -> bool:
+    """Whether ONNX defines an operator by others."""
+    try:
+        schema = onnx.defs.get_schema(op, opset, domain)
+    except onnx.defs.SchemaError:
+        return False
+    return any(getattr(schema, key) for key in ("has_function", "has_context_dependent_function"))
 
 
 def _opsets(model: Model) -> dict[str, int]:
