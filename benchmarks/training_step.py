@@ -30,6 +30,7 @@ from onnxcomp.torch_bridge import GraphModule, load
 from sample_models.train import VisionTransformer, build_mobilenet
 
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
+MOBILENET = "fashion_mobilenet"
 BATCH, CLASSES, TIME, WIDTH = 64, 10, 30, 64
 WARM_UP = 3
 HEAD = ("model", "native, ms", "bridge, ms", "over native", "one by one, over native")
@@ -71,18 +72,21 @@ def quantized(folder: Path) -> Path:
             return next(self.left, None)
 
     path = folder / "int8.onnx"
-    quantize_static(str(SAMPLES / "fashion_mobilenet.onnx"), str(path), Reader(), per_channel=True)
+    quantize_static(str(SAMPLES / f"{MOBILENET}.onnx"), str(path), Reader(), per_channel=True)
     return path
 
 
 def cases(folder: Path) -> Iterator[tuple[str, nn.Module, Path, Tensor]]:
     """Name, native module, model and input."""
     images, sequences = torch.rand(BATCH, 1, 28, 28), torch.randn(TIME, BATCH, WIDTH)
-    yield "fashion_mobilenet", build_mobilenet(), SAMPLES / "fashion_mobilenet.onnx", images
+    yield MOBILENET, build_mobilenet(), SAMPLES / f"{MOBILENET}.onnx", images
     yield "fashion_vit", VisionTransformer(), SAMPLES / "fashion_vit.onnx", images
+    last = torch.channels_last
+    turned = build_mobilenet().to(memory_format=last)
+    yield f"{MOBILENET}, channels last", turned, SAMPLES / f"{MOBILENET}.onnx", images.contiguous(memory_format=last)
     recurrent = Recurrent()
     yield "LSTM and GRU", recurrent, exported(recurrent, sequences, folder / "recurrent.onnx"), sequences
-    yield "fashion_mobilenet, int8", build_mobilenet(), quantized(folder), images
+    yield f"{MOBILENET}, int8", build_mobilenet(), quantized(folder), images
 
 
 def step_of(module: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -124,6 +128,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, native, path, x in cases(Path(folder)):
             modules = [native.eval(), load(path), one_by_one(load(path))]
+            if "channels last" in name:
+                modules[1:] = [module.to(memory_format=torch.channels_last) for module in modules[1:]]
             base, bridge, slow = medians([step_of(module, x) for module in modules], runs)
             rows.append((name, f"{base:.1f}", f"{bridge:.1f}", f"{bridge / base:.2f}", f"{slow / base:.2f}"))
     print_table(HEAD, rows)

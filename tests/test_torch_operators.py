@@ -53,6 +53,18 @@ def test_sample_models_give_what_onnxruntime_gives(path):
     assert module.write_back(model) == []
 
 
+def test_images_may_lie_with_their_channels_last():
+    path = SAMPLES[1]
+    images = torch.from_numpy(np.load(path.parent / "fashion_test.npz")["image"][:4])
+    model, plain, turned = Model.load(path), load(path), load(path)
+
+    turned.to(memory_format=torch.channels_last)
+
+    got = turned(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(got, plain(images), atol=FORWARD_TOLERANCE, rtol=FORWARD_TOLERANCE)
+    assert turned.write_back(model) == []
+
+
 def test_a_missing_operator_is_named_with_its_node_and_the_way_to_add_it():
     model = graph_model("g (float[N] x) => (float[N] y) { h = Relu(x)  [odd] y = custom.Strange(h) }")
     model.opset_import.append(helper.make_opsetid("custom", 1))
@@ -248,7 +260,11 @@ def test_packed_products_of_few_bits_give_what_onnxruntime_gives():
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
     expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)[0]
 
-    np.testing.assert_allclose(load(model)(torch.from_numpy(feed["x"])).detach(), expected, atol=10 * ROUNDING)
+    module = load(model)
+
+    np.testing.assert_allclose(module(torch.from_numpy(feed["x"])), expected, atol=10 * ROUNDING)
+    assert not list(module.parameters())
+    assert [name for name, _ in load(model, learn_scales=True).named_parameters()] == ["s"]
 
 
 def test_dropout_is_in_training_only_where_the_node_says_so():

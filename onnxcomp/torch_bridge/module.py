@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import torch
-from onnx import TensorProto, inliner
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from onnxcomp.errors import ModelError, RequirementError
@@ -20,6 +19,7 @@ from onnxcomp.model import Model, ModelSource, value_of
 from onnxcomp.torch_bridge import operators
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, onnx_type, torch_dtype
 from onnxcomp.torch_bridge.fusion import fuse
+from onnxcomp.torch_bridge.inlining import inlined_model, opsets_of
 from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quantize_linear
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
@@ -103,12 +103,12 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         latents: Model | None = None,
     ) -> None:
         super().__init__()
-        inlined = _inlined(model)
+        inlined = inlined_model(model)
         _check_operators(inlined)
         own = None if inlined is model else {held.name for held in find_constants(model.fork().graph)}
         model = inlined if inlined is not model else model.fork()
         constants = find_constants(model.graph)
-        plan = compile_graph(model.graph, _opsets(model))
+        plan = compile_graph(model.graph, opsets_of(model))
         self.input_names = tuple(plan.inputs)
         self.output_names = tuple(plan.outputs)
         self.defaults = {each.name: as_tensor(np.asarray(value_of(each))) for each in _defaults(model.graph)}
@@ -358,48 +358,6 @@ def _as_array(tensor: Tensor, before: Array) -> Array:
     if tensor.dtype == torch.bfloat16:
         return np.asarray(tensor.float().cpu().numpy()).astype(before.dtype)
     return np.asarray(tensor.cpu().numpy(), before.dtype).reshape(before.shape)
-
-
-def _inlined(model: Model) -> Model:
-    """The model with its functions as nodes of the graph, and so ONNX's own where an operator is not there."""
-    found = Model.load(inliner.inline_local_functions(model.to_proto())) if model.functions else model
-    while composed := _composed_operators(found):
-        try:
-            proto = inliner.inline_selected_functions(_typed(found), composed, inline_schema_functions=True)
-        except (RuntimeError, TypeError):  # a type that is not known; an onnx that cannot do it yet
-            break
-        found = Model.load(proto)
-    return found
-
-
-def _typed(model: Model) -> onnx.ModelProto:
-    """The model with the types of its inner values, which ONNX's inliner asks for, those of initializers included."""
-    proto = onnx.shape_inference.infer_shapes(model.to_proto())
-    proto.graph.value_info.extend(
-        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        for tensor in proto.graph.initializer
-    )
-    return proto
-
-
-def _composed_operators(model: Model) -> list[tuple[str, str]]:
-    """Domain and name of the operators that are missing but that ONNX defines by others."""
-    missing = [("" if node.domain is None else node.domain, node.op) for node in missing_operators(model.graphs())]
-    opsets = _opsets(model)
-    return [each for each in missing if _is_composed(*each, opsets.get(each[0], 1))]
-
-
-def _is_composed(domain: str, op: str, opset: int) -> bool:
-    """Whether ONNX defines an operator by others."""
-    try:
-        schema = onnx.defs.get_schema(op, opset, domain)
-    except onnx.defs.SchemaError:
-        return False
-    return any(getattr(schema, key) for key in ("has_function", "has_context_dependent_function"))
-
-
-def _opsets(model: Model) -> dict[str, int]:
-    return {("" if entry.domain == "ai.onnx" else entry.domain): entry.version for entry in model.proto().opset_import}
 
 
 def _check_operators(model: Model) -> None:
