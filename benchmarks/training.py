@@ -33,11 +33,14 @@ import numpy as np
 
 from benchmarks.tasks import print_table
 from onnxcomp import Context, Model, optimize
-from onnxcomp.passes import Pass
+from onnxcomp.analysis import mac_counts
+from onnxcomp.data import input_specs, open_data
+from onnxcomp.passes import Changes, Pass
 from onnxcomp.runtime import Runtime
 from onnxcomp.train import Loss, Pruning, Trained, TrainOptions, distill
 from onnxcomp_passes import Cluster, Pack, Prune, PruneChannels, Quantize, Simplify
 from onnxcomp_passes._channels_groups import find_channels
+from onnxcomp_passes._few_bits import quantize_layers
 from sample_models.train import DEFAULT_DATA, accuracy, load_split
 
 Array = np.ndarray[Any, Any]
@@ -67,10 +70,12 @@ class Fashion:
 
     @staticmethod
     def read(name: str, folder: Path) -> Fashion:
+        """The sample model of this name, and the images in a folder."""
         return Fashion(name, *load_split(folder, "train"), *load_split(folder, "t10k"))
 
     @property
     def path(self) -> Path:
+        """The model's file."""
         return SAMPLES / f"{self.name}.onnx"
 
     def score(self, model: Model | Path) -> float:
@@ -115,8 +120,6 @@ def parameters(model: Model) -> tuple[int, int]:
 
 def row(fashion: Fashion, label: str, model: Model, started: float) -> list[str]:
     """Accuracy, size and speed of a model beside the original's; speed is measured in turn, with one thread."""
-    from onnxcomp.analysis import mac_counts
-
     shapes = {"image": [1, 1, 28, 28]}
     original = Model.load(fashion.path)
     with tempfile.TemporaryDirectory() as folder, Runtime() as runtime:
@@ -240,28 +243,23 @@ def mobilenet(fashion: Fashion, epochs: float | None) -> Iterator[list[str]]:
 
 
 def qat(fashion: Fashion, epochs: float | None) -> Iterator[list[str]]:
-    """Weights of 4 bits, and activations of 8 or 4, before and after training."""
-    for activations in (8, 4):
-        started = time.monotonic()
-        rough = _few_bits(fashion, activations)
-        yield row(fashion, f"W4A{activations}, calibrated", rough, started)
-        trained = fashion.distil(rough, epochs=epochs or 6.0, learning_rate=1e-3, learn_scales=True)
-        yield row(fashion, f"W4A{activations}, trained", trained.model, started)
-
-
-def _few_bits(fashion: Fashion, activations: int) -> Model:
-    """What `qat` begins with."""
-    from onnxcomp.data import input_specs, open_data
-    from onnxcomp.passes import Changes
-    from onnxcomp_passes._few_bits import quantize_layers
-
-    model = Model.load(fashion.path)
-    Simplify().rewrite(model, Context())
+    """Weights of 4 bits, and activations of 8 or 4, before and after training; those of 8 bits packed in the end."""
+    started = time.monotonic()
+    quantize = Quantize(weight_bits=4, choose=False, remedies=("round-weights",))
+    rough = fashion.compressed(fashion.path, Simplify(), quantize)
+    yield row(fashion, "W4A8, calibrated", rough, started)
+    trained = fashion.distil(rough, epochs=epochs or 4.0, learning_rate=1e-3, learn_scales=True).model
+    yield row(fashion, "W4A8, trained", trained, started)
+    yield row(fashion, "W4A8, trained, packed", fashion.compressed(trained, Pack()), started)
+    started = time.monotonic()
+    rough = fashion.compressed(fashion.path, Simplify())
     with Runtime() as runtime, tempfile.TemporaryDirectory() as folder:
-        data = open_data(CALIBRATION, input_specs(model.proto()))
+        data = open_data(CALIBRATION, input_specs(rough.proto()))
         context = Context(data=data, runtime=runtime, workdir=Path(folder))
-        quantize_layers(model, context, Changes(), weights=4, activations=activations, ends=8)
-    return model
+        quantize_layers(rough, context, Changes(), weights=4, activations=4)
+    yield row(fashion, "W4A4, calibrated", rough, started)
+    trained = fashion.distil(rough, epochs=epochs or 8.0, learning_rate=1e-3, learn_scales=True).model
+    yield row(fashion, "W4A4, trained", trained, started)
 
 
 def vit(fashion: Fashion, epochs: float | None) -> Iterator[list[str]]:

@@ -53,6 +53,18 @@ def test_sample_models_give_what_onnxruntime_gives(path):
     assert module.write_back(model) == []
 
 
+def test_images_may_lie_with_their_channels_last():
+    path = SAMPLES[1]
+    images = torch.from_numpy(np.load(path.parent / "fashion_test.npz")["image"][:4])
+    model, plain, turned = Model.load(path), load(path), load(path)
+
+    turned.to(memory_format=torch.channels_last)
+
+    got = turned(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(got, plain(images), atol=FORWARD_TOLERANCE, rtol=FORWARD_TOLERANCE)
+    assert turned.write_back(model) == []
+
+
 def test_a_missing_operator_is_named_with_its_node_and_the_way_to_add_it():
     model = graph_model("g (float[N] x) => (float[N] y) { h = Relu(x)  [odd] y = custom.Strange(h) }")
     model.opset_import.append(helper.make_opsetid("custom", 1))
@@ -69,6 +81,35 @@ def test_a_failing_operator_is_named_with_its_node():
 
     with pytest.raises(Exception, match=r"node 'product' \(MatMul\) of inputs \(1, 3\), \(2, 2\)"):
         module(torch.ones(1, 3, dtype=torch.float64))
+
+
+def test_an_operator_that_onnx_defines_by_others_is_run_as_these():
+    text = """g (float[1, 2, 3, 4] x, float[3, 2] c, float[3, 2] s) => (float[1, 2, 3, 4] y) {
+        h = Identity(x)  y = RotaryEmbedding(h, c, s, p)
+    }"""
+    model = graph_model(text, p=np.arange(3)[None], opset=23, ir_version=10)
+    x, angles = torch.randn(1, 2, 3, 4, requires_grad=True), torch.rand(3, 2)
+
+    y = load(model)(x, angles.cos(), angles.sin())
+    y.sum().backward()
+
+    first, second = x.detach().chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    torch.testing.assert_close(y, torch.cat([cos * first - sin * second, sin * first + cos * second], -1))
+    assert x.grad is not None
+
+
+def test_constants_inside_of_functions_are_not_trained():
+    text = """<ir_version: 8, opset_import: ["": 17, "own": 1]>
+    g (float[N, 2] x) => (float[N, 2] y) <float[2] b = {1, 2}> { h = own.Twice(x)  y = Add(h, b) }
+    <domain: "own", opset_import: ["": 17]>
+    Twice (x) => (y) { two = Constant<value = float[2] {2, 2}>()  y = Mul(x, two) }"""
+    model = Model.load(onnx.parser.parse_model(text))
+    module = load(model)
+
+    assert [name for name, _ in module.named_parameters()] == ["b"]
+    assert module(torch.ones(1, 2)).tolist() == [[3, 4]]
+    assert module.write_back(model) == []
 
 
 # --- whole numbers ----------------------------------------------------------------------------------------------------
@@ -219,7 +260,11 @@ def test_packed_products_of_few_bits_give_what_onnxruntime_gives():
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
     expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)[0]
 
-    np.testing.assert_allclose(load(model)(torch.from_numpy(feed["x"])).detach(), expected, atol=10 * ROUNDING)
+    module = load(model)
+
+    np.testing.assert_allclose(module(torch.from_numpy(feed["x"])), expected, atol=10 * ROUNDING)
+    assert not list(module.parameters())
+    assert [name for name, _ in load(model, learn_scales=True).named_parameters()] == ["s"]
 
 
 def test_dropout_is_in_training_only_where_the_node_says_so():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import torch
-from onnx import TensorProto, inliner
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from onnxcomp.errors import ModelError, RequirementError
@@ -18,6 +20,7 @@ from onnxcomp.model import Model, ModelSource, value_of
 from onnxcomp.torch_bridge import operators
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, onnx_type, torch_dtype
 from onnxcomp.torch_bridge.fusion import fuse
+from onnxcomp.torch_bridge.inlining import inlined_model, opsets_of
 from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quantize_linear
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
@@ -104,10 +107,12 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         latents: Model | None = None,
     ) -> None:
         super().__init__()
-        model = _inlined(model)
-        _check_operators(model)
+        inlined = inlined_model(model)
+        _check_operators(inlined)
+        own = None if inlined is model else {held.name for held in find_constants(model.fork().graph)}
+        model = inlined if inlined is not model else model.fork()
         constants = find_constants(model.graph)
-        plan = compile_graph(model.graph, _opsets(model))
+        plan = compile_graph(model.graph, opsets_of(model))
         self.input_names = tuple(plan.inputs)
         self.output_names = tuple(plan.outputs)
         self.defaults = {each.name: as_tensor(np.asarray(value_of(each))) for each in _defaults(model.graph)}
@@ -115,7 +120,9 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         self._kinds = {held.name: kind_of(held) for held in constants}
         self._codes: dict[str, _Code] = {}
         scales, self._products = find_scales(constants) if learn_scales else (set(), {})
-        self._place(constants, freeze, scales)
+        # What stands in a function has no tensor of its own to be written back to.
+        inside = () if own is None else [held.name for held in constants if held.name not in own]
+        self._place(constants, [*freeze, *map(glob.escape, inside)], scales)
         self.scale_names = frozenset(scales & self._parameters.keys())
         self._products = {
             name: each for name, each in self._products.items() if {each.first, each.second} & self.scale_names
@@ -343,12 +350,29 @@ def _codes_of(held: Held) -> _Code:
     inputs = tuple(tensor.name for tensor in node.inputs[1:])
     kind = kind_of(held)
     attrs = {key: node.attrs[key] for key in ("axis", "block_size") if key in node.attrs}
-    call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, "output_dtype": kind}, input_types=(0, 0, kind))
+    own = {"output_dtype": kind, "range": _grid(value_of(held.constant), kind)}
+    call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, **own}, input_types=(0, 0, kind))
     return _Code(call, NodeCall(held.name, "DequantizeLinear", attrs=attrs), inputs)
 
 
 def _made(plan: Plan) -> set[str]:
     return {name for step in plan.steps for name in step.outputs}
+
+
+def _grid(codes: Array, kind: int) -> tuple[float, float]:
+    """The smallest and the largest code that may come: as many bits as codes fill, symmetric where they are.
+
+    Weights of 4 bits that are held as int8 stay in 4 bits, and those that leave -128 out go on leaving it out.
+    """
+    low, high = INTEGER_RANGES[kind]
+    if kind == TensorProto.INT32:
+        return -math.inf, math.inf
+    if low == 0 or not codes.size:
+        return low, high
+    values = codes.astype(np.int64)
+    bits = max(2, int(max(values.max(), -values.min() - 1, 0)).bit_length() + 1)
+    top = 2 ** (bits - 1) - 1
+    return (-top if values.min() >= -top else -top - 1), top
 
 
 def _defaults(graph: gs.Graph) -> list[gs.Constant]:
@@ -377,17 +401,6 @@ def _as_array(tensor: Tensor, before: Array) -> Array:
     if tensor.dtype == torch.bfloat16:
         return np.asarray(tensor.float().cpu().numpy()).astype(before.dtype)
     return np.asarray(tensor.cpu().numpy(), before.dtype).reshape(before.shape)
-
-
-def _inlined(model: Model) -> Model:
-    """A fork whose functions are nodes of the graph."""
-    if not model.functions:
-        return model.fork()
-    return Model.load(inliner.inline_local_functions(model.to_proto()))
-
-
-def _opsets(model: Model) -> dict[str, int]:
-    return {("" if entry.domain == "ai.onnx" else entry.domain): entry.version for entry in model.proto().opset_import}
 
 
 def _check_operators(model: Model) -> None:

@@ -98,7 +98,7 @@ def _scales(rows: Array, top: int) -> Array:
 
 
 def quantize_layers(
-    model: Model, context: Context, changes: Changes, *, weights: int, activations: int, ends: int
+    model: Model, context: Context, changes: Changes, *, weights: int, activations: int
 ) -> Sequence[str]:
     """Put every layer with a float weight onto a grid of few bits, in place.
 
@@ -107,8 +107,8 @@ def quantize_layers(
         context: Its data tell ranges.
         changes: Told what was done and why others were left.
         weights: Bits of weights.
-        activations: Bits of what layers read.
-        ends: Bits of both in the first and the last layer, whose errors nothing evens out.
+        activations: Bits of what layers read. The first and the last layer, whose errors nothing evens out, have 8 of
+            both.
 
     Returns:
         The names of the layers.
@@ -116,10 +116,10 @@ def quantize_layers(
     layers = [layer for layer in find_layers(model.graph, context, changes) if isinstance(layer.weight, gs.Constant)]
     if not layers:
         return []
-    model.raise_opset(FOUR_BIT_OPSET if min(weights, activations, ends) != EIGHT else PER_CHANNEL_OPSET)
+    model.raise_opset(FOUR_BIT_OPSET if min(weights, activations) != EIGHT else PER_CHANNEL_OPSET)
     layers = [layer for layer in find_layers(model.graph, context) if isinstance(layer.weight, gs.Constant)]
     at_ends = {layers[0].name, layers[-1].name}
-    bits = {layer.name: (ends, ends) if layer.name in at_ends else (weights, activations) for layer in layers}
+    bits = {layer.name: (EIGHT, EIGHT) if layer.name in at_ends else (weights, activations) for layer in layers}
     watches = {}
     for layer in layers:
         levels = 2 ** bits[layer.name][1]

@@ -175,3 +175,27 @@ def _unique(call: NodeCall, x: Tensor) -> tuple[Tensor, ...]:
         values, first, counts = values.index_select(axis, order), first[order], counts[order]
         inverse = order.argsort()[inverse]
     return values, first, inverse, counts
+
+
+@operator("HannWindow", "HammingWindow", "BlackmanWindow")
+def _window(call: NodeCall, size: Tensor) -> Tensor:
+    count = int(size)
+    turns = count if call.get("periodic", 1) else count - 1
+    angles = torch.arange(count, dtype=torch.float64) * (2 * math.pi / max(turns, 1))
+    first, second, third = WINDOWS[call.op]
+    found = first - second * torch.cos(angles) + third * torch.cos(2 * angles)
+    return found.to(type_of(call, "output_datatype"))
+
+
+WINDOWS = {"HannWindow": (0.5, 0.5, 0.0), "HammingWindow": (25 / 46, 21 / 46, 0.0), "BlackmanWindow": (0.42, 0.5, 0.08)}
+
+
+@operator("GridSample")
+def _grid_sample(call: NodeCall, x: Tensor, grid: Tensor) -> Tensor:
+    mode, padding = (_text(call.get(key, default)) for key, default in (("mode", "linear"), ("padding_mode", "zeros")))
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    return F.grid_sample(x, grid, mode, padding, bool(call.get("align_corners", 0)))
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

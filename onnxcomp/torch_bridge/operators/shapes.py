@@ -78,6 +78,9 @@ def _split(call: NodeCall, x: Tensor, sizes: Tensor | None = None) -> tuple[Tens
     return tuple(x.split(lengths, axis))
 
 
+LARGEST = {2**31 - 1, 2**63 - 1}
+
+
 @operator("Slice")
 def _slice(
     call: NodeCall,
@@ -92,10 +95,15 @@ def _slice(
     along = axes_of(call, axes) or list(range(len(first)))
     strides = [1] * len(first) if steps is None else numbers(steps)
     for start, end, axis, step in zip(first, last, along, strides, strict=True):
-        begin, stop, _ = slice(start, end, step).indices(x.shape[axis])
         if step < 0:
-            x = x.index_select(axis, torch.arange(begin, stop, step))
-        elif step == 1:
+            # A start in front of all is the first place, other than in Python. And ONNX Runtime takes the largest end
+            # as that of the direction, whichever it is.
+            size = x.shape[axis]
+            begin, stop, _ = slice(max(start, -size), None if end in LARGEST else end, step).indices(size)
+            x = x.index_select(axis, torch.arange(begin, min(stop, begin), step))
+            continue
+        begin, stop, _ = slice(start, end, step).indices(x.shape[axis])
+        if step == 1:
             x = x.narrow(axis, begin, max(stop - begin, 0))
         else:
             index: list[Any] = [slice(None)] * x.ndim
