@@ -94,6 +94,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         defaults: What inputs are that need not be given.
         output_names: Of the outputs.
         scale_names: Of the Parameters that are scales.
+        code_names: Of the Parameters that are the numbers behind integer codes.
+        rounded_names: Of those whose zeros are numbers that were rounded, not weights that were pruned.
         plan: The steps that run.
         plan: The steps, one a node; what runs is the same with some of them put together.
     """
@@ -178,17 +180,23 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
     def _start_codes(self, floats: Model | None) -> None:
         """Put the numbers behind the codes in place of the codes, where they can be from a float model."""
         known = {} if floats is None else {held.name: held for held in find_constants(floats.graph)}
+        rounded = set()
         for name, code in self._codes.items():
             parameter = self._parameters[name]
             codes = parameter.detach().clone()
             scale, *zero = (self._any(each).detach() for each in code.inputs if each)
             with torch.no_grad():
                 parameter.copy_(dequantize_linear(code.back, codes, scale, *zero))
+                pruned = _is_pruned(dequantize_linear(code.back, codes, torch.ones_like(scale), *zero))
+                if not pruned:
+                    rounded.add(name)
                 source = known.get(name)
                 if source is not None and kind_of(source) in FLOATS and tuple(source.constant.shape) == codes.shape:
                     half = dequantize_linear(code.back, torch.full_like(codes, _WITHIN), scale)
                     near = as_tensor(np.asarray(value_of(source.constant))).to(parameter.dtype)
-                    parameter.copy_(torch.minimum(torch.maximum(near, parameter - half), parameter + half))
+                    near = torch.minimum(torch.maximum(near, parameter - half), parameter + half)
+                    parameter.copy_(torch.where(parameter == 0, 0, near) if pruned else near)
+        self.code_names, self.rounded_names = frozenset(self._codes), frozenset(rounded)
 
     def _any(self, name: str) -> Tensor:
         """The present value of a Parameter, of a constant, or of a scale that follows from others."""
@@ -338,6 +346,16 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         whole = np.clip(found.double().cpu().numpy(), low, high).astype(np.int64)
         # Large int32 codes are more than a float can hold: those that were not trained stay as they were.
         return np.where(same.cpu().numpy(), before.astype(np.int64), whole).astype(before.dtype)
+
+
+PRUNED_FROM = 3.0
+"""Rounding makes at most about twice as many zeros as ones (of values that fall off as exp(-|x|) in steps)."""
+
+
+def _is_pruned(codes: Tensor) -> bool:
+    """Whether there are more zeros among codes than rounding makes."""
+    zeros, ones = int((codes == 0).sum()), int((codes.abs() == 1).sum())
+    return zeros > PRUNED_FROM * max(1.0, ones / 2)
 
 
 _WITHIN = 0.499
