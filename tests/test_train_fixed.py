@@ -174,4 +174,4 @@ def test_the_grid_of_codes_is_no_codebook_and_its_zeros_may_move():
 
     assert not fixed.ties
     assert not fixed.masks
-    assert len(torch.unique(weight.detach())) > 100
+    assert len(torch.unique(weight.detach())) > 20
