@@ -1,7 +1,6 @@
 """What training on the graph wins back, in accuracy on test images or sentences that it does not see.
 
     python -m benchmarks.training lenet|mobilenet|qat|vit [--data DIR] [--epochs N]
-    ONNXCOMP_BENCH=DIR python -m benchmarks.training minilm [--epochs N]
 
 The fashion models are those of sample_models/, trained on with Fashion-MNIST's 60,000 training images, from DIR, and
 scored on its 10,000 test images, through ONNX Runtime. Only the answers of the original teach, but where "labels" is
@@ -12,9 +11,6 @@ model, with labels, clusters and packs it, and writes benchmarks/results/.
 
 "mobilenet" takes half of the multiply-accumulates out, distils, and quantizes. "qat" trains in 4 bits. "vit" takes a
 third of its feed-forward neurons out, quantizes, and trains through the rounding.
-
-"minilm" splits the six feed-forward weights of paraphrase_minilm_l3 at rank 128 and distils on the calibration
-sentences and on sentences of the Python library's documentation, in the tokens of a package's vocabulary.
 """
 
 from __future__ import annotations
@@ -284,7 +280,7 @@ def _feed_forward(model: Model) -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lenet", "mobilenet", "qat", "vit", "minilm"])
+    parser.add_argument("what", choices=["lenet", "mobilenet", "qat", "vit"])
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of Fashion-MNIST's idx .gz files")
     parser.add_argument("--epochs", type=float, help="instead of each model's own number")
     arguments = parser.parse_args()
