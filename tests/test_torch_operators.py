@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,34 @@ def test_sample_models_give_what_onnxruntime_gives(path):
     np.testing.assert_allclose(got.detach(), expected, atol=FORWARD_TOLERANCE)
     assert all(parameter.grad is not None for parameter in module.parameters())
     assert module.write_back(model) == []
+
+
+def test_the_state_of_a_module_can_be_kept_and_loaded():
+    module = load(SAMPLES[-1])
+    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    assert any("." in name for name in kept)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 1
+
+    module.load_state_dict(kept)
+
+    assert all(value.equal(kept[name]) for name, value in module.state_dict().items())
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "other.weight"'):
+        module.load_state_dict({**kept, "other.weight": torch.ones(1)})
+
+
+def test_a_copy_of_a_module_is_another_one():
+    module = load(SAMPLES[0])
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+
+    images = torch.rand(2, 1, 28, 28)
+
+    assert copied(images).count_nonzero() == 0
+    assert module(images).count_nonzero() == 20
 
 
 def test_images_may_lie_with_their_channels_last():

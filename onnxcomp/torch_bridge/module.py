@@ -180,6 +180,12 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
                     near = as_tensor(np.asarray(value_of(source.constant))).to(parameter.dtype)
                     parameter.copy_(torch.minimum(torch.maximum(near, parameter - half), parameter + half))
 
+    def _load_from_state_dict(self, state: Any, prefix: str, *more: Any) -> None:
+        """As in torch, which takes names with dots for those of inner modules, and so for unexpected."""
+        super()._load_from_state_dict(state, prefix, *more)
+        *_, unexpected, _ = more
+        unexpected[:] = [name for name in unexpected if name.removeprefix(prefix) not in self._parameters]
+
     def _any(self, name: str) -> Tensor:
         found = self._parameters.get(name)
         return self._buffers[name] if found is None else found
