@@ -119,6 +119,14 @@ def test_average_pool_gives_what_onnxruntime_gives(case, ceil, inside, number):
     check("AveragePool", [normal((2, 3, *sizes), number)], 19, ceil_mode=ceil, count_include_pad=inside, **attrs)
 
 
+@pytest.mark.parametrize("op", ["AveragePool", "Conv", "ConvTranspose"])
+@pytest.mark.parametrize("auto", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("size", [6, 7, 8])
+def test_windows_shorter_than_their_steps_lie_where_onnxruntime_has_them(op, auto, size):
+    inputs: list[Array | None] = [normal((1, 2, size), 0), *([normal((2, 2, 1), 1)] if "Conv" in op else [])]
+    check(op, inputs, 19, auto_pad=auto, kernel_shape=[1], strides=[3])
+
+
 @seed(5)
 @given(
     mode=st.sampled_from(["constant", "edge", "reflect", "wrap"]),

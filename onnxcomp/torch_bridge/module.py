@@ -198,6 +198,12 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
                     parameter.copy_(torch.where(parameter == 0, 0, near) if pruned else near)
         self.code_names, self.rounded_names = frozenset(self._codes), frozenset(rounded)
 
+    def _load_from_state_dict(self, state: Any, prefix: str, *more: Any) -> None:
+        """As in torch, which takes names with dots for those of inner modules, and so for unexpected."""
+        super()._load_from_state_dict(state, prefix, *more)
+        *_, unexpected, _ = more
+        unexpected[:] = [name for name in unexpected if name.removeprefix(prefix) not in self._parameters]
+
     def _any(self, name: str) -> Tensor:
         """The present value of a Parameter, of a constant, or of a scale that follows from others."""
         product = self._products.get(name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
-from onnxcomp.torch_bridge.operators.common import UNSIGNED, numbers, type_of
+from onnxcomp.torch_bridge.operators.common import UNSIGNED, numbers, type_of, wide
 from onnxcomp.torch_bridge.registry import NodeCall, operator
 
 __all__: list[str] = []
@@ -38,7 +38,7 @@ def _gather(call: NodeCall, x: Tensor, indices: Tensor) -> Tensor:
 @operator("GatherElements")
 def _gather_elements(call: NodeCall, x: Tensor, indices: Tensor) -> Tensor:
     axis = call.get("axis", 0)
-    return x.gather(axis, _positive(indices, x.shape[axis]))
+    return wide(lambda each: each.gather(axis, _positive(indices, x.shape[axis])), x)
 
 
 @operator("GatherND")
@@ -74,6 +74,8 @@ def _scatter_elements(call: NodeCall, x: Tensor, indices: Tensor, updates: Tenso
 
 @operator("ScatterND")
 def _scatter_nd(call: NodeCall, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    if x.dtype in UNSIGNED:
+        return _scatter_nd(call, x.to(torch.int64), indices, updates.to(torch.int64)).to(x.dtype)
     depth = indices.shape[-1]
     places = tuple(_positive(indices[..., axis], x.shape[axis]) for axis in range(depth))
     how = _reduction(call)
@@ -119,7 +121,7 @@ def _one_hot(call: NodeCall, indices: Tensor, depth: Tensor, values: Tensor) -> 
 
 @operator("NonZero")
 def _non_zero(call: NodeCall, x: Tensor) -> Tensor:
-    return x.nonzero().T
+    return (x != 0).nonzero().T
 
 
 @operator("Compress")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
-from onnxcomp.torch_bridge.operators.common import axes_of, numbers
+from onnxcomp.torch_bridge.operators.common import axes_of, numbers, wide
 from onnxcomp.torch_bridge.registry import NodeCall, operator
 
 __all__ = ["pad_axis"]
@@ -134,7 +134,8 @@ def _tile(call: NodeCall, x: Tensor, repeats: Tensor, axis: Tensor | None = None
 @operator("Trilu")
 def _trilu(call: NodeCall, x: Tensor, k: Tensor | None = None) -> Tensor:
     diagonal = 0 if k is None else int(k)
-    return torch.triu(x, diagonal) if call.get("upper", 1) else torch.tril(x, diagonal)
+    function = torch.triu if call.get("upper", 1) else torch.tril
+    return wide(lambda each: function(each, diagonal), x)
 
 
 @operator("Pad")
@@ -217,7 +218,7 @@ def _reverse_sequence(call: NodeCall, x: Tensor, lengths: Tensor) -> Tensor:
     shape = [1] * x.ndim
     shape[batch], shape[time] = places.shape
     index = (places if batch < time else places.T).reshape(shape)
-    return x.gather(time, index.expand(x.shape))
+    return wide(lambda each: each.gather(time, index.expand(x.shape)), x)
 
 
 @operator("CenterCropPad")
