@@ -23,7 +23,7 @@ class Training(Pass):
 
     epochs: float = option(10.0, "Passes over the training samples.", minimum=0.01)
     batch_size: int = option(64, "Samples in a step.", minimum=1)
-    learning_rate: float = option(1e-3, "The highest; it rises, then falls along a cosine.", minimum=0.0)
+    learning_rate: float = option(1e-3, "The highest; it rises, then falls along a cosine.", minimum=1e-9)
     weight_decay: float = option(0.0, "Of weights of two axes or more.", minimum=0.0)
     ema: float = option(0.0, "Decay of an average of the weights, which is kept; 0: none.", minimum=0.0, maximum=0.9999)
     patience: int = option(0, "Judgements without gain after which training ends; 0: never.", minimum=0)
