@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,14 @@ class Training(Pass):
 
 def _table(found: Trained) -> Table:
     rows: list[tuple[str | int | float | None, ...]] = [
-        (each.step, each.loss, each.drop, each.error, each.agreement, each.sparsity)
+        (
+            each.step,
+            each.loss if math.isfinite(each.loss) else None,
+            each.drop,
+            each.error,
+            each.agreement,
+            each.sparsity,
+        )
         for each in found.history.evaluations
     ]
     return Table("training", COLUMNS, rows)
