@@ -185,7 +185,7 @@ def _share(text: str) -> float:
     "--max-drop",
     callback=parsed(parse_share),
     metavar="X",
-    help="Make no more zeros while more than this is lost; else the pace is kept.",
+    help="Make no more zeros while more than this is lost.",
 )
 @click.option("--freeze", multiple=True, metavar="PATTERN", help="Weights that are not trained, such as 'embed*'.")
 @click.option("--learn-scales", is_flag=True, help="Train the scales of quantized values too (LSQ).")
@@ -197,7 +197,7 @@ def _share(text: str) -> float:
     help="Where to train.",
 )
 @click.option("--log-dir", type=click.Path(path_type=Path), metavar="PATH", help="Write a TensorBoard log there.")
-@click.option("--resume/--no-resume", default=True, help="Go on with the same training where it was interrupted.")
+@click.option("--no-resume", is_flag=True, help="Start over instead of going on with an interrupted training.")
 @shape_option
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of everything random; 0 unless given."
@@ -231,7 +231,7 @@ def distill_command(**options: Any) -> None:
             metric=options["metric"],
             freeze=options["freeze"],
             learn_scales=options["learn_scales"],
-            resume=options["resume"],
+            resume=not options["no_resume"],
             log_dir=options["log_dir"],
             allow_code=options["allow_code"],
             image=image_from(options),
