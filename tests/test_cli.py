@@ -74,7 +74,7 @@ def commands() -> list[tuple[str, click.Command]]:
 
 
 def test_has_the_commands_that_the_docs_name():
-    assert sorted(main.commands) == ["compare", "export", "inspect", "optimize", "passes"]
+    assert sorted(main.commands) == ["compare", "distill", "export", "inspect", "optimize", "passes"]
 
 
 @pytest.mark.parametrize(("name", "command"), commands())
@@ -98,7 +98,7 @@ def test_tells_its_version():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["optimize", "--help"], ["compare", "--help"], ["export", "--help"], ["--version"]]
+    "arguments", [*([name, "--help"] for name in sorted(main.commands)), ["--help"], ["--version"]], ids=" ".join
 )
 def test_help_imports_neither_onnx_nor_onnxruntime_nor_rich(arguments):
     code = (
@@ -115,6 +115,21 @@ def test_help_imports_neither_onnx_nor_onnxruntime_nor_rich(arguments):
 def test_importing_the_package_is_light():
     code = "import sys, onnxcomp; assert not {'onnx', 'numpy', 'rich', 'click', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("code", ["import onnxcomp_passes", "from onnxcomp.passes import registered_passes as f; f()"])
+def test_passes_load_torch_only_when_they_train(code):
+    code = f"import sys; {code}; assert not {{'torch', 'safetensors', 'tensorboardX'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_listing_and_explaining_passes_loads_no_torch():
+    code = (
+        "import sys; from onnxcomp.cli import main\n"
+        "for words in (['passes'], ['passes', 'distill'], ['passes', 'qat']): main(words, standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_public_names_are_sorted_and_there():
@@ -278,6 +293,16 @@ def test_options_are_shown_as_they_are_given():
     text = run("passes", "quantize").output
     assert "  per_channel=true\n" in text
     assert "(one of minmax, moving-average" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("distill", "data and torch"), ("fine-tune", "data, labels and torch"), ("qat", "data and torch")],
+)
+def test_a_pass_that_trains_says_what_it_needs_and_is_judged_with(name, needs):
+    text = run("passes", name).output
+    assert f"It may cost accuracy and needs {needs}." in text
+    assert "It is judged together with the lossy passes before it" in text
 
 
 def test_a_pass_says_which_one_it_pays_with():

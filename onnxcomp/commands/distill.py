@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,65 +28,196 @@ if TYPE_CHECKING:
 
 __all__ = ["distill_command"]
 
+_INNER = ("features", "attention", "relational", "graph")
+
+
+def _number(*, above: float = -math.inf, least: float = -math.inf, below: float = math.inf) -> Any:
+    """An option's callback that refuses numbers out of range."""
+    limits = ((above, "above", float.__gt__), (least, "of at least", float.__ge__), (below, "below", float.__lt__))
+    told = " and ".join(f"{word} {limit:g}" for limit, word, _ in limits if math.isfinite(limit))
+
+    def check(value: float) -> float:
+        if not math.isfinite(value) or not all(holds(value, limit) for limit, _, holds in limits):
+            message = f"expected a number {told}, got {value:g}"
+            raise OptionError(message)
+        return value
+
+    return parsed(check)  # type: ignore[arg-type] # click has made a number of the text
+
+
+def _weight(name: str, of: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(name, type=float, default=0.0, callback=_number(least=0), metavar="X", help=f"Weight of {of}.")
+
+
+def _share(text: str) -> float:
+    share = parse_share(text)
+    if not 0 < share < 1:
+        message = f"expected a share above 0 and below 1, such as 10%, got {text!r}"
+        raise OptionError(message)
+    return share
+
 
 @click.command("distill", cls=GuardedCommand, short_help="Train a compressed model with the original's answers.")
 @click.argument("teacher", type=click.Path(path_type=Path))
 @click.argument("student", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; else STUDENT.distilled.onnx.")
-@data_options
-@click.option("--epochs", type=float, default=5.0, show_default=True, help="Passes over the samples.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples in a step.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest; it rises and falls.")
-@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True, help="How.")
-@click.option("--weight-decay", type=float, default=0.0, help="Of weights of two axes or more.")
-@click.option("--ema", type=float, default=0.0, help="Decay of an average of the weights, which is kept; 0: none.")
-@click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Run a step's samples in this many parts.")
-@click.option("--held-out", callback=parsed(parse_share), default="10%", help="Share of samples that judge; 10%.")
-@click.option("--patience", type=click.IntRange(min=0), default=0, help="End after so many judgements without gain.")
-@click.option("--augment", default="", metavar="HOW", help="shift:N, flip, both by a comma, or module:function.")
-@click.option("--temperature", type=float, default=2.0, show_default=True, help="Evens out class probabilities.")
-@click.option("--alpha", type=float, default=0.9, show_default=True, help="Weight of the teacher against labels.")
-@click.option("--features", type=float, default=0.0, help="Weight of inner tensors' errors.")
-@click.option("--attention", type=float, default=0.0, help="Weight of attention maps' distances.")
-@click.option("--relational", type=float, default=0.0, help="Weight of distances and angles in a batch.")
-@click.option("--graph", type=float, default=0.0, help="Weight of similarities in a batch.")
-@click.option("--tensor", "tensors", multiple=True, metavar="NAME", help="Inner tensors to compare; else chosen.")
-@click.option("--loss", "user", metavar="REF", help="A further term: module:function of both's tensors and labels.")
-@click.option("--prune", "sparsity", callback=parsed(parse_share), metavar="X", help="Zeros to reach, such as 95%.")
 @click.option(
-    "--prune-how", type=click.Choice(["gradual", "once", "penalty"]), default="gradual", show_default=True,
-    help="More and more; all at first; or by a penalty on weights.",
-)  # fmt: skip
-@click.option("--prune-end", type=float, default=0.6, help="Share of training after which no more zeros are made; 0.6.")
-@click.option("--max-drop", callback=parsed(parse_share), metavar="X", help="Pruning waits while more is lost.")
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Where to write; else STUDENT.distilled.onnx.",
+)
+@data_options
+@click.option(
+    "--epochs",
+    type=float,
+    default=5.0,
+    callback=_number(above=0),
+    metavar="X",
+    show_default=True,
+    help="Passes over the samples.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, metavar="N", show_default=True, help="Samples in a step."
+)
+@click.option(
+    "--learning-rate",
+    type=float,
+    default=1e-3,
+    callback=_number(above=0),
+    metavar="X",
+    show_default=True,
+    help="The highest: it rises to this, then falls to nothing.",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "sgd"]),
+    default="adamw",
+    show_default=True,
+    help="What makes steps of gradients.",
+)
+@click.option(
+    "--weight-decay",
+    type=float,
+    default=0.0,
+    callback=_number(least=0),
+    metavar="X",
+    help="Of weights of two axes or more; none unless given.",
+)
+@click.option(
+    "--ema",
+    type=float,
+    default=0.0,
+    callback=_number(least=0, below=1),
+    metavar="X",
+    help="Judge and keep an average of the weights, with this decay, such as 0.99.",
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Run a step in this many parts, for less memory.",
+)
+@click.option(
+    "--held-out",
+    callback=parsed(_share),
+    default="10%",
+    metavar="X",
+    show_default=True,
+    help="Share of the samples that judge the training.",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="End after this many judgements without gain; else never.",
+)
+@click.option(
+    "--augment",
+    default="",
+    metavar="HOW",
+    help="Change inputs at random: shift:N, flip, both with a comma between, or module:function.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=2.0,
+    callback=_number(above=0),
+    metavar="X",
+    show_default=True,
+    help="Evens out class probabilities.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    metavar="X",
+    show_default=True,
+    help="Weight of the teacher's answers; that of labels is the rest.",
+)
+@_weight("--features", "the errors of inner tensors")
+@_weight("--attention", "the distances of attention maps of inner tensors")
+@_weight("--relational", "distances and angles between samples, by inner tensors")
+@_weight("--graph", "similarities between samples, by inner tensors")
+@click.option("--tensor", "tensors", multiple=True, metavar="NAME", help="An inner tensor for these; else chosen.")
+@click.option(
+    "--loss",
+    "user",
+    metavar="REF",
+    help="A further term: module:function of the student's tensors, the teacher's, and labels or None.",
+)
+@click.option("--prune", "sparsity", callback=parsed(_share), metavar="X", help="Zeros to reach, such as 95%.")
+@click.option(
+    "--prune-how",
+    type=click.Choice(["gradual", "once", "penalty"]),
+    help="More and more (gradual, unless given), all at first, or drawn to zero by a penalty.",
+)
+@click.option(
+    "--prune-end",
+    type=float,
+    callback=_number(above=0, below=1),
+    metavar="X",
+    help="Part of the training by which all zeros are made; 0.6 unless given.",
+)
+@click.option(
+    "--max-drop",
+    callback=parsed(parse_share),
+    metavar="X",
+    help="Make no more zeros while more than this is lost.",
+)
 @click.option("--freeze", multiple=True, metavar="PATTERN", help="Weights that are not trained, such as 'embed*'.")
 @click.option("--learn-scales", is_flag=True, help="Train the scales of quantized values too (LSQ).")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train.")
-@click.option("--log-dir", type=click.Path(path_type=Path), help="Where to write a TensorBoard log.")
-@click.option("--resume/--no-resume", default=True, help="Go on with the same training where it was interrupted.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where to train.",
+)
+@click.option("--log-dir", type=click.Path(path_type=Path), metavar="PATH", help="Write a TensorBoard log there.")
+@click.option("--no-resume", is_flag=True, help="Start over instead of going on with an interrupted training.")
 @shape_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of everything random; 0 unless given.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, help="Threads of one operator; 1 unless given.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of everything random; 0 unless given."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, metavar="N", help="Threads of one operator; 1 unless given."
+)
 @json_option
 @output_options
 def distill_command(**options: Any) -> None:
     """Train STUDENT, a compressed form of TEACHER, to answer as TEACHER does.
 
-    Labels are not needed; where --data has some of classes, --alpha divides the weight. Zeros, codebooks and integer
-    grids of STUDENT stay. Samples that are held out judge the training, and the best weights on them are written. With
-    torchrun several processes train together.
+    Labels are not needed; where the data have those of classes, --alpha divides the weight. Zeros, shared values and
+    integer grids of STUDENT stay. Samples that are held out judge the training, and the weights that are best on them
+    are written. Under torchrun several processes train together.
     """
-    from onnxcomp.files import check_writable
-    from onnxcomp.structure import model_files
-
-    if not options["data"]:
-        message = "--data is missing: there is nothing to train on without samples"
-        raise OptionError(message)
-    check_code(allow_code=options["allow_code"], data=options["data"], metric=options["metric"], loss=options["user"])
+    _check_sense(options)
     teacher, student = options["teacher"], options["student"]
     output = options["output"] or student.with_name(f"{student.stem}.distilled.onnx")
-    inputs = (*model_files(teacher), *model_files(student), Path(options["data"]))
-    check_writable(output, inputs=inputs)
+    _check_files(options, output)
     with progress_to(verbose=options["verbose"], quiet=options["quiet"]) as progress:
         from onnxcomp.train import distill
 
@@ -98,7 +231,7 @@ def distill_command(**options: Any) -> None:
             metric=options["metric"],
             freeze=options["freeze"],
             learn_scales=options["learn_scales"],
-            resume=options["resume"],
+            resume=not options["no_resume"],
             log_dir=options["log_dir"],
             allow_code=options["allow_code"],
             image=image_from(options),
@@ -115,13 +248,51 @@ def distill_command(**options: Any) -> None:
     if not taken and not options["quiet"]:
         from onnxcomp.report.training import print_training
 
-        print_training(found, output, stdout_console())
+        print_training(found, student, output, stdout_console())
+
+
+def _check_sense(options: dict[str, Any]) -> None:
+    """Refuse what is missing or has no effect."""
+    if not options["data"]:
+        message = "--data is missing: there is nothing to train on without samples"
+        raise OptionError(message)
+    augment = "" if options["augment"].startswith("shift:") else options["augment"]
+    check_code(
+        allow_code=options["allow_code"],
+        data=options["data"],
+        metric=options["metric"],
+        loss=options["user"],
+        augment=augment,
+    )
+    if options["sparsity"] is None:
+        for name in ("prune_how", "prune_end", "max_drop"):
+            if options[name] is not None:
+                message = f"--{name.replace('_', '-')} is of pruning; give --prune too"
+                raise OptionError(message)
+    if options["tensors"] and not any(options[name] for name in (*_INNER, "user")):
+        message = f"--tensor names what is compared by {', '.join(f'--{name}' for name in _INNER)} or --loss; give one"
+        raise OptionError(message)
+
+
+def _check_files(options: dict[str, Any], output: Path) -> None:
+    """Refuse outputs that cannot be written, or would overwrite what is read, before any work starts."""
+    from onnxcomp.files import check_writable
+    from onnxcomp.structure import model_files
+
+    inputs = (*model_files(options["teacher"]), *model_files(options["student"]), Path(options["data"]))
+    check_writable(output, inputs=inputs)
+    if options["json_path"] not in {None, "-"}:
+        report = Path(options["json_path"])
+        if report.absolute() == output.absolute():
+            message = f"-o and --json both name {str(output)!r}; give one of them another name"
+            raise OptionError(message)
+        check_writable(report, inputs=inputs)
 
 
 def _loss(options: dict[str, Any]) -> Loss:
     from onnxcomp.train import Loss
 
-    names = ("temperature", "alpha", "features", "attention", "relational", "graph", "user", "allow_code")
+    names = ("temperature", "alpha", *_INNER, "user", "allow_code")
     return Loss(tensors=options["tensors"] or "auto", **{name: options[name] for name in names})
 
 
@@ -140,9 +311,5 @@ def _pruning(options: dict[str, Any]) -> Pruning | None:
         return None
     from onnxcomp.train import Pruning
 
-    return Pruning(
-        sparsity=options["sparsity"],
-        how=options["prune_how"],
-        end=options["prune_end"],
-        max_drop=options["max_drop"] or 0.0,
-    )
+    given = {"how": options["prune_how"], "end": options["prune_end"], "max_drop": options["max_drop"]}
+    return Pruning(sparsity=options["sparsity"], **{name: value for name, value in given.items() if value is not None})

@@ -42,7 +42,10 @@ def _explained(cls: type[Pass]) -> Iterator[str]:
     yield from (printable(line) for line in (inspect.getdoc(cls) or "").splitlines())
     yield ""
     cost = "is lossless" if cls.lossless else "may cost accuracy"
-    yield f"It {cost} and needs {', '.join(sorted(cls.requires)) or 'no data'}."
+    *most, last = sorted(cls.requires) or ["no data"]
+    yield f"It {cost} and needs {' and '.join([*filter(None, [', '.join(most)]), last])}."
+    if cls.mends:
+        yield "It is judged together with the lossy passes before it, back to the last one that trains."
     if cls.pays_with:
         yield f"It pays only with a later {cls.pays_with}, and is judged together with it."
     options = dataclasses.fields(cls)

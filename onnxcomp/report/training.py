@@ -18,8 +18,19 @@ if TYPE_CHECKING:
 __all__ = ["print_training"]
 
 
-def print_training(found: Trained, output: Path, console: Console) -> None:
+def print_training(found: Trained, student: Path, output: Path, console: Console) -> None:
     """Show how training went, what it gained, and where the model is."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    gained = (
+        f"{len(found.changed):,} weights trained" if found.kept else "training made it no better, it stays as it was"
+    )
+    say(f"{printable(student)} -> {printable(output)}: {gained}, {bytes_text(found.model.size_bytes)}")
+    say(f"before: {_told(found.before)}")
+    say(f"after:  {_told(found.after)}")
+    say("")
     head = ("step", "loss", "drop", "error", "agreement", "zeros", "time")
     rows = [
         (
@@ -34,13 +45,9 @@ def print_training(found: Trained, output: Path, console: Console) -> None:
         for each in found.history.evaluations
     ]
     for line in plain_columns([head, *rows]):
-        console.print(line, markup=False, soft_wrap=True)
-    console.print(f"before training: {_told(found.before)}", markup=False, soft_wrap=True)
-    console.print(f"after training:  {_told(found.after)}", markup=False, soft_wrap=True)
-    if not found.kept:
-        console.print("the new weights are no better on the held-out samples, so the student stays as it was")
-    size = bytes_text(found.model.size_bytes)
-    console.print(f"{printable(output)}: {size}, {len(found.changed)} weights changed", markup=False, soft_wrap=True)
+        say(line)
+    if found.history.resumed_at:
+        say(f"note: went on from step {found.history.resumed_at:,} of an interrupted run")
 
 
 def _told(quality: Quality) -> str:
@@ -51,4 +58,4 @@ def _told(quality: Quality) -> str:
         parts.append(f"drop {quality.drop:+.4f} (95% interval {low:+.4f} to {high:+.4f})")
     if quality.agreement is not None:
         parts.append(f"agreement {quality.agreement:.2%}")
-    return ", ".join((*parts, f"error {quality.error:.2%}", f"{quality.samples:,} held-out samples"))
+    return ", ".join((*parts, f"relative error {quality.error:.2%}", f"{quality.samples:,} held-out samples"))

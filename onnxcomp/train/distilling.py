@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from onnxcomp import metrics
 from onnxcomp.data import Dataset, ImageOptions, input_specs, open_data
-from onnxcomp.errors import DataError, OutputError, RequirementError
+from onnxcomp.errors import DataError, ModelError, OptionError, OutputError, RequirementError
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.resume import cache_folder
 from onnxcomp.runtime import Runtime
-from onnxcomp.torch_bridge import load
+from onnxcomp.torch_bridge import GraphModule, load
 from onnxcomp.train.loop import History, Trainer, run_key
 from onnxcomp.train.losses import Loss
 from onnxcomp.train.options import Pruning, TrainOptions
@@ -122,6 +122,8 @@ def distill(
     options, loss = options or TrainOptions(), loss or Loss()
     original, start = Model.load(teacher), Model.load(student)
     processes = Processes.found()
+    _check_device(options.device)
+    _check_pair(original, start)
     samples = _samples(data, start, allow_code=allow_code, image=image, shapes=shapes)
     opened = nullcontext() if samples is data else samples
     with opened, tempfile.TemporaryDirectory(prefix="onnxcomp-") as name, _threads(options.threads):
@@ -132,10 +134,12 @@ def distill(
         with Runtime(threads=options.threads) as runtime:
             instructor = Teacher(original, loss.watch, runtime, workdir, options.cache_mb * 1e6)
             held_out = parts["held_out"]
+            progress(f"running the teacher on {held_out.size:,} held-out samples")
             expected = ([run[name] for name in instructor.outputs] for run in map(instructor.run, held_out.feeds()))
             reference = Reference(held_out, expected, judged, None, options.seed)
             loss = replace(loss, classes=loss.classes or judged is not None or reference.classes is not None)
             module = load(start, freeze=freeze, learn_scales=learn_scales, latents=original if latents else None)
+            _check_weights(module, freeze)
             key = run_key(
                 *(model.digest for model in (original, start)), samples.digest, options.described(),
                 dataclasses.asdict(pruning) if pruning else None, repr(loss), [*freeze], learn_scales, latents,
@@ -181,11 +185,51 @@ def _samples(data: Any, student: Model, **how: Any) -> Dataset:
 
 def _metric(samples: Dataset, asked: Any, *, allow_code: bool) -> Metric | None:
     """What labels are judged by; None: they are not used."""
-    if not samples.has_labels:
-        return None
-    if asked is not None:
-        return metrics.get_metric(asked, allow_code=allow_code)
-    return metrics.metric_for_labels(samples.labels())
+    metric = None if asked is None else metrics.get_metric(asked, allow_code=allow_code)
+    if samples.has_labels:
+        return metric or metrics.metric_for_labels(samples.labels())
+    if metric is not None and metric.name != "top1":  # which the teacher's own answers tell well enough
+        message = f"metric {metric.name!r} needs labels; give data that have them under 'label'"
+        raise DataError(message)
+    return None
+
+
+def _check_device(name: str) -> None:
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in there and not there[name]():
+        message = f"the device {name!r} is not there, or this torch is not built for it; take 'auto' or 'cpu'"
+        raise RequirementError(message)
+
+
+def _check_pair(teacher: Model, student: Model) -> None:
+    """Refuse two models of which one cannot be asked what the other was, or whose answers cannot be compared."""
+    wanted = {spec.name for spec in input_specs(teacher.proto())}
+    given = {spec.name for spec in input_specs(student.proto())}
+    if wanted != given:
+        _refuse("inputs", wanted, given)
+    answers = [[tensor.name for tensor in model.graph.outputs] for model in (teacher, student)]
+    if answers[0] != answers[1]:
+        _refuse("outputs", *answers)
+
+
+def _refuse(what: str, teacher: Collection[str], student: Collection[str]) -> NoReturn:
+    names = [", ".join(map(repr, each if isinstance(each, list) else sorted(each))) for each in (teacher, student)]
+    order = " in the same order" if what == "outputs" else ""
+    message = (
+        f"teacher and student must have the same {what}{order}: the teacher has {names[0]}, the student {names[1]};"
+        " rename the student's"
+    )
+    raise ModelError(message)
+
+
+def _check_weights(module: GraphModule, freeze: Sequence[str]) -> None:
+    if any(each.requires_grad for each in module.parameters()):
+        return
+    if freeze:
+        message = f"nothing is left to train: freeze ({', '.join(freeze)}) covers every weight of the student"
+        raise OptionError(message)
+    message = "the student has no weights that can be trained"
+    raise ModelError(message)
 
 
 def _quality(model: Model, reference: Reference, data: Dataset, runtime: Runtime, workdir: Path) -> Quality:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from onnxcomp.errors import OptionError
@@ -12,7 +13,7 @@ __all__ = ["PRUNING", "Pruning", "TrainOptions"]
 PRUNING = ("gradual", "once", "penalty")
 
 _ABOVE_ZERO = ("epochs", "batch_size", "learning_rate", "accumulate", "evaluations", "checkpoint_seconds")
-_SHARES = ("warmup", "ema", "held_out")
+_SHARES = ("warmup", "ema")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +108,12 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in _ABOVE_ZERO:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 message = f"training: {name} must be above 0, got {getattr(self, name)}"
                 raise OptionError(message)
+        if not 0 < self.held_out < 1:
+            message = f"training: held_out must be above 0 and below 1, got {self.held_out}"
+            raise OptionError(message)
         for name in _SHARES:
             if not 0 <= getattr(self, name) < 1:
                 message = f"training: {name} must be at least 0 and below 1, got {getattr(self, name)}"

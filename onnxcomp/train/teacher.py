@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import ModelError, RuntimeFailure
 from onnxcomp.model import Model
 from onnxcomp.runtime import Runtime
 
@@ -51,7 +51,11 @@ class Teacher:
 
     def run(self, inputs: Mapping[str, Array]) -> Outputs:
         """The outputs and what is watched, by name."""
-        found = next(iter(self._runtime.run(self._path, [inputs])))
+        try:
+            found = next(iter(self._runtime.run(self._path, [inputs])))
+        except RuntimeFailure as error:
+            message = f"the teacher cannot be run: {str(error).removeprefix(f'{self._path}: ')}"
+            raise RuntimeFailure(message) from error
         return dict(zip(self.names, (np.asarray(each) for each in found), strict=True))
 
     def recall(self, indices: Array, inputs: Mapping[str, Array], count: int) -> Outputs:

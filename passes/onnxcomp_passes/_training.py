@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ class Training(Pass):
 
     epochs: float = option(10.0, "Passes over the training samples.", minimum=0.01)
     batch_size: int = option(64, "Samples in a step.", minimum=1)
-    learning_rate: float = option(1e-3, "The highest; it rises, then falls along a cosine.", minimum=0.0)
+    learning_rate: float = option(1e-3, "The highest; it rises, then falls along a cosine.", minimum=1e-9)
     weight_decay: float = option(0.0, "Of weights of two axes or more.", minimum=0.0)
     ema: float = option(0.0, "Decay of an average of the weights, which is kept; 0: none.", minimum=0.0, maximum=0.9999)
     patience: int = option(0, "Judgements without gain after which training ends; 0: never.", minimum=0)
@@ -84,7 +85,14 @@ class Training(Pass):
 
 def _table(found: Trained) -> Table:
     rows: list[tuple[str | int | float | None, ...]] = [
-        (each.step, each.loss, each.drop, each.error, each.agreement, each.sparsity)
+        (
+            each.step,
+            each.loss if math.isfinite(each.loss) else None,
+            each.drop,
+            each.error,
+            each.agreement,
+            each.sparsity,
+        )
         for each in found.history.evaluations
     ]
     return Table("training", COLUMNS, rows)
