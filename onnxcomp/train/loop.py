@@ -34,6 +34,8 @@ LossFunction = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor | No
 """Of the student's outputs, the teacher's, and labels, each with what is watched."""
 
 
+IMAGE_AXES = 4
+
 SMALLEST_SCALE = 1e-12
 """Scales stay above zero."""
 
@@ -128,6 +130,10 @@ class Trainer:
         self.processes = processes or Processes()
         self.device = _device(options.device)
         self.module = module.to(self.device)
+        self._format = torch.contiguous_format
+        if any(each.ndim == IMAGE_AXES for each in module.parameters()):  # a quarter less time for Conv nets on a CPU
+            self._format = torch.channels_last
+            module.to(memory_format=self._format)
         self.options = options
         self._teacher, self._loss, self._watch = teacher, loss, tuple(watch)
         self._reference, self._held_out = held_out
@@ -249,7 +255,11 @@ class Trainer:
 
     def _tensors(self, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
         kept = {name: value for name, value in arrays.items() if value.dtype != object}
-        return {name: torch.from_numpy(np.array(value)).to(self.device) for name, value in kept.items()}
+        tensors = {name: torch.from_numpy(np.array(value)).to(self.device) for name, value in kept.items()}
+        return {
+            name: value.contiguous(memory_format=self._format) if value.ndim == IMAGE_AXES else value
+            for name, value in tensors.items()
+        }
 
     def _rate(self, step: int) -> float:
         """Up in a line, then down along a cosine."""
