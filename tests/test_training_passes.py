@@ -114,7 +114,7 @@ def test_codes_of_four_bits_are_trained_and_stay_in_four_bits():
         result = optimize(LENET, data=arrays(600), passes=[SPOILT[0], qat], force=True, resume=False)
         return middle_codes(result.model)
 
-    before, after = codes(0.01, 1e-12), codes(40.0, 3e-3)
+    before, after = codes(0.01, 1e-9), codes(40.0, 3e-3)
     assert before.dtype == after.dtype == np.int8
     assert before.min() >= -7
     assert before.max() <= 7

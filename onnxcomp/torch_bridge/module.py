@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from onnxcomp.errors import ModelError, RequirementError
 from onnxcomp.model import Model, ModelSource, value_of
 from onnxcomp.torch_bridge import operators
+from onnxcomp.torch_bridge.codes import WITHIN, Code, codes_of, is_pruned
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, onnx_type, torch_dtype
 from onnxcomp.torch_bridge.fusion import fuse
 from onnxcomp.torch_bridge.inlining import inlined_model, opsets_of
@@ -73,15 +73,6 @@ def load(
     return GraphModule(model, freeze=freeze, learn_scales=learn_scales, latents=floats)
 
 
-@dataclass(frozen=True)
-class _Code:
-    """What turns the numbers behind a weight into what the graph holds: the call of that step, and of its inverse."""
-
-    call: NodeCall
-    back: NodeCall
-    inputs: tuple[str, ...]
-
-
 class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type information here
     """An ONNX graph as a module. Its Parameters have the names of the initializers, dots and all.
 
@@ -120,7 +111,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         self.defaults = {each.name: as_tensor(np.asarray(value_of(each))) for each in _defaults(model.graph)}
         self._output_types = {tensor.name: tensor.dtype for tensor in model.graph.outputs}
         self._kinds = {held.name: kind_of(held) for held in constants}
-        self._codes: dict[str, _Code] = {}
+        self._codes: dict[str, Code] = {}
         scales, self._products = find_scales(constants) if learn_scales else (set(), {})
         # What stands in a function has no tensor of its own to be written back to.
         inside = () if own is None else [held.name for held in constants if held.name not in own]
@@ -145,7 +136,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
             if wanted and not any(fnmatch.fnmatchcase(held.name, pattern) for pattern in freeze):
                 kind = kind_of(held)
                 if kind in INTEGER_RANGES:
-                    self._codes[held.name] = _codes_of(held)
+                    self._codes[held.name] = codes_of(held)
                 value = np.asarray(value_of(held.constant))
                 dtype = torch.float64 if kind == TensorProto.DOUBLE else torch.float32
                 self._parameters[held.name] = nn.Parameter(as_tensor(value).to(dtype).clone())
@@ -187,12 +178,12 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
             scale, *zero = (self._any(each).detach() for each in code.inputs if each)
             with torch.no_grad():
                 parameter.copy_(dequantize_linear(code.back, codes, scale, *zero))
-                pruned = _is_pruned(dequantize_linear(code.back, codes, torch.ones_like(scale), *zero))
+                pruned = is_pruned(dequantize_linear(code.back, codes, torch.ones_like(scale), *zero))
                 if not pruned:
                     rounded.add(name)
                 source = known.get(name)
                 if source is not None and kind_of(source) in FLOATS and tuple(source.constant.shape) == codes.shape:
-                    half = dequantize_linear(code.back, torch.full_like(codes, _WITHIN), scale)
+                    half = dequantize_linear(code.back, torch.full_like(codes, WITHIN), scale)
                     near = as_tensor(np.asarray(value_of(source.constant))).to(parameter.dtype)
                     near = torch.minimum(torch.maximum(near, parameter - half), parameter + half)
                     parameter.copy_(torch.where(parameter == 0, 0, near) if pruned else near)
@@ -354,49 +345,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         return np.where(same.cpu().numpy(), before.astype(np.int64), whole).astype(before.dtype)
 
 
-PRUNED_FROM = 3.0
-"""Rounding makes at most about twice as many zeros as ones (of values that fall off as exp(-|x|) in steps)."""
-
-
-def _is_pruned(codes: Tensor) -> bool:
-    """Whether there are more zeros among codes than rounding makes."""
-    zeros, ones = int((codes == 0).sum()), int((codes.abs() == 1).sum())
-    return zeros > PRUNED_FROM * max(1.0, ones / 2)
-
-
-_WITHIN = 0.499
-"""How far from its code a number may start, in steps, for rounding to lead back to the code."""
-
-
-def _codes_of(held: Held) -> _Code:
-    """How numbers become the codes that a DequantizeLinear reads."""
-    node = held.readers[0].node
-    inputs = tuple(tensor.name for tensor in node.inputs[1:])
-    kind = kind_of(held)
-    attrs = {key: node.attrs[key] for key in ("axis", "block_size") if key in node.attrs}
-    own = {"output_dtype": kind, "range": _grid(value_of(held.constant), kind)}
-    call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, **own}, input_types=(0, 0, kind))
-    return _Code(call, NodeCall(held.name, "DequantizeLinear", attrs=attrs), inputs)
-
-
 def _made(plan: Plan) -> set[str]:
     return {name for step in plan.steps for name in step.outputs}
-
-
-def _grid(codes: Array, kind: int) -> tuple[float, float]:
-    """The smallest and the largest code that may come: as many bits as codes fill, symmetric where they are.
-
-    Weights of 4 bits that are held as int8 stay in 4 bits, and those that leave -128 out go on leaving it out.
-    """
-    low, high = INTEGER_RANGES[kind]
-    if kind == TensorProto.INT32:
-        return -math.inf, math.inf
-    if low == 0 or not codes.size:
-        return low, high
-    values = codes.astype(np.int64)
-    bits = max(2, int(max(values.max(), -values.min() - 1, 0)).bit_length() + 1)
-    top = 2 ** (bits - 1) - 1
-    return (-top if values.min() >= -top else -top - 1), top
 
 
 def _defaults(graph: gs.Graph) -> list[gs.Constant]:
