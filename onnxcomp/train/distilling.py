@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from onnxcomp.errors import DataError, ModelError, OptionError, OutputError, Req
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.quality import Quality, Reference
-from onnxcomp.resume import cache_folder
+from onnxcomp.resume import KEPT_DAYS, cache_folder
 from onnxcomp.runtime import Runtime
 from onnxcomp.torch_bridge import GraphModule, load
 from onnxcomp.train.loop import History, Trainer, run_key
@@ -250,12 +251,21 @@ def _checkpoint(key: str, *, fresh: bool) -> Path | None:
     folder = cache_folder() / "training"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_old(folder)
         path = folder / f"{key[:32]}.safetensors"
         if fresh:
             path.unlink(missing_ok=True)
     except OSError:
         return None
     return path
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove checkpoints that nobody came back for."""
+    limit = time.time() - KEPT_DAYS * 86400
+    for path in folder.glob("*.safetensors"):
+        if path.stat().st_mtime < limit:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
