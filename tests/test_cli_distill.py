@@ -259,6 +259,16 @@ def test_needs_data(folder: Path):
     assert one_error_line(result) == "Error: --data is missing: there is nothing to train on without samples"
 
 
+def test_needs_torch(folder: Path):
+    code = "import sys; sys.modules['torch'] = None\nfrom onnxcomp.cli import main; main()"
+    arguments = ["distill", "teacher.onnx", "student.onnx", "--data", "data.npz"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr == "Error: training needs torch: pip install 'onnxcomp[train]'\n"
+    assert names(folder) == ["data.npz", "student.onnx", "teacher.onnx"]
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
