@@ -319,11 +319,16 @@ def failure(result: Any) -> str:
 def test_an_operator_that_the_bridge_lacks_is_named_with_its_node_and_the_way_to_add_it(folder: Path):
     student = changed(folder, lambda proto: with_last_node(proto, "Nonsense", "my"))
 
-    assert failure(distil(student=student)) == (
+    assert failure(distil("-v", student=student)) == (
         "Error: this model cannot be trained: there is no torch operator for Nonsense (node 'odd'); register a function"
         " of a NodeCall and the inputs with @onnxcomp.torch_bridge.operator('Nonsense', domain='my')"
     )
     assert not (folder / "changed.distilled.onnx").exists()
+
+
+def test_what_is_wrong_is_told_before_the_teacher_is_run(folder: Path):
+    for options in (["--augment", "nonsense"], ["--freeze", "*"], ["--metric", "nonsense"]):
+        one_error_line(distil("-v", *options))  # no line of progress
 
 
 def test_a_teacher_that_cannot_be_run_is_told_without_our_own_paths(folder: Path):

@@ -27,6 +27,7 @@ from onnxcomp.train.loop import History, Trainer, run_key
 from onnxcomp.train.losses import Loss
 from onnxcomp.train.options import Pruning, TrainOptions
 from onnxcomp.train.processes import Processes
+from onnxcomp.train.samples import find_augment
 from onnxcomp.train.teacher import Teacher
 
 __all__ = ["Trained", "distill"]
@@ -123,8 +124,10 @@ def distill(
     options, loss = options or TrainOptions(), loss or Loss()
     original, start = Model.load(teacher), Model.load(student)
     processes = Processes.found()
+    tell = progress if processes.rank == 0 else lambda _: None
     _check_device(options.device)
     _check_pair(original, start)
+    find_augment(options.augment, allow_code=allow_code)
     samples = _samples(data, start, allow_code=allow_code, image=image, shapes=shapes)
     opened = nullcontext() if samples is data else samples
     with opened, tempfile.TemporaryDirectory(prefix="onnxcomp-") as name, _threads(options.threads):
@@ -132,15 +135,15 @@ def distill(
         judged = _metric(samples, metric, allow_code=allow_code)
         parts = samples.split({"train": 1 - options.held_out, "held_out": options.held_out}, options.seed)
         loss = loss.fitted(original, start)
+        module = load(start, freeze=freeze, learn_scales=learn_scales, latents=original if latents else None)
+        _check_weights(module, freeze)
         with Runtime(threads=options.threads) as runtime:
             instructor = Teacher(original, loss.watch, runtime, workdir, options.cache_mb * 1e6)
             held_out = parts["held_out"]
-            progress(f"running the teacher on {held_out.size:,} held-out samples")
+            tell(f"running the teacher on {held_out.size:,} held-out samples")
             expected = ([run[name] for name in instructor.outputs] for run in map(instructor.run, held_out.feeds()))
             reference = Reference(held_out, expected, judged, None, options.seed)
             loss = replace(loss, classes=loss.classes or judged is not None or reference.classes is not None)
-            module = load(start, freeze=freeze, learn_scales=learn_scales, latents=original if latents else None)
-            _check_weights(module, freeze)
             key = run_key(
                 *(model.digest for model in (original, start)), samples.digest, options.described(),
                 dataclasses.asdict(pruning) if pruning else None, repr(loss), [*freeze], learn_scales, latents,
@@ -161,7 +164,7 @@ def distill(
                     checkpoint=checkpoint,
                     key=key,
                     allow_code=allow_code,
-                    progress=progress if processes.rank == 0 else lambda _: None,
+                    progress=tell,
                     log=log,
                     processes=processes,
                 )
