@@ -174,3 +174,21 @@ def test_int32_biases_have_the_product_of_the_scales_that_were_learnt():
 def test_three_bits_are_refused():
     with pytest.raises(OptionError, match="must be 4 or 8"):
         Qat(weight_bits=5)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "shift", "shift:0", "flip+", "flip,shift:1", "mine:move"])
+def test_what_is_done_to_images_is_checked_before_any_work(text: str):
+    with pytest.raises(OptionError, match="distill: augment must be shift:N, flip, or both, divided by a plus sign"):
+        Distill(augment=text)
+
+
+@pytest.mark.parametrize("text", ["", "flip", "shift:2", "shift:2+flip"])
+def test_images_can_be_changed_at_random(text: str):
+    assert Distill(augment=text).augment == text
+
+
+def test_the_table_has_no_loss_before_training():
+    result = optimize(LENET, data=arrays(), passes=[Prune(sparsity=0.8), Distill(epochs=1.0)], force=True, resume=False)
+
+    first = result.report.stages[0].attempts[-1].passes[1].tables[0]["rows"][0]
+    assert tuple(first[:2]) == (0, None)

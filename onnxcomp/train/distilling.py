@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from onnxcomp.errors import DataError, ModelError, OptionError, OutputError, Req
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.quality import Quality, Reference
-from onnxcomp.resume import cache_folder
+from onnxcomp.resume import KEPT_DAYS, cache_folder
 from onnxcomp.runtime import Runtime
 from onnxcomp.torch_bridge import GraphModule, load
 from onnxcomp.train.history import History
@@ -27,6 +28,7 @@ from onnxcomp.train.loop import Trainer, run_key
 from onnxcomp.train.losses import Loss
 from onnxcomp.train.options import Pruning, TrainOptions
 from onnxcomp.train.processes import Processes
+from onnxcomp.train.samples import find_augment
 from onnxcomp.train.teacher import Teacher
 
 __all__ = ["Trained", "distill"]
@@ -123,8 +125,10 @@ def distill(
     options, loss = options or TrainOptions(), loss or Loss()
     original, start = Model.load(teacher), Model.load(student)
     processes = Processes.found()
+    tell = progress if processes.rank == 0 else lambda _: None
     _check_device(options.device)
     _check_pair(original, start)
+    find_augment(options.augment, allow_code=allow_code)
     samples = _samples(data, start, allow_code=allow_code, image=image, shapes=shapes)
     opened = nullcontext() if samples is data else samples
     with opened, tempfile.TemporaryDirectory(prefix="onnxcomp-") as name, _threads(options.threads):
@@ -132,15 +136,15 @@ def distill(
         judged = _metric(samples, metric, allow_code=allow_code)
         parts = samples.split({"train": 1 - options.held_out, "held_out": options.held_out}, options.seed)
         loss = loss.fitted(original, start)
+        module = load(start, freeze=freeze, learn_scales=learn_scales, latents=original if latents else None)
+        _check_weights(module, freeze)
         with Runtime(threads=options.threads) as runtime:
             instructor = Teacher(original, loss.watch, runtime, workdir, options.cache_mb * 1e6)
             held_out = parts["held_out"]
-            progress(f"running the teacher on {held_out.size:,} held-out samples")
+            tell(f"running the teacher on {held_out.size:,} held-out samples")
             expected = ([run[name] for name in instructor.outputs] for run in map(instructor.run, held_out.feeds()))
             reference = Reference(held_out, expected, judged, None, options.seed)
             loss = replace(loss, classes=loss.classes or judged is not None or reference.classes is not None)
-            module = load(start, freeze=freeze, learn_scales=learn_scales, latents=original if latents else None)
-            _check_weights(module, freeze)
             key = run_key(
                 *(model.digest for model in (original, start)), samples.digest, options.described(),
                 dataclasses.asdict(pruning) if pruning else None, repr(loss), [*freeze], learn_scales, latents,
@@ -161,7 +165,7 @@ def distill(
                     checkpoint=checkpoint,
                     key=key,
                     allow_code=allow_code,
-                    progress=progress if processes.rank == 0 else lambda _: None,
+                    progress=tell,
                     log=log,
                     processes=processes,
                 )
@@ -251,12 +255,21 @@ def _checkpoint(key: str, *, fresh: bool) -> Path | None:
     folder = cache_folder() / "training"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_old(folder)
         path = folder / f"{key[:32]}.safetensors"
         if fresh:
             path.unlink(missing_ok=True)
     except OSError:
         return None
     return path
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove checkpoints that nobody came back for."""
+    limit = time.time() - KEPT_DAYS * 86400
+    for path in folder.glob("*.safetensors"):
+        if path.stat().st_mtime < limit:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.errors import RequirementError
+from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, Table, option
 
@@ -17,6 +18,8 @@ __all__ = ["COLUMNS", "Training"]
 
 COLUMNS = ("step", "loss", "drop", "error", "agreement", "zeros")
 
+_SHIFT = re.compile(r"shift:0*[1-9][0-9]*")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Pass):
@@ -24,13 +27,26 @@ class Training(Pass):
 
     epochs: float = option(10.0, "Passes over the training samples.", minimum=0.01)
     batch_size: int = option(64, "Samples in a step.", minimum=1)
-    learning_rate: float = option(1e-3, "The highest; it rises, then falls along a cosine.", minimum=1e-9)
+    learning_rate: float = option(1e-3, "The highest; it rises, then falls along a cosine.", minimum=1e-12)
     weight_decay: float = option(0.0, "Of weights of two axes or more.", minimum=0.0)
     ema: float = option(0.0, "Decay of an average of the weights, which is kept; 0: none.", minimum=0.0, maximum=0.9999)
     patience: int = option(0, "Judgements without gain after which training ends; 0: never.", minimum=0)
     augment: str = option("", "What is done to images at random: shift:N, flip, or both, divided by a plus sign.")
     freeze: tuple[str, ...] = option((), "Patterns of names of weights that are not trained.")
     held_out: float = option(0.1, "Share of the samples that judge the training.", minimum=0.01, maximum=0.9)
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            OptionError: What is to be done to images is not understood.
+        """
+        super().__post_init__()
+        if not all(word == "flip" or _SHIFT.fullmatch(word) for word in self.augment.split("+") if self.augment):
+            message = (
+                f"{self.name}: augment must be shift:N, flip, or both, divided by a plus sign, got {self.augment!r}"
+            )
+            raise OptionError(message)
 
     def _train(
         self, model: Model, context: Context, changes: Changes, loss: Loss, came: Model | None = None, **more: Any
