@@ -39,7 +39,7 @@ class Pruning:
     start: float = 0.0
     end: float = 0.6
     steps: int = 30
-    penalty: float = 1e-2
+    penalty: float = 0.1
     norm: str = "l1"
     max_drop: float = 0.0
 
