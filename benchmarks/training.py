@@ -1,7 +1,6 @@
 """What training on the graph wins back, in accuracy on test images or sentences that it does not see.
 
     python -m benchmarks.training lenet|mobilenet|qat|vit [--data DIR] [--epochs N]
-    ONNXCOMP_BENCH=DIR python -m benchmarks.training minilm [--epochs N]
 
 The fashion models are those of sample_models/, trained on with Fashion-MNIST's 60,000 training images, from DIR, and
 scored on its 10,000 test images, through ONNX Runtime. Only the answers of the original teach, but where "labels" is
@@ -12,9 +11,6 @@ model, with labels, clusters and packs it, and writes benchmarks/results/.
 
 "mobilenet" takes half of the multiply-accumulates out, distils, and quantizes. "qat" trains in 4 bits. "vit" takes a
 third of its feed-forward neurons out, quantizes, and trains through the rounding.
-
-"minilm" splits the six feed-forward weights of paraphrase_minilm_l3 at rank 128 and distils on the calibration
-sentences and on sentences of the Python library's documentation, in the tokens of a package's vocabulary.
 """
 
 from __future__ import annotations
@@ -33,11 +29,14 @@ import numpy as np
 
 from benchmarks.tasks import print_table
 from onnxcomp import Context, Model, optimize
-from onnxcomp.passes import Pass
+from onnxcomp.analysis import mac_counts
+from onnxcomp.data import input_specs, open_data
+from onnxcomp.passes import Changes, Pass
 from onnxcomp.runtime import Runtime
 from onnxcomp.train import Loss, Pruning, Trained, TrainOptions, distill
 from onnxcomp_passes import Cluster, Pack, Prune, PruneChannels, Quantize, Simplify
 from onnxcomp_passes._channels_groups import find_channels
+from onnxcomp_passes._few_bits import quantize_layers
 from sample_models.train import DEFAULT_DATA, accuracy, load_split
 
 Array = np.ndarray[Any, Any]
@@ -67,10 +66,12 @@ class Fashion:
 
     @staticmethod
     def read(name: str, folder: Path) -> Fashion:
+        """The sample model of this name, and the images in a folder."""
         return Fashion(name, *load_split(folder, "train"), *load_split(folder, "t10k"))
 
     @property
     def path(self) -> Path:
+        """The model's file."""
         return SAMPLES / f"{self.name}.onnx"
 
     def score(self, model: Model | Path) -> float:
@@ -115,8 +116,6 @@ def parameters(model: Model) -> tuple[int, int]:
 
 def row(fashion: Fashion, label: str, model: Model, started: float) -> list[str]:
     """Accuracy, size and speed of a model beside the original's; speed is measured in turn, with one thread."""
-    from onnxcomp.analysis import mac_counts
-
     shapes = {"image": [1, 1, 28, 28]}
     original = Model.load(fashion.path)
     with tempfile.TemporaryDirectory() as folder, Runtime() as runtime:
@@ -240,28 +239,23 @@ def mobilenet(fashion: Fashion, epochs: float | None) -> Iterator[list[str]]:
 
 
 def qat(fashion: Fashion, epochs: float | None) -> Iterator[list[str]]:
-    """Weights of 4 bits, and activations of 8 or 4, before and after training."""
-    for activations in (8, 4):
-        started = time.monotonic()
-        rough = _few_bits(fashion, activations)
-        yield row(fashion, f"W4A{activations}, calibrated", rough, started)
-        trained = fashion.distil(rough, epochs=epochs or 6.0, learning_rate=1e-3, learn_scales=True)
-        yield row(fashion, f"W4A{activations}, trained", trained.model, started)
-
-
-def _few_bits(fashion: Fashion, activations: int) -> Model:
-    """What `qat` begins with."""
-    from onnxcomp.data import input_specs, open_data
-    from onnxcomp.passes import Changes
-    from onnxcomp_passes._few_bits import quantize_layers
-
-    model = Model.load(fashion.path)
-    Simplify().rewrite(model, Context())
+    """Weights of 4 bits, and activations of 8 or 4, before and after training; those of 8 bits packed in the end."""
+    started = time.monotonic()
+    quantize = Quantize(weight_bits=4, choose=False, remedies=("round-weights",))
+    rough = fashion.compressed(fashion.path, Simplify(), quantize)
+    yield row(fashion, "W4A8, calibrated", rough, started)
+    trained = fashion.distil(rough, epochs=epochs or 4.0, learning_rate=1e-3, learn_scales=True).model
+    yield row(fashion, "W4A8, trained", trained, started)
+    yield row(fashion, "W4A8, trained, packed", fashion.compressed(trained, Pack()), started)
+    started = time.monotonic()
+    rough = fashion.compressed(fashion.path, Simplify())
     with Runtime() as runtime, tempfile.TemporaryDirectory() as folder:
-        data = open_data(CALIBRATION, input_specs(model.proto()))
+        data = open_data(CALIBRATION, input_specs(rough.proto()))
         context = Context(data=data, runtime=runtime, workdir=Path(folder))
-        quantize_layers(model, context, Changes(), weights=4, activations=activations, ends=8)
-    return model
+        quantize_layers(rough, context, Changes(), weights=4, activations=4)
+    yield row(fashion, "W4A4, calibrated", rough, started)
+    trained = fashion.distil(rough, epochs=epochs or 8.0, learning_rate=1e-3, learn_scales=True).model
+    yield row(fashion, "W4A4, trained", trained, started)
 
 
 def vit(fashion: Fashion, epochs: float | None) -> Iterator[list[str]]:
@@ -286,7 +280,7 @@ def _feed_forward(model: Model) -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lenet", "mobilenet", "qat", "vit", "minilm"])
+    parser.add_argument("what", choices=["lenet", "mobilenet", "qat", "vit"])
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of Fashion-MNIST's idx .gz files")
     parser.add_argument("--epochs", type=float, help="instead of each model's own number")
     arguments = parser.parse_args()

@@ -14,8 +14,10 @@ import pytest
 
 from onnxcomp.errors import DataError, ModelError, OptionError
 from onnxcomp.model import Model
+from onnxcomp.passes import Context
 from onnxcomp.resume import cache_folder
 from onnxcomp.train import Loss, Pruning, Trained, TrainOptions, distill
+from onnxcomp_passes import Prune
 from tests.training import LENET, QUICK, WEIGHTS, arrays, clustered, halved, pruned
 
 
@@ -67,6 +69,16 @@ def test_zeros_of_the_student_stay_zeros():
         np.testing.assert_array_equal(after[before == 0], 0)
         moved = (after[before != 0] != before[before != 0]).mean()
         assert moved > 0.5  # pixels at the edges are always black, and teach nothing
+
+
+def test_a_pattern_of_zeros_stays():
+    student = Model.load(LENET)
+    Prune(pattern="2:4", keep_ends="false").rewrite(student, Context())
+    found = distill(LENET, student, arrays(), options=QUICK)
+
+    weight = found.model.weight("1.weight")
+    assert found.kept
+    assert (np.count_nonzero(weight.reshape(len(weight), -1, 4), axis=-1) <= 2).all()
 
 
 def test_codebooks_are_trained_and_codes_are_kept():
@@ -185,6 +197,7 @@ def test_a_loss_that_is_no_number_is_an_error():
 SCRIPT = """
 import sys
 from onnxcomp.train import Pruning, TrainOptions, distill
+from onnxcomp_passes import Prune
 from tests.training import LENET, arrays
 
 found = distill(LENET, LENET, arrays(), options=TrainOptions(
@@ -233,6 +246,12 @@ def test_a_damaged_checkpoint_is_told_of(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(OptionError, match="is not a checkpoint"):
         distill(LENET, pruned(), arrays(), options=QUICK)
     assert distill(LENET, pruned(), arrays(), options=QUICK, resume=False).kept
+
+
+def test_a_log_for_tensorboard_is_written(tmp_path: Path):
+    distill(LENET, pruned(), arrays(), options=QUICK, log_dir=tmp_path / "log")
+
+    assert [path.stat().st_size > 100 for path in (tmp_path / "log").glob("events.*")] == [True]
 
 
 def test_results_are_plain_data():

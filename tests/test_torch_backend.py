@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,9 @@ import pytest
 import torch
 
 from benchmarks.backend_models import Case, difference, load_cases
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import ModelError, RequirementError
 from onnxcomp.torch_bridge import load
 from onnxcomp.torch_bridge.dtypes import as_tensor
-from onnxcomp.torch_bridge.registry import find_operator
 
 HALF_ROUNDINGS = 8
 """Roundings between sums in another order: those of 16-bit floats that a model's own tolerance is not made for."""
@@ -22,6 +20,7 @@ HALF_ROUNDINGS = 8
 RANDOM = "draws random numbers"
 ALIGNED = "ONNX's reference divides by a size that is not rounded; ONNX Runtime and torch by the rounded one"
 STRINGS = "torch holds no strings"
+UNTYPED = "ONNX's inliner asks for the type of an optional input that is not there"
 
 EXCEPTIONS = {
     "node/test_bernoulli": RANDOM,
@@ -40,6 +39,34 @@ EXCEPTIONS = {
     "node/test_training_dropout_mask": RANDOM,
 }
 """What cannot come out as expected, and why; models with floats of 8 and 4 bits besides."""
+EXCEPTIONS |= {
+    f"node/test_{name}": UNTYPED
+    for name in (
+        *(
+            f"linear_attention_{name}"
+            for name in (
+                *(
+                    "delta",
+                    "explicit_scale",
+                    "fp16",
+                    "gated",
+                    "gated_delta",
+                    "gated_delta_beta_scalar",
+                    "gated_delta_gqa",
+                ),
+                *("gated_delta_mqa", "gated_per_head_decay"),
+            )
+        ),
+        *("causal_conv_with_state_silu_with_past_state", "causal_conv_with_state_with_past_state"),
+    )
+}
+
+MISSING = {
+    *("Adagrad", "Adam", "ArrayFeatureExtractor", "Binarizer", "BitCast", "DFT", "DeformConv", "Gradient"),
+    *("ImageDecoder", "LabelEncoder", "MelWeightMatrix", "Momentum", "NonMaxSuppression", "RegexFullMatch", "RoiAlign"),
+    *("STFT", "StringConcat", "StringNormalizer", "StringSplit", "TfIdfVectorizer", "TreeEnsemble"),
+}
+"""Operators that are not there: on strings, trees and boxes, signal transforms, and training itself."""
 
 NARROW_FLOATS = {
     value for name, value in onnx.TensorProto.DataType.items() if name.startswith(("FLOAT8", "FLOAT4", "FLOAT6"))
@@ -98,24 +125,18 @@ def eased(case: Case, expected: list[Any]) -> Case:
     return Case(case.name, case.model, case.data, max(case.rtol, step), max(case.atol, step / HALF_ROUNDINGS))
 
 
-def has_all_operators(case: Case) -> bool:
-    """Whether all operators of a model are there; one that it defines itself is none."""
-    own = {(function.domain, function.name) for function in case.model.functions}
-    nodes = [*all_nodes(case.model.graph.node), *(n for each in case.model.functions for n in all_nodes(each.node))]
-    return all((n.domain, n.op_type) in own or find_operator(n.domain, n.op_type) is not None for n in nodes)
-
-
-def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def operators_of(case: Case) -> set[str]:
+    """The operators of a model and of its subgraphs."""
+    nodes = list(case.model.graph.node)
     for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            yield from all_nodes(attribute.g.node)
+        nodes.extend(inner for attribute in node.attribute for inner in attribute.g.node)
+    return {node.op_type for node in nodes}
 
 
-CASES = {
-    name: case for name, case in sorted(load_cases().items()) if case.data[0][1] is not None and has_all_operators(case)
-}
-RUNNABLE = [name for name, case in CASES.items() if name not in EXCEPTIONS and not has_narrow_floats(case)]
+CASES = {name: case for name, case in sorted(load_cases().items()) if case.data[0][1] is not None}
+LACKING = [name for name, case in CASES.items() if operators_of(case) & MISSING]
+NARROW = [name for name, case in CASES.items() if has_narrow_floats(case)]
+RUNNABLE = sorted(CASES.keys() - EXCEPTIONS.keys() - set(LACKING) - set(NARROW))
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -127,21 +148,26 @@ def test_gives_what_onnx_expects(name):
 def test_no_exception_is_there_without_need(name):
     try:
         reason = why_wrong(CASES[name])
-    except KeyError:
-        reason = STRINGS
+    except (KeyError, RequirementError) as error:
+        reason = repr(error)
 
     assert reason
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if has_narrow_floats(case)])
-def test_narrow_floats_are_refused_by_name(name):
-    case = CASES[name]
-    with pytest.raises((ModelError, KeyError)):
-        why_wrong(case)
+@pytest.mark.parametrize("name", LACKING)
+def test_an_operator_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(RequirementError, match="there is no torch operator for"):
+        load(CASES[name].model)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_floats_are_refused(name):
+    with pytest.raises((ModelError, RequirementError, KeyError)):
+        why_wrong(CASES[name])
 
 
 def test_nearly_all_models_run():
-    assert len(RUNNABLE) > 0.9 * len(CASES)
+    assert len(RUNNABLE) >= 1750
 
 
 def test_a_wrong_operator_is_found(monkeypatch):

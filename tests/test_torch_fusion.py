@@ -49,6 +49,28 @@ def linear_model() -> onnx.ModelProto:
     return graph_model(f"g (float[N, 3, 8] x) => (float[N, 3, 8] y) {{ {body} }}", weights)
 
 
+ATTENTIONS = [
+    "a = MatMul(q, k)  b = Mul(a, half)  c = Softmax(b)  y = MatMul(c, v)",
+    "a = MatMul(q, k)  b = Div(a, root)  c = Add(b, mask)  d = Softmax<axis = 3>(c)  y = MatMul(d, v)",
+    "a = MatMul(q, k)  c = Add(mask, a)  d = Softmax<axis = -1>(c)  y = MatMul(d, v)",
+    "a = MatMul(q, k)  c = Add(a, mask)  d = Softmax(c)  e = IsNaN(d)  f = Where(e, zero, d)  y = MatMul(f, v)",
+]
+
+
+def attention_model(body: str) -> onnx.ModelProto:
+    """Queries x, and keys and values that are trained."""
+    weights = {
+        "half": HALF,
+        "root": ROOT,
+        "mask": np.array([[0, -1, -1e9, 0, 1]], np.float32),
+        "zero": np.zeros((), np.float32),
+    }
+    trained = {"W": random_weights(8, 8), "k": random_weights(2, 3, 8, 5), "v": random_weights(2, 3, 5, 4, seed=1)}
+    used = {name: value for name, value in weights.items() if name in body}
+    text = f"g (float[2, 3, N, 8] x) => (float[2, 3, N, 4] y) {{ q = MatMul(x, W)  {body} }}"
+    return graph_model(text, {**used, **trained})
+
+
 def operators(plan: Plan) -> list[str]:
     return [step.call.op for step in plan.steps]
 
@@ -78,10 +100,11 @@ def fused(module: Any, x: torch.Tensor) -> list[torch.Tensor]:
         (norm_model(), ["normalize"], (5, 8)),
         (norm_model(NORM.replace("Pow(b, two)", "Mul(b, b)")), ["normalize"], (5, 8)),
         (linear_model(), ["linear"], (5, 3, 8)),
+        *[(attention_model(body), ["MatMul", "attend"], (2, 3, 6, 8)) for body in ATTENTIONS],
     ],
 )
 def test_a_group_becomes_one_step_and_changes_values_and_gradients_by_rounding_alone(model, expected, shape):
-    module = load(model)
+    module = load(model, freeze=["mask"])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     assert operators(module._fast) == expected
@@ -96,6 +119,8 @@ def test_a_group_becomes_one_step_and_changes_values_and_gradients_by_rounding_a
         gelu_model(GELUS[0], root=np.array(1.4, np.float32)),
         gelu_model(GELUS[0].replace("Mul(m, half)", "Mul(m, e)")),
         gelu_model(GELUS[1].replace("Mul(half, x)", "Mul(half, e)")),
+        attention_model(ATTENTIONS[0].replace("Softmax(b)", "Softmax<axis = 2>(b)")),
+        attention_model(ATTENTIONS[3].replace("zero, d", "half, d")),
         norm_model(NORM.replace("Sub(x, a)", "Sub(a, x)")),
         norm_model(NORM.replace("axes = [-1]>(c)", "axes = [0]>(c)")),
         norm_model(NORM, "float[N, 8] y, float[N, 8] h"),

@@ -94,6 +94,9 @@ CASES: list[Case] = [
     ("RMSNormalization", [(2, 3, 4), (4,)], {}),
     ("MatMul", [(2, 3, 4), (4, 5)], {}),
     ("Gemm", [(4, 3), (5, 4), (3, 1)], {"transA": 1, "transB": 1, "alpha": 0.5, "beta": 2.0}),
+    ("Attention", [(2, 2, 3, 4), (2, 1, 5, 4), (2, 1, 5, 4)], {}),
+    ("Attention", [(2, 2, 3, 4), (2, 2, 3, 4), (2, 2, 3, 4), ~torch.eye(3).bool()], {"is_causal": 1, "softcap": 2.0}),
+    ("GridSample", [(1, 2, 4, 5), torch.rand(1, 3, 3, 2) * 1.2 - 0.6], {"align_corners": 1}),
     ("Einsum", [(3, 4), (4, 2)], {"equation": "ij, jk -> ik"}),
     *[
         ("Resize", [(1, 2, 4, 5), None, torch.tensor([1.0, 1.0, 1.5, 0.6])], {"mode": mode, "antialias": smooth})
@@ -151,6 +154,8 @@ def test_steps_have_no_slope(op):
     assert x.grad.tolist() == [0, 0]
 
 
+WINDOWS = ("BlackmanWindow", "HammingWindow", "HannWindow")
+
 WITHOUT_A_SLOPE = {
     "whole numbers or truth": (
         *("And", "ArgMax", "ArgMin", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Equal"),
@@ -169,7 +174,7 @@ WITHOUT_A_SLOPE = {
         ),
         *("Unique", "Xor"),
     ),
-    "no float input of their own": ("Constant", "ConstantOfShape", "EyeLike", "OneHot", "Range", "Hardmax"),
+    "no float input of their own": ("Constant", "ConstantOfShape", "EyeLike", "OneHot", "Range", "Hardmax", *WINDOWS),
     "random": (
         *("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"),
         "RandomUniformLike",

@@ -164,3 +164,14 @@ def test_a_penalty_draws_weights_to_zero(norm: str):
     assert isinstance(value, torch.Tensor)
     value.backward()
     assert bool((torch.sign(weight.grad) == torch.sign(weight.detach())).all())
+
+
+def test_the_grid_of_codes_is_no_codebook_and_its_zeros_may_move():
+    weight = nn.Parameter(torch.round(parameter(16, 12).detach() * 2))
+    fixed = Fixed([("w", weight)], codes={"w"}, rounded={"w"})
+
+    step(fixed, weight)
+
+    assert not fixed.ties
+    assert not fixed.masks
+    assert len(torch.unique(weight.detach())) > 20

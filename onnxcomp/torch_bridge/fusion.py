@@ -263,6 +263,99 @@ def _closed(view: _View, group: tuple[int, ...]) -> bool:
     return all(name not in view.outputs and set(view.readers.get(name, [])) <= set(group) for name in names)
 
 
+# --- softmax(q k * scale + mask) v ------------------------------------------------------------------------------------
+
+
+def attend(call: NodeCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q to k, whose last two axes are turned already, and v."""
+    scale = call.attrs["scale"]
+    fits = q.ndim == k.ndim == v.ndim == HEADS_RANK and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    if fits and (mask is None or (mask.ndim in MASK_RANKS and mask.dtype == q.dtype and not mask.requires_grad)):
+        return F.scaled_dot_product_attention(q, k.mT, v, attn_mask=mask, scale=scale)
+    scores = torch.matmul(q, k) * scale
+    weights = torch.softmax(scores if mask is None else scores + mask, call.attrs["axis"])
+    return torch.matmul(torch.where(weights.isnan(), 0, weights) if call.attrs["safe"] else weights, v)
+
+
+HEADS_RANK = 4
+"""Examples, heads, places, numbers."""
+
+MASK_RANKS = {2, HEADS_RANK}
+"""Of masks that torch takes."""
+
+LAST_AXES = {-1, HEADS_RANK - 1}
+ONE_AXIS = 13
+"""Since this opset Softmax works along one axis, by default the last."""
+
+
+def _attentions(view: _View) -> Iterator[_Found]:
+    for index, step in enumerate(view.steps):
+        if step.call.op != "Softmax" or step.call.domain or step.call.opset < ONE_AXIS:
+            continue
+        axis = step.call.get("axis", -1)
+        found = _attention(view, index, axis) if axis in LAST_AXES else None
+        if found is not None:
+            yield found
+
+
+def _attention(view: _View, softmax: int, axis: int) -> _Found | None:
+    scores, mask = view.steps[softmax].inputs[0], ""
+    before: list[int] = []
+    added = view.made_by(scores, "Add")
+    if added is not None:
+        first, second = view.steps[added].inputs
+        # The scores are what a product of matrices made; the mask is the other one.
+        turned = _scaled_product(view, first) is None
+        scores, mask = (second, first) if turned else (first, second)
+        before.append(added)
+    product = _scaled_product(view, scores)
+    if product is None:
+        return None
+    scaled, scale, matmul = product
+    before += scaled
+    checks = _checks(view, softmax)
+    weights = view.inner(checks[-1] if checks else softmax)
+    last = view.only_reader(weights, "MatMul")
+    if last is None or view.steps[last].inputs[0] != weights:
+        return None
+    group = (matmul, *reversed(before), softmax, *checks, last)
+    if not _closed(view, group):
+        return None
+    call = replace(view.steps[softmax].call, attrs={"scale": scale, "axis": axis, "safe": bool(checks)})
+    inputs = (*view.steps[matmul].inputs, view.steps[last].inputs[1], *([mask] if mask else []))
+    return _Found(group, attend, inputs, call)
+
+
+def _scaled_product(view: _View, name: str) -> tuple[list[int], float, int] | None:
+    """The steps that scale a product of matrices by a constant, that constant, and the product; None for others."""
+    matmul = view.made_by(name, "MatMul")
+    if matmul is not None:
+        return [], 1.0, matmul
+    scaled = view.made_by(name, "Mul", "Div")
+    if scaled is None:
+        return None
+    first, second = view.steps[scaled].inputs
+    divides = view.steps[scaled].call.op == "Div"
+    if view.made_by(first, "MatMul") is None and not divides:
+        first, second = second, first
+    matmul, factor = view.made_by(first, "MatMul"), view.number(second)
+    if matmul is None or not factor:
+        return None
+    return [scaled], 1 / factor if divides else factor, matmul
+
+
+def _checks(view: _View, softmax: int) -> tuple[int, ...]:
+    """The steps that put 0 where a softmax of nothing is no number, as torch exports it."""
+    name = view.inner(softmax)
+    readers = view.readers.get(name, [])
+    if [view.steps[each].call.op for each in readers] != ["IsNaN", "Where"]:
+        return ()
+    test, choice = readers
+    condition, zero, otherwise = view.steps[choice].inputs
+    same = condition == view.inner(test) and otherwise == name and view.number(zero) == 0
+    return (test, choice) if same else ()
+
+
 # --- a QuantizeLinear and its DequantizeLinear ------------------------------------------------------------------------
 
 
@@ -282,5 +375,5 @@ def _quantized(view: _View) -> Iterator[_Found]:
 QUANTIZED_ALONG = {"axis": 1, "block_size": 0}
 
 
-MATCHES: tuple[Callable[[_View], Iterator[_Found]], ...] = (_layer_norms, _gelus, _linears, _quantized)
+MATCHES: tuple[Callable[[_View], Iterator[_Found]], ...] = (_attentions, _layer_norms, _gelus, _linears, _quantized)
 """In this order: what is larger comes first."""

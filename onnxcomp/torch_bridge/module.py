@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import torch
-from onnx import TensorProto, inliner
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from onnxcomp.errors import ModelError, RequirementError
 from onnxcomp.model import Model, ModelSource, value_of
 from onnxcomp.torch_bridge import operators
+from onnxcomp.torch_bridge.codes import WITHIN, Code, codes_of, is_pruned
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, as_tensor, onnx_type, torch_dtype
 from onnxcomp.torch_bridge.fusion import fuse
+from onnxcomp.torch_bridge.inlining import inlined_model, opsets_of
 from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quantize_linear
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
@@ -70,15 +73,6 @@ def load(
     return GraphModule(model, freeze=freeze, learn_scales=learn_scales, latents=floats)
 
 
-@dataclass(frozen=True)
-class _Code:
-    """What turns the numbers behind a weight into what the graph holds: the call of that step, and of its inverse."""
-
-    call: NodeCall
-    back: NodeCall
-    inputs: tuple[str, ...]
-
-
 class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type information here
     """An ONNX graph as a module. Its Parameters have the names of the initializers, dots and all.
 
@@ -91,6 +85,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         defaults: What inputs are that need not be given.
         output_names: Of the outputs.
         scale_names: Of the Parameters that are scales.
+        code_names: Of the Parameters that are the numbers behind integer codes.
+        rounded_names: Of those whose zeros are numbers that were rounded, not weights that were pruned.
         plan: The steps that run.
         plan: The steps, one a node; what runs is the same with some of them put together.
     """
@@ -104,18 +100,22 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         latents: Model | None = None,
     ) -> None:
         super().__init__()
-        model = _inlined(model)
-        _check_operators(model)
+        inlined = inlined_model(model)
+        _check_operators(inlined)
+        own = None if inlined is model else {held.name for held in find_constants(model.fork().graph)}
+        model = inlined if inlined is not model else model.fork()
         constants = find_constants(model.graph)
-        plan = compile_graph(model.graph, _opsets(model))
+        plan = compile_graph(model.graph, opsets_of(model))
         self.input_names = tuple(plan.inputs)
         self.output_names = tuple(plan.outputs)
         self.defaults = {each.name: as_tensor(np.asarray(value_of(each))) for each in _defaults(model.graph)}
         self._output_types = {tensor.name: tensor.dtype for tensor in model.graph.outputs}
         self._kinds = {held.name: kind_of(held) for held in constants}
-        self._codes: dict[str, _Code] = {}
+        self._codes: dict[str, Code] = {}
         scales, self._products = find_scales(constants) if learn_scales else (set(), {})
-        self._place(constants, freeze, scales)
+        # What stands in a function has no tensor of its own to be written back to.
+        inside = () if own is None else [held.name for held in constants if held.name not in own]
+        self._place(constants, [*freeze, *map(glob.escape, inside)], scales)
         self.scale_names = frozenset(scales & self._parameters.keys())
         self._products = {
             name: each for name, each in self._products.items() if {each.first, each.second} & self.scale_names
@@ -136,7 +136,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
             if wanted and not any(fnmatch.fnmatchcase(held.name, pattern) for pattern in freeze):
                 kind = kind_of(held)
                 if kind in INTEGER_RANGES:
-                    self._codes[held.name] = _codes_of(held)
+                    self._codes[held.name] = codes_of(held)
                 value = np.asarray(value_of(held.constant))
                 dtype = torch.float64 if kind == TensorProto.DOUBLE else torch.float32
                 self._parameters[held.name] = nn.Parameter(as_tensor(value).to(dtype).clone())
@@ -171,17 +171,29 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
     def _start_codes(self, floats: Model | None) -> None:
         """Put the numbers behind the codes in place of the codes, where they can be from a float model."""
         known = {} if floats is None else {held.name: held for held in find_constants(floats.graph)}
+        rounded = set()
         for name, code in self._codes.items():
             parameter = self._parameters[name]
             codes = parameter.detach().clone()
             scale, *zero = (self._any(each).detach() for each in code.inputs if each)
             with torch.no_grad():
                 parameter.copy_(dequantize_linear(code.back, codes, scale, *zero))
+                pruned = is_pruned(dequantize_linear(code.back, codes, torch.ones_like(scale), *zero))
+                if not pruned:
+                    rounded.add(name)
                 source = known.get(name)
                 if source is not None and kind_of(source) in FLOATS and tuple(source.constant.shape) == codes.shape:
-                    half = dequantize_linear(code.back, torch.full_like(codes, _WITHIN), scale)
+                    half = dequantize_linear(code.back, torch.full_like(codes, WITHIN), scale)
                     near = as_tensor(np.asarray(value_of(source.constant))).to(parameter.dtype)
-                    parameter.copy_(torch.minimum(torch.maximum(near, parameter - half), parameter + half))
+                    near = torch.minimum(torch.maximum(near, parameter - half), parameter + half)
+                    parameter.copy_(torch.where(parameter == 0, 0, near) if pruned else near)
+        self.code_names, self.rounded_names = frozenset(self._codes), frozenset(rounded)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *more: Any) -> None:
+        """As in torch, which takes names with dots for those of inner modules, and so for unexpected."""
+        super()._load_from_state_dict(state, prefix, *more)
+        *_, unexpected, _ = more
+        unexpected[:] = [name for name in unexpected if name.removeprefix(prefix) not in self._parameters]
 
     def _any(self, name: str) -> Tensor:
         """The present value of a Parameter, of a constant, or of a scale that follows from others."""
@@ -333,20 +345,6 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         return np.where(same.cpu().numpy(), before.astype(np.int64), whole).astype(before.dtype)
 
 
-_WITHIN = 0.499
-"""How far from its code a number may start, in steps, for rounding to lead back to the code."""
-
-
-def _codes_of(held: Held) -> _Code:
-    """How numbers become the codes that a DequantizeLinear reads."""
-    node = held.readers[0].node
-    inputs = tuple(tensor.name for tensor in node.inputs[1:])
-    kind = kind_of(held)
-    attrs = {key: node.attrs[key] for key in ("axis", "block_size") if key in node.attrs}
-    call = NodeCall(held.name, "QuantizeLinear", attrs={**attrs, "output_dtype": kind}, input_types=(0, 0, kind))
-    return _Code(call, NodeCall(held.name, "DequantizeLinear", attrs=attrs), inputs)
-
-
 def _made(plan: Plan) -> set[str]:
     return {name for step in plan.steps for name in step.outputs}
 
@@ -377,17 +375,6 @@ def _as_array(tensor: Tensor, before: Array) -> Array:
     if tensor.dtype == torch.bfloat16:
         return np.asarray(tensor.float().cpu().numpy()).astype(before.dtype)
     return np.asarray(tensor.cpu().numpy(), before.dtype).reshape(before.shape)
-
-
-def _inlined(model: Model) -> Model:
-    """A fork whose functions are nodes of the graph."""
-    if not model.functions:
-        return model.fork()
-    return Model.load(inliner.inline_local_functions(model.to_proto()))
-
-
-def _opsets(model: Model) -> dict[str, int]:
-    return {("" if entry.domain == "ai.onnx" else entry.domain): entry.version for entry in model.proto().opset_import}
 
 
 def _check_operators(model: Model) -> None:

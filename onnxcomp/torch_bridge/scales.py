@@ -14,11 +14,10 @@ from torch import Tensor
 
 from onnxcomp.torch_bridge.plan import Step
 from onnxcomp.torch_bridge.registry import NodeCall
-from onnxcomp.torch_bridge.weights import FLOATS, Held, kind_of
+from onnxcomp.torch_bridge.weights import FLOATS, SCALES, Held, kind_of
 
 __all__ = ["find_scales", "following"]
 
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 BIASED = ("Conv", "ConvTranspose", "Gemm")
 
 
@@ -56,7 +55,7 @@ def find_scales(constants: Sequence[Held]) -> tuple[set[str], dict[str, Product]
 
 def _is_scale(held: Held) -> bool:
     """Whether a constant is a float scale of quantized values and of nothing else."""
-    all_scales = all(reading.index == 1 and reading.node.op in QUANTIZERS for reading in held.readers)
+    all_scales = all(SCALES.get(reading.node.op) == reading.index for reading in held.readers)
     return bool(held.readers) and kind_of(held) in FLOATS and all_scales
 
 

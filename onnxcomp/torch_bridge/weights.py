@@ -13,31 +13,40 @@ from onnxcomp.graph_io import walk
 from onnxcomp.model import value_of
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, onnx_type
 
-__all__ = ["Held", "Reading", "find_constants", "is_trainable", "kind_of"]
+__all__ = ["SCALES", "Held", "Reading", "find_constants", "is_trainable", "kind_of"]
 
 Array = np.ndarray[Any, Any]
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 FIXED = {
+    "Attention": {3},
     "BatchNormalization": {3, 4},
     "Clip": {1, 2},
     "Dropout": {1},
     "Equal": {0, 1},
     "GreaterOrEqual": {0, 1},
+    "GridSample": {1},
     "Greater": {0, 1},
     "LessOrEqual": {0, 1},
     "Less": {0, 1},
     "Max": {1, 2},
+    "MatMulNBits": {2, 3},
     "Min": {1, 2},
+    "OneHot": {2},
     "Pad": {1, 2, 3},
     "Pow": {1},
+    "QLinearConv": {1, 4, 6},
+    "QLinearMatMul": {1, 4, 6},
     "Range": {0, 1, 2},
     "Resize": {1, 2, 3},
     "Upsample": {1},
     "Where": {0, 1, 2},
 }
-"""Operator -> inputs that set what it does rather than being learnt: statistics, limits, masks."""
+"""Operator -> inputs that set what it does rather than being learnt: statistics, limits, masks, scales."""
+
+SCALES = {"DequantizeLinear": 1, "MatMulNBits": 2, "QuantizeLinear": 1}
+"""Operator -> the input that is its scale, which is trained where that is asked for."""
 
 ELEMENTWISE = {"Add", "Div", "Mul", "Sub", "PRelu"}
 """A single number in these is a constant of a formula (an epsilon, the root of a width), not a weight."""

@@ -12,7 +12,7 @@ except ImportError as _error:
     raise RequirementError(_message) from _error
 
 from onnxcomp.train.distilling import Trained, distill
-from onnxcomp.train.loop import Evaluation, History
+from onnxcomp.train.history import Evaluation, History
 from onnxcomp.train.losses import Loss
 from onnxcomp.train.options import Pruning, TrainOptions
 

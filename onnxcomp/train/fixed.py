@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -43,18 +43,28 @@ class Fixed:
     Args:
         parameters: Names and Parameters. Those of two axes or more with zeros keep them.
         codebooks: Whether few values are taken for a codebook.
+        codes: Names of those that are behind integer codes: their few values are a grid, not a codebook.
+        rounded: Names of those whose zeros come from rounding, and may become other codes.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, codebooks: bool = True) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        codebooks: bool = True,
+        codes: Container[str] = (),
+        rounded: Container[str] = (),
+    ) -> None:
         self.parameters = {name: each for name, each in parameters if each.requires_grad and each.ndim >= 2}
         self.masks: dict[str, Tensor] = {}
         self.ties: dict[str, Ties] = {}
         for name, parameter in self.parameters.items():
-            if codebooks and parameter.numel() >= FEW_ELEMENTS:
+            if codebooks and name not in codes and parameter.numel() >= FEW_ELEMENTS:
                 ties = Ties(parameter)
                 if ties.count <= MOST_VALUES * parameter.numel():
                     self.ties[name] = ties
-            self.set_mask(name, parameter.detach() != 0)
+            if name not in rounded:
+                self.set_mask(name, parameter.detach() != 0)
 
     def set_mask(self, name: str, kept: Tensor) -> None:
         """Make zeros of all but what is kept, from now on."""

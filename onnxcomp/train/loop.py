@@ -7,8 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,66 +20,25 @@ from onnxcomp.errors import OptionError
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.torch_bridge import GraphModule
 from onnxcomp.train.checkpoint import load_checkpoint, save_checkpoint
+from onnxcomp.train.compute import autocast, find_device, learning_rate, make_optimizer
 from onnxcomp.train.fixed import Fixed
+from onnxcomp.train.history import Evaluation, History
 from onnxcomp.train.options import Pruning, TrainOptions
 from onnxcomp.train.processes import Processes
 from onnxcomp.train.pruner import Pruner
 from onnxcomp.train.samples import Part, Samples, find_augment
 from onnxcomp.train.teacher import Teacher
 
-__all__ = ["Evaluation", "History", "LossFunction", "Trainer", "run_key"]
+__all__ = ["LossFunction", "Trainer", "run_key"]
 
 LossFunction = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor | None], Tensor]
 """Of the student's outputs, the teacher's, and labels, each with what is watched."""
 
 
+IMAGE_AXES = 4
+
 SMALLEST_SCALE = 1e-12
 """Scales stay above zero."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What held-out samples said.
-
-    Attributes:
-        step: After how many steps.
-        loss: The mean training loss since the last time.
-        drop: What the student loses; None where only an error can be measured.
-        error: The relative error of its worst output.
-        agreement: How often the top class is the teacher's.
-        sparsity: The share of zeros.
-        seconds: Since training began.
-    """
-
-    step: int
-    loss: float
-    drop: float | None
-    error: float
-    agreement: float | None
-    sparsity: float
-    seconds: float
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """Smaller is better; between equal drops, which few samples often give, the error decides."""
-        return (self.error if self.drop is None else self.drop), self.error
-
-
-@dataclass
-class History:
-    """How training went.
-
-    Attributes:
-        steps: How many were run.
-        evaluations: In order; the first is before training.
-        best: That of the weights which were kept.
-        resumed_at: The step that a checkpoint was taken over at; 0: none was.
-    """
-
-    steps: int = 0
-    evaluations: list[Evaluation] = field(default_factory=list)
-    best: Evaluation | None = None
-    resumed_at: int = 0
 
 
 class Trainer:
@@ -126,8 +84,12 @@ class Trainer:
         processes: Processes | None = None,
     ) -> None:
         self.processes = processes or Processes()
-        self.device = _device(options.device)
+        self.device = find_device(options.device)
         self.module = module.to(self.device)
+        self._format = torch.contiguous_format
+        if any(each.ndim == IMAGE_AXES for each in module.parameters()):  # a quarter less time for Conv nets on a CPU
+            self._format = torch.channels_last
+            module.to(memory_format=self._format)
         self.options = options
         self._teacher, self._loss, self._watch = teacher, loss, tuple(watch)
         self._reference, self._held_out = held_out
@@ -144,10 +106,10 @@ class Trainer:
         )
         self.total_steps = max(1, round(options.epochs * self._samples.steps))
         self._parameters = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
-        self.fixed = Fixed(self._parameters, codebooks=codebooks)
+        self.fixed = Fixed(self._parameters, codebooks=codebooks, codes=module.code_names, rounded=module.rounded_names)
         self._pruner = Pruner(self.fixed, pruning, self.total_steps) if pruning else None
         self._max_drop = pruning.max_drop if pruning else 0.0
-        self._optimizer = _optimizer(self._parameters, options, module.scale_names)
+        self._optimizer = make_optimizer(self._parameters, options, module.scale_names)
         self._average = {name: each.detach().clone() for name, each in self._parameters} if options.ema else {}
         self._best: dict[str, Tensor] = {}
         self._checkpoint, self._progress, self._log = checkpoint, progress, log
@@ -201,7 +163,7 @@ class Trainer:
 
     def _one_step(self, step: int, parts: Sequence[Part]) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(step) * group["pace"]
+            group["lr"] = learning_rate(self.options, step, self.total_steps) * group["pace"]
         if self._pruner is not None:
             self._pruner.before_step(step)
         self._optimizer.zero_grad(set_to_none=True)
@@ -243,21 +205,17 @@ class Trainer:
         labels = None
         if self._use_labels and batch.labels is not None:
             labels = torch.from_numpy(np.array(batch.labels)).to(self.device)
-        with _autocast(self.device, mixed=self.options.mixed_precision):
+        with autocast(self.device, mixed=self.options.mixed_precision):
             found = self._runner(self._tensors(batch.inputs), self._watch)
             return self._loss(found, self._tensors(wanted), labels)
 
     def _tensors(self, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
         kept = {name: value for name, value in arrays.items() if value.dtype != object}
-        return {name: torch.from_numpy(np.array(value)).to(self.device) for name, value in kept.items()}
-
-    def _rate(self, step: int) -> float:
-        """Up in a line, then down along a cosine."""
-        rising = round(self.options.warmup * self.total_steps)
-        if step < rising:
-            return self.options.learning_rate * (step + 1) / rising
-        done = (step - rising) / max(1, self.total_steps - rising)
-        return self.options.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        tensors = {name: torch.from_numpy(np.array(value)).to(self.device) for name, value in kept.items()}
+        return {
+            name: value.contiguous(memory_format=self._format) if value.ndim == IMAGE_AXES else value
+            for name, value in tensors.items()
+        }
 
     # --- judging --------------------------------------------------------------------------------------------------
 
@@ -398,39 +356,6 @@ class _Runner(nn.Module):  # type: ignore[misc] # torch has no type information 
     def forward(self, feed: Mapping[str, Tensor], watch: Sequence[str]) -> dict[str, Tensor]:
         """Run the graph."""
         return self.module.run(feed, watch)
-
-
-def _device(name: str) -> Any:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _autocast(device: Any, *, mixed: bool) -> Any:
-    """16 bits where the device is made for them."""
-    if not mixed or device.type != "cuda" or not torch.cuda.is_bf16_supported():
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16)
-
-
-def _optimizer(parameters: Sequence[tuple[str, nn.Parameter]], options: TrainOptions, scales: frozenset[str]) -> Any:
-    """Scales go at a pace of their own size: a step of Adam is as large as the learning rate, whatever the gradient."""
-    plain = [each for name, each in parameters if name not in scales]
-    groups = [
-        {"params": [each for each in plain if each.ndim >= 2], "weight_decay": options.weight_decay, "pace": 1.0},
-        {"params": [each for each in plain if each.ndim < 2], "weight_decay": 0.0, "pace": 1.0},
-    ]
-    groups += [
-        {"params": [each], "weight_decay": 0.0, "pace": float(each.detach().abs().mean())}
-        for name, each in parameters
-        if name in scales
-    ]
-    groups = [group for group in groups if group["params"]]
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, foreach=True)
 
 
 def run_key(*parts: object) -> str:

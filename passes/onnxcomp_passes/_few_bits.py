@@ -14,6 +14,7 @@ from onnxcomp.calibration import make_calibrator
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context
+from onnxcomp_passes._companions import clip_low
 from onnxcomp_passes._placement import Layer, find_layers
 from onnxcomp_passes._statistics import observe
 
@@ -56,7 +57,7 @@ class _Writer:
             origin = gs.Constant(self.model.unique_name(f"{tensor.name}_zero_point"), zero)
             codes = Variable(self.model.unique_name(f"{tensor.name}_quantized"))
             result = Variable(self.model.unique_name(f"{tensor.name}_dequantized"))
-            self._add("QuantizeLinear", [tensor, scale, origin], codes)
+            self._add("QuantizeLinear", [_before_clip(tensor), scale, origin], codes)
             self._add("DequantizeLinear", [codes, scale, origin], result)
             self.decoded[key] = result
         return self.decoded[key]
@@ -85,6 +86,32 @@ class _Writer:
         self.model.graph.nodes.append(Node(op, name, attrs, inputs, [output]))
 
 
+def _before_clip(tensor: gs.Tensor) -> gs.Tensor:
+    """What a Clip from 0 on reads, instead of what it gives: codes from 0 on bound values in the same way.
+
+    ONNX Runtime refuses 4-bit codes of a Clip that nothing else reads (1.32).
+    """
+    maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+    if maker is None or maker.op != "Clip" or maker.domain or clip_low(maker) != 0.0:
+        return tensor
+    return maker.inputs[0]
+
+
+def _drop_unread_clips(graph: gs.Graph) -> None:
+    """Take out the Clip nodes that nothing reads any more."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    unread = [
+        node
+        for node in graph.nodes
+        if node.op == "Clip" and not node.outputs[0].outputs and id(node.outputs[0]) not in outputs
+    ]
+    for node in unread:
+        node.inputs.clear()
+        node.outputs.clear()
+    gone = {id(node) for node in unread}
+    graph.nodes = [node for node in graph.nodes if id(node) not in gone]
+
+
 def _scales(rows: Array, top: int) -> Array:
     """The scale of each row with the smallest squared error; (rows,) float32."""
     largest = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny)
@@ -98,7 +125,7 @@ def _scales(rows: Array, top: int) -> Array:
 
 
 def quantize_layers(
-    model: Model, context: Context, changes: Changes, *, weights: int, activations: int, ends: int
+    model: Model, context: Context, changes: Changes, *, weights: int, activations: int
 ) -> Sequence[str]:
     """Put every layer with a float weight onto a grid of few bits, in place.
 
@@ -107,8 +134,8 @@ def quantize_layers(
         context: Its data tell ranges.
         changes: Told what was done and why others were left.
         weights: Bits of weights.
-        activations: Bits of what layers read.
-        ends: Bits of both in the first and the last layer, whose errors nothing evens out.
+        activations: Bits of what layers read. The first and the last layer, whose errors nothing evens out, have 8 of
+            both.
 
     Returns:
         The names of the layers.
@@ -116,10 +143,10 @@ def quantize_layers(
     layers = [layer for layer in find_layers(model.graph, context, changes) if isinstance(layer.weight, gs.Constant)]
     if not layers:
         return []
-    model.raise_opset(FOUR_BIT_OPSET if min(weights, activations, ends) != EIGHT else PER_CHANNEL_OPSET)
+    model.raise_opset(FOUR_BIT_OPSET if min(weights, activations) != EIGHT else PER_CHANNEL_OPSET)
     layers = [layer for layer in find_layers(model.graph, context) if isinstance(layer.weight, gs.Constant)]
     at_ends = {layers[0].name, layers[-1].name}
-    bits = {layer.name: (ends, ends) if layer.name in at_ends else (weights, activations) for layer in layers}
+    bits = {layer.name: (EIGHT, EIGHT) if layer.name in at_ends else (weights, activations) for layer in layers}
     watches = {}
     for layer in layers:
         levels = 2 ** bits[layer.name][1]
@@ -131,5 +158,6 @@ def quantize_layers(
         layer.node.inputs[0] = writer.activation(layer.node.inputs[0], read)
         layer.node.inputs[1] = writer.weight(layer, own)
         changes.add(layer.name, f"weights in {own} bits, what it reads in {read}")
+    _drop_unread_clips(model.graph)
     model.infer_shapes()
     return [layer.name for layer in layers]

@@ -252,7 +252,7 @@ def _bias(layer: Layer, codes: Array, scale: Array, scheme: Scheme) -> Array | N
 def weight_codes(layer: Layer, scheme: Scheme) -> tuple[Array, Array]:
     """The int8 codes and the scale, taken over from the storage form where that has the same grid."""
     rules = scheme.rules
-    limit = REDUCED_MAX if rules.reduce_range else INT8_MAX
+    limit = scheme.limit(layer)
     per_channel = rules.channel_scales(layer.node.op)
     weight, steps = layer.weight, scheme.steps.get(layer.key)
     if isinstance(weight, Stored) and per_channel and limit == INT8_MAX and steps is None:

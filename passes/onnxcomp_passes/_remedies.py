@@ -14,10 +14,9 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp_passes._equalize import equalize
 from onnxcomp_passes._placement import Layer, place
-from onnxcomp_passes._qdq import REDUCED_MAX, Ranges
+from onnxcomp_passes._qdq import Ranges
 from onnxcomp_passes._ranges import best_range, response
 from onnxcomp_passes._scheme import Scheme
-from onnxcomp_passes._stored import INT8_MAX
 from onnxcomp_passes._weights import times_input_channel
 
 __all__ = ["REMEDIES", "SLOWING", "Evidence", "Remedy", "treat"]
@@ -137,13 +136,12 @@ def round_weights(scheme: Scheme, chosen: frozenset[int], evidence: Evidence) ->
     if not layers:
         return None
     moments = evidence.moments(scheme)
-    limit = REDUCED_MAX if scheme.rules.reduce_range else INT8_MAX
     steps = {}
     for layer in layers:
         seen = moments.get(layer.node.inputs[0].name)
         if seen is None or not seen.count or _channels(layer, scheme) != len(seen.square()):
             continue
-        found = _best_steps(layer, scheme.weights.get(layer), np.sqrt(seen.square()), limit)
+        found = _best_steps(layer, scheme.weights.get(layer), np.sqrt(seen.square()), scheme.limit(layer))
         if found is not None:
             steps[layer.key] = found
     told = dict.fromkeys(steps, "weights rounded for the least output error")

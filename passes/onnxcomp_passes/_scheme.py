@@ -12,7 +12,8 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp.targets import QuantizationRules
 from onnxcomp_passes._placement import Layer, find_layers, place
-from onnxcomp_passes._qdq import Ranges, insert
+from onnxcomp_passes._qdq import REDUCED_MAX, Ranges, insert
+from onnxcomp_passes._stored import INT8_MAX
 from onnxcomp_passes._weights import LayerWeights
 
 __all__ = ["Scheme"]
@@ -32,6 +33,7 @@ class Scheme:
         weights: The layers' float weights.
         steps: Key of a layer -> the weight scale of each output channel, where it is not the largest magnitude's.
         means: Name of a layer's input -> the mean of each channel, where biases are corrected for rounded weights.
+        limits: Key of a layer -> the largest code of its weight, where that is not all of 8 bits.
         story: Key of a layer -> what was done for it.
     """
 
@@ -42,7 +44,12 @@ class Scheme:
     weights: LayerWeights
     steps: Mapping[str, Array] = field(default_factory=dict)
     means: Mapping[str, Array] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
     story: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def limit(self, layer: Layer) -> int:
+        """The largest code that a layer's weight may have."""
+        return min(self.limits.get(layer.key, INT8_MAX), REDUCED_MAX if self.rules.reduce_range else INT8_MAX)
 
     def layers(self, model: Model, context: Context, chosen: frozenset[int] | None = None) -> list[Layer]:
         """The layers of the base or of a fork of it; all, or those that are given by their place in `keys`."""

@@ -62,6 +62,10 @@ class Quantize(Pass):
     calibration: str = option("minmax", "How ranges are found.", choices=METHODS)
     percentile: float = option(99.99, "Share of values covered, in percent, for 'percentile'.", minimum=50, maximum=100)
     per_channel: bool = option(True, "One weight scale per output channel, where the target has such kernels.")
+    weight_bits: int = option(
+        8, "Bits of weights; with fewer than 8 the first and the last layer keep 8. They run as int8; `pack` then makes"
+        " the file smaller.", minimum=2, maximum=8,
+    )  # fmt: skip
     choose: bool = option(True, "Return layers to float by measurement; false quantizes every layer that can be.")
     skip: tuple[str, ...] = option((), "Names of layers that stay float.")
     remedies: tuple[str, ...] = option((), f"What is done for accuracy without choosing: {', '.join(REMEDIES)}.")
@@ -106,7 +110,9 @@ class Quantize(Pass):
         ranges = self._calibrate(base, wanted, context, changes)
         usable = self._usable(base, layers, ranges, rules, changes)
         names = [layer.name for layer in layers]
-        scheme = Scheme(base, rules, ranges, tuple(layer.key for layer in layers), LayerWeights(context.exact))
+        keys = tuple(layer.key for layer in layers)
+        limits = dict.fromkeys(keys[1:-1], 2 ** (self.weight_bits - 1) - 1)
+        scheme = Scheme(base, rules, ranges, keys, LayerWeights(context.exact), limits=limits)
         evidence = Evidence(
             lambda model, watches: observe(model, watches, context),
             lambda model, tensors: self._calibrate(model, tensors, context, Changes()),

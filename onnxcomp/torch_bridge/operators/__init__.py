@@ -2,6 +2,7 @@
 
 from onnxcomp.torch_bridge.operators import (
     activations,
+    attention,
     chance,
     contrib,
     control,
@@ -22,6 +23,7 @@ from onnxcomp.torch_bridge.operators import (
 
 __all__ = [
     "activations",
+    "attention",
     "chance",
     "contrib",
     "control",

@@ -61,9 +61,9 @@ def _transposed_pads(
     for axis, target in enumerate(targets):
         span = strides[axis] * (sizes[axis] - 1) + more[axis] + (kernel[axis] - 1) * dilations[axis] + 1
         total = span - target
-        if total < 0:  # a larger output than there is: the rest is filled
+        if total < 0 and wanted:  # a larger output than there is: the rest is filled
             more[axis] -= total
-            total = 0
+        total = max(total, 0)
         small, large = total // 2, total - total // 2
         before.append(small if auto == "SAME_UPPER" else large)
         after.append(large if auto == "SAME_UPPER" else small)

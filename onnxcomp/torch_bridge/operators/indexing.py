@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
-from onnxcomp.torch_bridge.operators.common import UNSIGNED, numbers, type_of
+from onnxcomp.torch_bridge.operators.common import UNSIGNED, numbers, type_of, wide
 from onnxcomp.torch_bridge.registry import NodeCall, operator
 
 __all__: list[str] = []
@@ -38,7 +38,7 @@ def _gather(call: NodeCall, x: Tensor, indices: Tensor) -> Tensor:
 @operator("GatherElements")
 def _gather_elements(call: NodeCall, x: Tensor, indices: Tensor) -> Tensor:
     axis = call.get("axis", 0)
-    return x.gather(axis, _positive(indices, x.shape[axis]))
+    return wide(lambda each: each.gather(axis, _positive(indices, x.shape[axis])), x)
 
 
 @operator("GatherND")
@@ -74,6 +74,8 @@ def _scatter_elements(call: NodeCall, x: Tensor, indices: Tensor, updates: Tenso
 
 @operator("ScatterND")
 def _scatter_nd(call: NodeCall, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    if x.dtype in UNSIGNED:
+        return _scatter_nd(call, x.to(torch.int64), indices, updates.to(torch.int64)).to(x.dtype)
     depth = indices.shape[-1]
     places = tuple(_positive(indices[..., axis], x.shape[axis]) for axis in range(depth))
     how = _reduction(call)
@@ -119,7 +121,7 @@ def _one_hot(call: NodeCall, indices: Tensor, depth: Tensor, values: Tensor) -> 
 
 @operator("NonZero")
 def _non_zero(call: NodeCall, x: Tensor) -> Tensor:
-    return x.nonzero().T
+    return (x != 0).nonzero().T
 
 
 @operator("Compress")
@@ -175,3 +177,27 @@ def _unique(call: NodeCall, x: Tensor) -> tuple[Tensor, ...]:
         values, first, counts = values.index_select(axis, order), first[order], counts[order]
         inverse = order.argsort()[inverse]
     return values, first, inverse, counts
+
+
+@operator("HannWindow", "HammingWindow", "BlackmanWindow")
+def _window(call: NodeCall, size: Tensor) -> Tensor:
+    count = int(size)
+    turns = count if call.get("periodic", 1) else count - 1
+    angles = torch.arange(count, dtype=torch.float64) * (2 * math.pi / max(turns, 1))
+    first, second, third = WINDOWS[call.op]
+    found = first - second * torch.cos(angles) + third * torch.cos(2 * angles)
+    return found.to(type_of(call, "output_datatype"))
+
+
+WINDOWS = {"HannWindow": (0.5, 0.5, 0.0), "HammingWindow": (25 / 46, 21 / 46, 0.0), "BlackmanWindow": (0.42, 0.5, 0.08)}
+
+
+@operator("GridSample")
+def _grid_sample(call: NodeCall, x: Tensor, grid: Tensor) -> Tensor:
+    mode, padding = (_text(call.get(key, default)) for key, default in (("mode", "linear"), ("padding_mode", "zeros")))
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    return F.grid_sample(x, grid, mode, padding, bool(call.get("align_corners", 0)))
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

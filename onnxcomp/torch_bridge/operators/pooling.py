@@ -42,7 +42,7 @@ def _max_pool(call: NodeCall, x: Tensor) -> Any:
         found = _max_pool(call, x.double())
         return (found[0].to(x.dtype), found[1]) if isinstance(found, tuple) else found.to(x.dtype)
     kernel = call.attrs["kernel_shape"]
-    windows = windows_of(call, x.shape[2:], kernel)
+    windows = windows_of(call, x.shape[2:], kernel, cuts=True)
     function = MAX_POOLS[len(kernel)]
     indices = len(call.wanted) > 1 and call.wanted[1]
     small = all(2 * pad <= size for pad, size in zip(windows.before, kernel, strict=True))
@@ -76,7 +76,7 @@ def _places(call: NodeCall, flat: Tensor, padded: Sequence[int], shape: Sequence
 @operator("AveragePool")
 def _average_pool(call: NodeCall, x: Tensor) -> Tensor:
     kernel = call.attrs["kernel_shape"]
-    windows = windows_of(call, x.shape[2:], kernel)
+    windows = windows_of(call, x.shape[2:], kernel, cuts=True)
     inside = bool(call.get("count_include_pad", 0))
     small = all(2 * pad <= size for pad, size in zip(windows.before, kernel, strict=True))
     plain = not call.get("ceil_mode", 0) and set(windows.dilations) == {1}
@@ -106,7 +106,7 @@ def _window_sums(x: Tensor, windows: Windows) -> Tensor:
 
 @operator("LpPool")
 def _lp_pool(call: NodeCall, x: Tensor) -> Tensor:
-    windows = windows_of(call, x.shape[2:], call.attrs["kernel_shape"])
+    windows = windows_of(call, x.shape[2:], call.attrs["kernel_shape"], cuts=True)
     power = call.get("p", 2)
     padded = F.pad(x, flat_pads(windows.before, _reach(call, x.shape[2:], windows)))
     return _window_sums(padded.abs().pow(power), windows).pow(1 / power)
@@ -130,7 +130,7 @@ def _global_lp_pool(call: NodeCall, x: Tensor) -> Tensor:
 @operator("MaxUnpool")
 def _max_unpool(call: NodeCall, x: Tensor, indices: Tensor, shape: Tensor | None = None) -> Tensor:
     kernel = call.attrs["kernel_shape"]
-    windows = windows_of(call, x.shape[2:], kernel)
+    windows = windows_of(call, x.shape[2:], kernel, cuts=True)
     natural = [
         (size - 1) * windows.strides[axis] + kernel[axis] - windows.before[axis] - windows.after[axis]
         for axis, size in enumerate(x.shape[2:])

@@ -66,6 +66,7 @@ def _prepared(
         raise NotImplementedError(message)
     axis, block = call.get("axis", 1), call.get("block_size", 0)
     low, high = (-math.inf, math.inf) if kind == TensorProto.INT32 else INTEGER_RANGES[kind]
+    low, high = call.get("range", (low, high))
     scale = spread(scale, x, axis, block)
     return scale, None if zero_point is None else spread(zero_point.to(scale.dtype), x, axis, block), low, high
 

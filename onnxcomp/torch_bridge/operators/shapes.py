@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
-from onnxcomp.torch_bridge.operators.common import axes_of, numbers
+from onnxcomp.torch_bridge.operators.common import axes_of, numbers, wide
 from onnxcomp.torch_bridge.registry import NodeCall, operator
 
 __all__ = ["pad_axis"]
@@ -78,6 +78,9 @@ def _split(call: NodeCall, x: Tensor, sizes: Tensor | None = None) -> tuple[Tens
     return tuple(x.split(lengths, axis))
 
 
+LARGEST = {2**31 - 1, 2**63 - 1}
+
+
 @operator("Slice")
 def _slice(
     call: NodeCall,
@@ -92,10 +95,15 @@ def _slice(
     along = axes_of(call, axes) or list(range(len(first)))
     strides = [1] * len(first) if steps is None else numbers(steps)
     for start, end, axis, step in zip(first, last, along, strides, strict=True):
-        begin, stop, _ = slice(start, end, step).indices(x.shape[axis])
         if step < 0:
-            x = x.index_select(axis, torch.arange(begin, stop, step))
-        elif step == 1:
+            # A start in front of all is the first place, other than in Python. And ONNX Runtime takes the largest end
+            # as that of the direction, whichever it is.
+            size = x.shape[axis]
+            begin, stop, _ = slice(max(start, -size), None if end in LARGEST else end, step).indices(size)
+            x = x.index_select(axis, torch.arange(begin, min(stop, begin), step))
+            continue
+        begin, stop, _ = slice(start, end, step).indices(x.shape[axis])
+        if step == 1:
             x = x.narrow(axis, begin, max(stop - begin, 0))
         else:
             index: list[Any] = [slice(None)] * x.ndim
@@ -126,7 +134,8 @@ def _tile(call: NodeCall, x: Tensor, repeats: Tensor, axis: Tensor | None = None
 @operator("Trilu")
 def _trilu(call: NodeCall, x: Tensor, k: Tensor | None = None) -> Tensor:
     diagonal = 0 if k is None else int(k)
-    return torch.triu(x, diagonal) if call.get("upper", 1) else torch.tril(x, diagonal)
+    function = torch.triu if call.get("upper", 1) else torch.tril
+    return wide(lambda each: function(each, diagonal), x)
 
 
 @operator("Pad")
@@ -209,7 +218,7 @@ def _reverse_sequence(call: NodeCall, x: Tensor, lengths: Tensor) -> Tensor:
     shape = [1] * x.ndim
     shape[batch], shape[time] = places.shape
     index = (places if batch < time else places.T).reshape(shape)
-    return x.gather(time, index.expand(x.shape))
+    return wide(lambda each: each.gather(time, index.expand(x.shape)), x)
 
 
 @operator("CenterCropPad")

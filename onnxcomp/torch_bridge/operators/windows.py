@@ -35,12 +35,20 @@ class Windows:
 
     @property
     def symmetric(self) -> bool:
-        """Whether there is as much padding in front as behind."""
-        return list(self.before) == list(self.after)
+        """Whether there is as much padding in front as behind, and nothing is cut."""
+        return list(self.before) == list(self.after) and min(self.before, default=0) >= 0
 
 
-def windows_of(call: NodeCall, sizes: Sequence[int], kernel: Sequence[int]) -> Windows:
-    """The windows of a Conv or a pooling over inputs of these spatial sizes."""
+def windows_of(call: NodeCall, sizes: Sequence[int], kernel: Sequence[int], *, cuts: bool = False) -> Windows:
+    """The windows of a Conv or a pooling over inputs of these spatial sizes.
+
+    Args:
+        call: The node's.
+        sizes: Of the input.
+        kernel: Sizes of a window.
+        cuts: Whether SAME cuts where strides are longer than windows, as ONNX Runtime's poolings do and its Conv does
+            not.
+    """
     rank = len(kernel)
     strides = call.get("strides") or [1] * rank
     dilations = call.get("dilations") or [1] * rank
@@ -51,10 +59,11 @@ def windows_of(call: NodeCall, sizes: Sequence[int], kernel: Sequence[int]) -> W
         return Windows(kernel, strides, dilations, pads[:rank], pads[rank:])
     before, after = [], []
     for size, length, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
-        total = max((-(-size // stride) - 1) * stride + (length - 1) * dilation + 1 - size, 0)
-        small, large = total // 2, total - total // 2
-        before.append(small if auto == "SAME_UPPER" else large)
-        after.append(large if auto == "SAME_UPPER" else small)
+        total = (-(-size // stride) - 1) * stride + (length - 1) * dilation + 1 - size
+        if not cuts:
+            total = max(total, 0)
+        before.append(int((total if auto == "SAME_UPPER" else total + 1) / 2))
+        after.append(total - before[-1])
     return Windows(kernel, strides, dilations, before, after)
 
 
