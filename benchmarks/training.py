@@ -1,13 +1,11 @@
 """What training on the graph wins back, in accuracy on test images or sentences that it does not see.
 
-    python -m benchmarks.training lenet|mobilenet|qat|vit [--data DIR] [--epochs N]
+    python -m benchmarks.training mobilenet|qat|vit [--data DIR] [--epochs N]
 
 The fashion models are those of sample_models/, trained on with Fashion-MNIST's 60,000 training images, from DIR, and
-scored on its 10,000 test images, through ONNX Runtime. Only the answers of the original teach, but where "labels" is
-said. A tenth of the training images is held out: it chooses the weights that are kept, and chose the settings below.
-
-"lenet" makes ever more weights zero: all at once, all at once and then trained, and along a ramp. It then distils one
-model, with labels, clusters and packs it, and writes benchmarks/results/.
+scored on its 10,000 test images, through ONNX Runtime. Only the answers of the original teach. A part of the training
+images is held out, and chooses the weights that are kept. Speed is that of one image on one thread, measured in turn
+with the original.
 
 "mobilenet" takes half of the multiply-accumulates out, distils, and quantizes. "qat" trains in 4 bits. "vit" takes a
 third of its feed-forward neurons out, quantizes, and trains through the rounding.
@@ -16,11 +14,10 @@ third of its feed-forward neurons out, quantizes, and trains through the roundin
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +30,8 @@ from onnxcomp.analysis import mac_counts
 from onnxcomp.data import input_specs, open_data
 from onnxcomp.passes import Changes, Pass
 from onnxcomp.runtime import Runtime
-from onnxcomp.train import Loss, Pruning, Trained, TrainOptions, distill
-from onnxcomp_passes import Cluster, Pack, Prune, PruneChannels, Quantize, Simplify
+from onnxcomp.train import Loss, Trained, TrainOptions, distill
+from onnxcomp_passes import Pack, PruneChannels, Quantize, Simplify
 from onnxcomp_passes._channels_groups import find_channels
 from onnxcomp_passes._few_bits import quantize_layers
 from sample_models.train import DEFAULT_DATA, accuracy, load_split
@@ -43,15 +40,9 @@ Array = np.ndarray[Any, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "sample_models"
-RESULTS = Path(__file__).resolve().parent / "results"
 CALIBRATION = SAMPLES / "fashion_calib.npz"
 
-CURVES_HEAD = ("zeros", "one shot", "one shot, then trained", "ramp")
-LENET_HEAD = ("model", "accuracy", "drop", "fewer weights", "bytes", "smaller", "seconds")
 HEAD = ("model", "accuracy", "drop", "MACs", "bytes", "smaller", "faster", "seconds")
-
-SPARSITIES = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
-CURVE_EPOCHS = 15.0
 
 
 @dataclass(frozen=True)
@@ -108,12 +99,6 @@ def saved(model: Model, folder: Path, name: str = "model.onnx") -> Path:
     return folder / name
 
 
-def parameters(model: Model) -> tuple[int, int]:
-    """How many float weights there are, and how many of them are not zero."""
-    values = [model.weight(each.name) for each in model.constants() if each.dtype == np.float32]
-    return sum(each.size for each in values), sum(int(np.count_nonzero(each)) for each in values)
-
-
 def row(fashion: Fashion, label: str, model: Model, started: float) -> list[str]:
     """Accuracy, size and speed of a model beside the original's; speed is measured in turn, with one thread."""
     shapes = {"image": [1, 1, 28, 28]}
@@ -135,97 +120,6 @@ def row(fashion: Fashion, label: str, model: Model, started: float) -> list[str]
         f"{one.median_ms / other.median_ms:.2f}",
         f"{time.monotonic() - started:.0f}",
     ]
-
-
-# --- LeNet ------------------------------------------------------------------------------------------------------------
-
-
-def curves(fashion: Fashion, epochs: float) -> Iterator[list[str]]:
-    """Accuracy against sparsity, in three ways; the second and third are given the same time."""
-    original = Model.load(fashion.path)
-    for sparsity in SPARSITIES:
-        shot = original.fork()
-        Prune(sparsity=sparsity, criterion="magnitude", keep_ends="false", min_elements=1).rewrite(shot, Context())
-        scores = [fashion.score(shot)]
-        for how in ("once", "gradual"):
-            pruning = Pruning(sparsity=sparsity, how=how, end=0.7)
-            scores.append(
-                fashion.score(fashion.distil(original, epochs=epochs, learning_rate=2e-3, pruning=pruning).model)
-            )
-        yield [f"{sparsity:.0%}", *(f"{score:.4f}" for score in scores)]
-
-
-def plot(rows: Sequence[Sequence[str]], dense: float, path: Path) -> None:
-    """The three curves, as a picture."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    zeros = [float(row[0].rstrip("%")) for row in rows]
-    for column, (label, style) in enumerate(zip(CURVES_HEAD[1:], ("o:", "s--", "^-"), strict=True), start=1):
-        axes.plot(zeros, [float(row[column]) for row in rows], style, label=label)
-    axes.axhline(dense, color="gray", linewidth=1, label=f"dense: {dense:.4f}")
-    axes.set(xlabel="weights that are zero, %", ylabel="accuracy on 10,000 test images", title="fashion_lenet")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
-    figure.savefig(path, dpi=110)
-
-
-def lenet(fashion: Fashion, epochs: float | None) -> None:
-    """The three curves, the model, and its packed form."""
-    dense = fashion.score(fashion.path)
-    rows = []
-    for each in curves(fashion, epochs or CURVE_EPOCHS):
-        rows.append(each)
-        tell(" | ".join(each))
-    print_table(CURVES_HEAD, rows)
-    RESULTS.mkdir(exist_ok=True)
-    plot(rows, dense, RESULTS / "lenet_curves.png")
-    table, figures = [], {}
-    original_bytes = fashion.path.stat().st_size
-    for label, labels, sparsity in (("teacher only", False, 0.9562), ("with labels", True, 0.975)):
-        started = time.monotonic()
-        found = fashion.distil(
-            fashion.path, labels=labels, epochs=epochs or 60.0, learning_rate=2e-3,
-            pruning=Pruning(sparsity=sparsity, end=0.7),
-        ).model  # fmt: skip
-        forms = [(label, found)]
-        if labels:
-            few = found.fork()
-            Cluster(bits=4).rewrite(few, Context())
-            few = fashion.distil(few, labels=True, epochs=(epochs or 60.0) / 6, learning_rate=2e-3).model
-            packed = few.fork()
-            Pack().rewrite(packed, Context())
-            forms.append(("the same, clustered and packed", packed))
-        total, left = parameters(found)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, model in forms:
-                size = saved(model, Path(folder)).stat().st_size
-                score = fashion.score(model)
-                seconds = f"{time.monotonic() - started:.0f}"
-                table.append([
-                    name, f"{score:.4f}", f"{dense - score:+.4f}", f"{total / left:.1f}", f"{size:,}",
-                    f"{original_bytes / size:.1f}", seconds,
-                ])  # fmt: skip
-                figures[name] = {"accuracy": score, "file_bytes": size, "compression_rate": total / left}
-        if labels:
-            saved(found, RESULTS, "lenet_distilled.onnx")
-            saved(packed, RESULTS, "lenet_distilled_packed.onnx")
-    print_table(LENET_HEAD, table)
-    plain, small = figures["with labels"], figures["the same, clustered and packed"]
-    document = {
-        "dense_accuracy": dense,
-        "accuracy": plain["accuracy"],
-        "compression_rate": plain["compression_rate"],
-        "original_file_bytes": original_bytes,
-        "file_bytes": plain["file_bytes"],
-        "packed_accuracy": small["accuracy"],
-        "packed_file_bytes": small["file_bytes"],
-        "teacher_only": figures["teacher only"],
-    }
-    (RESULTS / "lenet_distillation.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-# --- the others -------------------------------------------------------------------------------------------------------
 
 
 def mobilenet(fashion: Fashion, epochs: float | None) -> Iterator[list[str]]:
@@ -280,13 +174,10 @@ def _feed_forward(model: Model) -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lenet", "mobilenet", "qat", "vit"])
+    parser.add_argument("what", choices=["mobilenet", "qat", "vit"])
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of Fashion-MNIST's idx .gz files")
     parser.add_argument("--epochs", type=float, help="instead of each model's own number")
     arguments = parser.parse_args()
-    if arguments.what == "lenet":
-        lenet(Fashion.read("fashion_lenet", arguments.data), arguments.epochs)
-        return 0
     runs = {
         "mobilenet": ("fashion_mobilenet", mobilenet),
         "qat": ("fashion_mobilenet", qat),
