@@ -11,11 +11,12 @@ import torch
 from onnxcomp import Budget, optimize
 from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
+from onnxcomp.packed import unpack
 from onnxcomp.passes import Context, find_pass
 from onnxcomp.runtime import Runtime
 from onnxcomp.stages import joined
 from onnxcomp.torch_bridge import load
-from onnxcomp_passes import Distill, FineTune, Prune, PruneChannels, Qat, Quantize, Simplify
+from onnxcomp_passes import Distill, FineTune, Pack, Prune, PruneChannels, Qat, Quantize, Simplify
 from tests.training import LENET, WEIGHTS, arrays, dataset
 
 
@@ -38,6 +39,21 @@ def test_a_second_distillation_mends_what_came_after_the_first():
 
 def test_pruning_is_judged_once_it_is_distilled_and_packed():
     assert names("prune", "distill", "pack") == ["prune + distill + pack"]
+
+
+def test_zeros_made_on_the_way_are_judged_once_packed():
+    passes = [Distill(sparsity=0.9), *(find_pass(name)() for name in ("cluster", "pack"))]
+    assert [stage.name for stage in joined(passes)] == ["distill + cluster + pack"]
+
+
+def test_weights_become_zeros_in_a_pipeline():
+    result = optimize(LENET, data=arrays(400), passes=[Distill(sparsity=0.8, epochs=4.0), Pack()], force=True)
+
+    assert result.model.size_bytes < 0.4 * Model.load(LENET).size_bytes
+    unpacked = result.model.fork()
+    unpack(unpacked)
+    zeros = sum(int((unpacked.weight(name) == 0).sum()) for name in WEIGHTS)
+    assert zeros / sum(unpacked.weight(name).size for name in WEIGHTS) == pytest.approx(0.8, abs=0.001)
 
 
 def accuracy(path: Path) -> float:
