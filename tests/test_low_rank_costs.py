@@ -14,7 +14,8 @@ from onnxcomp.passes import Changes, Context
 from onnxcomp.runtime import Runtime
 from onnxcomp_passes._layer_costs import LayerTimes, layer_macs, layer_sizes
 from onnxcomp_passes._rank_options import forms_of
-from onnxcomp_passes._thin_fit import Splitter, Thin
+from onnxcomp_passes._thin import Thin
+from onnxcomp_passes._thin_fit import Splitter
 from onnxcomp_passes._thin_layers import find_units
 from tests.models import graph_model, random_weights
 
