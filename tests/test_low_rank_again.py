@@ -339,7 +339,8 @@ def test_factors_that_do_not_make_one_weight_stay(case: str):
 
 def network(powers: tuple[float, ...] = (0.5, 1, 2), side: int = 64) -> onnx.ModelProto:
     """Products, biases and Relus in turn."""
-    lines, weights, source = [], {}, "x"
+    lines, source = [], "x"
+    weights: dict[str, Array] = {}
     for number, power in enumerate(powers):
         weights |= {f"W{number}": fading(side, side, power, seed=number), f"b{number}": random_weights(side, scale=0.3)}
         lines.append(f"m{number} = MatMul({source}, W{number}) h{number} = Add(m{number}, b{number})")
@@ -415,7 +416,7 @@ def test_whole_weights_and_factors_share_one_ratio():
 
 
 @pytest.mark.parametrize("options", [{}, {"energy": 0.3}])
-def test_factors_stay_where_no_amount_of_weights_is_asked_for(options: dict[str, float]):
+def test_factors_stay_where_no_amount_of_weights_is_asked_for(options: dict[str, Any]):
     thin, _ = split(network(), rank=20)
 
     assert set(left(unchanged(thin, **options)).values()) == {FACTORS}

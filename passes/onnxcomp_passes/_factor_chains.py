@@ -81,26 +81,25 @@ def merge_factors(
     chains, reasons = _chains(model, context)
     names: dict[tuple[int, ...], str] = {}
     for chain in chains:
-        names.setdefault(chain.key, "")
-        names[chain.key] = names[chain.key] or model.unique_name(chain.name)
+        if chain.key not in names:  # of all, so that names do not depend on which are merged
+            names[chain.key] = model.unique_name(chain.name)
     kept = _apart([chain for chain in chains if only is None or names[chain.key] in only], model)
     for chain in chains:
         if chain not in kept:
-            reasons |= {str(weight.name): READ_ELSEWHERE if only is None else FACTOR for weight in chain.weights}
-    merged: dict[str, Merged] = {}
-    made: dict[tuple[int, ...], gs.Constant] = {}
+            why = READ_ELSEWHERE if only is None else FACTOR
+            reasons |= {str(weight.name): why for weight in chain.weights}
     seconds: dict[int, set[int]] = {}
+    for first, *_, last in (chain.key for chain in kept):
+        seconds.setdefault(first, set()).add(last)
+    merged: dict[str, Merged] = {}
+    made: dict[str, gs.Constant] = {}
     for chain in kept:
-        seconds.setdefault(id(chain.weights[0]), set()).add(id(chain.weights[-1]))
-    for chain in kept:
-        shared = str(chain.weights[0].name) if len(seconds[id(chain.weights[0])]) > 1 else ""
-        name = names[chain.key]
-        if name not in merged:
-            merged[name] = Merged(chain.thin, shared)
-            made[chain.key] = _constant(name, chain, spool)
+        name, first = names[chain.key], chain.weights[0]
+        if name not in made:
+            made[name] = _constant(name, chain, spool)
+            merged[name] = Merged(chain.thin, str(first.name) if len(seconds[id(first)]) > 1 else "")
+        chain.put(made[name])
     inner = {id(node): node for chain in kept for node in chain.nodes[:-1]}
-    for chain in kept:
-        chain.put(made[chain.key])
     model.graph.nodes = [node for node in model.graph.nodes if id(node) not in inner]
     for node in inner.values():
         node.inputs.clear()
@@ -183,11 +182,9 @@ def _chains(model: Model, context: Context) -> tuple[list[_Chain], dict[str, str
         weights = tuple(node.inputs[_weight_at(node)] for node in nodes)
         if any(context.excludes(node) for node in nodes):
             continue
-        one_type = {np.dtype(weight.dtype) for weight in weights} in ({np.dtype("f4")}, {np.dtype("f2")})
-        chain = None
-        if one_type:
-            find = _convs if last.op == "Conv" else _pair
-            chain = find(tuple(nodes), weights)
+        is_float = {np.dtype(weight.dtype) for weight in weights} in ({np.dtype("f4")}, {np.dtype("f2")})
+        find = _convs if last.op == "Conv" else _pair
+        chain = find(tuple(nodes), weights) if is_float else None
         if chain is None:
             reasons |= {str(weight.name): NO_FORM for weight in weights}
         else:
