@@ -12,9 +12,13 @@ from onnxcomp.macs import mac_counts
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
 from onnxcomp.runtime import Runtime
+from onnxcomp.weights import Spool
+from onnxcomp_passes._factor_chains import merge_factors
 from onnxcomp_passes._layer_costs import LayerTimes, layer_macs, layer_sizes
-from onnxcomp_passes._rank_options import forms_of
-from onnxcomp_passes._thin_fit import Splitter, Thin
+from onnxcomp_passes._rank_options import forms_of, options_of
+from onnxcomp_passes._reduced_rank import Goal
+from onnxcomp_passes._thin import Thin
+from onnxcomp_passes._thin_fit import Splitter
 from onnxcomp_passes._thin_layers import find_units
 from tests.models import graph_model, random_weights
 
@@ -83,6 +87,41 @@ def test_multiply_accumulates_are_those_of_the_graph_that_is_made(name: str):
         assert layer_macs(unit, sizes, thin) == sum(mac_counts(split).values())
         [each] = found.values()
         assert each.factors.parameters == thin.parameters(unit)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_factors_are_known_again_and_cost_what_their_graph_does(name: str):
+    model = Model.load(layer(name))
+    units = find_units(model, Context(), Changes())
+
+    for thin in thins(model):
+        splitter = Splitter(model, units, {}, Context(), refit=True)
+        split, found = splitter.build({units[0].name: thin})
+        splitter.split(split, found)
+        one = split.fork()
+        merged, reasons = merge_factors(one, Context(), Spool())
+        [unit] = find_units(one, Context(), Changes(), merged=merged)
+        assert not reasons
+        assert (unit.name, unit.present) == (units[0].name, thin)
+        assert unit.elements == thin.parameters(unit)
+        [sizes] = layer_sizes(one, [unit], {}).values()
+        assert layer_macs(unit, sizes, unit.present) == sum(mac_counts(split).values())
+        assert [node.op for node in one.graph.nodes] == [node.op for node in model.graph.nodes]
+
+
+def test_what_becomes_of_factors_computes_less_than_they_do():
+    body = "t = Conv<strides = [2, 2]>(x, A) y = Conv(t, B)"
+    weights = {"A": random_weights(10, 16, 3, 3), "B": random_weights(24, 10, 1, 1)}
+    model = Model.load(graph_model(f"g (float[1, 16, 17, 17] x) => (float[1, 24, 8, 8] y) {{ {body} }}", weights))
+    now = sum(mac_counts(model).values())
+    merged, _ = merge_factors(model, Context(), Spool())
+    [unit] = find_units(model, Context(), Changes(), merged=merged)
+    [sizes] = layer_sizes(model, [unit], {}).values()
+
+    options = options_of(unit, Goal.of(unit.matrices(), None), sizes, ["svd", "spatial"], 1, {})
+
+    assert {option.thin.form for option in options} == {"svd", "spatial"}
+    assert all(option.macs < now and option.parameters < unit.elements for option in options)
 
 
 def test_sizes_that_are_not_known_are_left_out():

@@ -19,7 +19,8 @@ from onnxcomp.runtime import Runtime
 from onnxcomp_passes import LowRank
 from onnxcomp_passes._rank_options import forms_of
 from onnxcomp_passes._stored import lift_constants
-from onnxcomp_passes._thin_fit import Splitter, Thin
+from onnxcomp_passes._thin import Thin
+from onnxcomp_passes._thin_fit import Splitter
 from onnxcomp_passes._thin_layers import find_units
 from tests.models import Array, assert_same_outputs, graph_model, random_inputs, random_weights, run
 from tests.strategies import small_graphs

@@ -42,6 +42,15 @@ def test_zeros_stay_zeros_and_the_rest_moves():
     assert bool((weight[1::2] != before[1::2]).any())
 
 
+def test_zeros_are_not_negative():
+    weight = nn.Parameter(-torch.ones(4, 4))
+    fixed = Fixed([("w", weight)], codebooks=False)
+    fixed.set_mask("w", torch.eye(4, dtype=torch.bool))
+    step(fixed, weight)
+
+    assert not bool(torch.signbit(weight.detach())[~torch.eye(4, dtype=torch.bool)].any())
+
+
 def test_zeros_of_biases_are_trained():
     bias = nn.Parameter(torch.zeros(6))
     fixed = Fixed([("b", bias)])

@@ -10,7 +10,7 @@ import onnx
 from onnxcomp.model import Model
 from tests.models import Array, proto_of, random_weights
 
-__all__ = ["fading", "few", "thin", "weights_of"]
+__all__ = ["dense_kernel", "fading", "few", "thin", "weights_of"]
 
 
 def thin(*shape: int, rank: int = 3, seed: int = 0, turned: bool = False) -> Array:
@@ -55,3 +55,28 @@ def fading(rows: int, columns: int, power: float = 1.0, *, seed: int = 0) -> Arr
 def weights_of(model: Model | onnx.ModelProto) -> int:
     """How many numbers the matrices and kernels of a model have."""
     return sum(math.prod(tensor.dims) for tensor in proto_of(model).graph.initializer if len(tensor.dims) > 1)
+
+
+def dense_kernel(chain: Model, shape: tuple[int, ...]) -> Array:
+    """The kernel of a chain of Convs, composed one group after the other."""
+    nodes, blocks = chain.fork().graph.nodes, []
+    groups = int(nodes[0].attrs.get("group", 1))
+    for group in range(groups):
+        made = np.eye(shape[1]).reshape(shape[1], shape[1], *[1] * (len(shape) - 2))
+        for node in nodes:
+            part = _all_channels(chain.weight(node.inputs[1].name), int(node.attrs.get("group", 1)))
+            outputs, inputs = part.shape[0] // groups, part.shape[1] // groups
+            part = part[group * outputs : (group + 1) * outputs, group * inputs : (group + 1) * inputs]
+            made = np.einsum("ok...,ki...->oi...", part, made)  # along each axis only one has a kernel
+        blocks.append(made)
+    return np.concatenate(blocks).astype(np.float32)
+
+
+def _all_channels(weight: Array, groups: int) -> Array:
+    """The weight of a Conv with groups as that of one without."""
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    made = np.zeros((len(weight), inputs * groups, *weight.shape[2:]))
+    for group in range(groups):
+        rows = slice(group * outputs, (group + 1) * outputs)
+        made[rows, group * inputs : (group + 1) * inputs] = weight[rows]
+    return made

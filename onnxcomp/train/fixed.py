@@ -7,13 +7,18 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fixed", "Ties"]
+__all__ = ["Fixed", "Ties", "masked"]
 
 MOST_VALUES = 0.125
 """A weight with at most this share of distinct values is a codebook: its values are trained, its codes kept."""
 
 FEW_ELEMENTS = 64
 """Smaller tensors are taken as they are."""
+
+
+def masked(weight: Tensor, kept: Tensor) -> Tensor:
+    """A weight with zeros where it is not kept; a product would make some of them -0.0, which is stored as a value."""
+    return torch.where(kept, weight, 0)
 
 
 class Ties:
@@ -73,7 +78,7 @@ class Fixed:
         else:
             self.masks[name] = kept
             with torch.no_grad():
-                self.parameters[name].mul_(kept)
+                self.parameters[name].copy_(masked(self.parameters[name], kept))
 
     def before_step(self) -> None:
         """Make gradients those of what may change."""
@@ -86,7 +91,7 @@ class Fixed:
     def after_step(self) -> None:
         """Put zeros back: weights that are masked have no gradient, but may have momentum left."""
         for name, mask in self.masks.items():
-            self.parameters[name].mul_(mask)
+            self.parameters[name].masked_fill_(~mask, 0)
 
     def sparsity(self) -> float:
         """The share of zeros in all that could have some."""

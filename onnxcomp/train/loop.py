@@ -21,7 +21,7 @@ from onnxcomp.quality import Quality, Reference
 from onnxcomp.torch_bridge import GraphModule
 from onnxcomp.train.checkpoint import load_checkpoint, save_checkpoint
 from onnxcomp.train.compute import autocast, find_device, learning_rate, make_optimizer
-from onnxcomp.train.fixed import Fixed
+from onnxcomp.train.fixed import Fixed, masked
 from onnxcomp.train.history import Evaluation, History
 from onnxcomp.train.options import Pruning, TrainOptions
 from onnxcomp.train.processes import Processes
@@ -252,7 +252,8 @@ class Trainer:
         """The weights that are judged: the average, with the zeros that there are."""
         if not self._average:
             return dict(self._parameters)
-        return {name: each * self.fixed.masks.get(name, 1) for name, each in self._average.items()}
+        masks = self.fixed.masks
+        return {name: masked(each, masks[name]) if name in masks else each for name, each in self._average.items()}
 
     @torch.no_grad()  # type: ignore[untyped-decorator] # torch has no type information here
     def _quality(self, weights: Mapping[str, Tensor]) -> Quality:

@@ -19,7 +19,7 @@ from onnxcomp.shapes import traced_nodes
 from onnxcomp.weights import Spool
 from onnxcomp_passes._conv_factors import ConvFactors
 from onnxcomp_passes._conv_forms import factor_shapes
-from onnxcomp_passes._thin_fit import Thin
+from onnxcomp_passes._thin import Thin
 from onnxcomp_passes._thin_graph import Factors, MatrixFactors, put_factors
 from onnxcomp_passes._thin_layers import Unit, find_units
 

@@ -11,7 +11,8 @@ import numpy as np
 from onnxcomp_passes._conv_factors import FORMS, has_form, ranks_for
 from onnxcomp_passes._layer_costs import Sizes, layer_macs
 from onnxcomp_passes._reduced_rank import Goal
-from onnxcomp_passes._thin_fit import Solved, Thin, fitted
+from onnxcomp_passes._thin import Thin
+from onnxcomp_passes._thin_fit import Solved, fitted
 from onnxcomp_passes._thin_layers import Unit
 
 __all__ = ["FORM_CHOICES", "Option", "break_even", "forms_of", "options_of", "rounded"]
@@ -63,9 +64,9 @@ def rounded(rank: float, multiple: int) -> int:
 
 
 def break_even(unit: Unit) -> float:
-    """The rank at which two matrices have as many weights as the one."""
-    _, inputs, outputs = unit.sizes
-    return inputs * outputs / (inputs + outputs)
+    """The rank at which two matrices have as many weights as there are now."""
+    groups, inputs, outputs = unit.sizes
+    return unit.elements / (groups * (inputs + outputs))
 
 
 def forms_of(unit: Unit, form: str) -> list[str]:
@@ -91,12 +92,12 @@ def options_of(
         solved: Factors that are known; more are added.
     """
     found: list[Option] = []
-    dense = layer_macs(unit, sizes)
+    now = layer_macs(unit, sizes, unit.present)
     for form in forms:
         tries = _svd(unit, goal, multiple) if form == "svd" else _solved(unit, goal, form, multiple, solved)
         for thin, missed in tries:
             macs = layer_macs(unit, sizes, thin)
-            if thin.parameters(unit) < unit.elements and (macs < dense or not dense):
+            if thin.parameters(unit) < unit.elements and (macs < now or not now):
                 found.append(Option(thin, thin.parameters(unit), macs, missed))
     return found
 

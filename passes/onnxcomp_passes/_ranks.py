@@ -28,7 +28,8 @@ from onnxcomp_passes._rank_choice import (
 )
 from onnxcomp_passes._rank_options import Option, break_even, forms_of, options_of
 from onnxcomp_passes._reduced_rank import Goal
-from onnxcomp_passes._thin_fit import Found, Splitter, Thin
+from onnxcomp_passes._thin import Thin
+from onnxcomp_passes._thin_fit import Found, Splitter
 from onnxcomp_passes._thin_layers import Unit
 from onnxcomp_passes._windows import Moments, affordable, gather_products
 
@@ -146,12 +147,19 @@ class Ranker:
             thin, missed, sizes = chosen[unit.name], found[unit.name].missed, self._sizes.get(unit.name, [])
             after = thin.parameters(unit)
             self._changes.add(unit.name, f"rank {thin.text}, {after:,} weights in place of {unit.elements:,}")
-            macs = layer_macs(unit, sizes, thin) if sizes else None, layer_macs(unit, sizes) if sizes else None
+            macs = [layer_macs(unit, sizes, each) if sizes else None for each in (thin, unit.present)]
             row = (unit.name, "x".join(map(str, unit.sizes[1:])), thin.form, thin.text, round(1 - missed, 4))
-            speed = round(1 / self._times.measure(unit, sizes, thin)[1], 2) if self._times and sizes else None
+            speed = round(self._speed(self._times, unit, thin), 2) if self._times and sizes else None
             width = np.dtype(unit.parts[0].view.holder.dtype).itemsize
             table.rows.append((*row, round(math.sqrt(missed), 4), after * width, unit.elements * width, *macs, speed))
         self._changes.tables.append(table)
+
+    def _speed(self, times: LayerTimes, unit: Unit, thin: Thin) -> float:
+        """How many times as fast as it is now a unit is with factors."""
+        now, then = (
+            times.measure(unit, self._sizes[unit.name], each)[1] if each else 1.0 for each in (unit.present, thin)
+        )
+        return now / then
 
     # --- asked for ------------------------------------------------------------------------------------------------
 
@@ -204,16 +212,21 @@ class Ranker:
 
     def _of_ratio(self) -> Choice:
         """The ranks that miss least of the layers' outputs, in all, with so many weights in the whole model."""
-        options, elements = self._options(), {unit.name: unit.elements for unit in self._units}
+        elements = {unit.name: unit.elements for unit in self._units}
         whole = sum(math.prod(tensor.shape) for tensor in self.splitter.base.constants() if _is_weight(tensor))
-        wanted = whole * (1 - 1 / self._amount.ratio)
+        now = whole - sum(math.prod(unit.sizes) - unit.elements for unit in self._units)
+        wanted = now - whole / self._amount.ratio
+        if wanted <= 0:
+            self._changes.leave("the model", f"has {whole / now:.2f} times fewer weights already")
+            return {}
+        options = self._options()
 
         def saved(name: str, each: Option) -> float:
             return elements[name] - each.parameters
 
         path = allocations(options, dict.fromkeys(options, 1.0), saved)
         found = smallest(path, saved, wanted, options)
-        reached = whole / (whole - sum(saved(*each) for each in found.items()))
+        reached = whole / (now - sum(saved(*each) for each in found.items()))
         self._changes.notes.append(f"{reached:.2f} times fewer weights in the whole model")
         return found
 
@@ -321,7 +334,7 @@ class Ranker:
 
     def _together(self, unit: Unit) -> list[Unit]:
         """The unit, or its parts each by itself: whichever misses less at half of the weights."""
-        if len(unit.parts) == 1:
+        if len(unit.parts) == 1 or unit.present:
             return [unit]
         apart = [Unit((part,)) for part in unit.parts]
         if self._amount.ranks:

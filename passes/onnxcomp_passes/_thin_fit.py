@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,60 +14,18 @@ from onnxcomp.weights import Spool
 from onnxcomp_passes._conv_factors import ConvFactors, factor, factor_shapes
 from onnxcomp_passes._pruner import bias_of
 from onnxcomp_passes._reduced_rank import Goal
+from onnxcomp_passes._thin import Thin
 from onnxcomp_passes._thin_graph import Factors, MatrixFactors, put_factors
 from onnxcomp_passes._thin_layers import Unit, units_named
 from onnxcomp_passes._windows import Moments, gather_products, inputs_of
 
-__all__ = ["Found", "Solved", "Splitter", "Thin", "fitted"]
+__all__ = ["Found", "Solved", "Splitter", "fitted"]
 
 Array = np.ndarray[Any, Any]
 
 MOST_PASSES = 6
 """Passes over the data for one model: neighbours are fitted on the same pass where there are more layers. As many for a
 model that is only tried: what was judged is what comes out."""
-
-
-@dataclass(frozen=True)
-class Thin:
-    """What becomes of a weight.
-
-    Attributes:
-        form: One of `FORMS`; of all but a Conv's "svd".
-        ranks: One, with "tucker" two.
-
-    Example:
-        >>> str(Thin("tucker", (16, 24))), Thin.parse("svd:8")
-        ('tucker:16x24', Thin(form='svd', ranks=(8,)))
-    """
-
-    form: str
-    ranks: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.form}:{self.text}"
-
-    @property
-    def text(self) -> str:
-        """The ranks."""
-        return "x".join(map(str, self.ranks))
-
-    @staticmethod
-    def parse(text: str) -> Thin | None:
-        """What a text stands for; None where it is none."""
-        form, _, ranks = text.partition(":")
-        sizes = ranks.split("x")
-        count = {"svd": 1, "spatial": 1, "cp": 1, "tucker": 2}.get(form)
-        if len(sizes) != count or not all(size.isdigit() and int(size) for size in sizes):
-            return None
-        return Thin(form, tuple(map(int, sizes)))
-
-    def parameters(self, unit: Unit) -> int:
-        """How many numbers the factors of a unit have."""
-        if unit.node.op == "Conv":
-            part = unit.parts[0]
-            return sum(map(math.prod, factor_shapes(self.form, part.view.shape, part.sizes[0], self.ranks)))
-        groups, inputs, outputs = unit.sizes
-        return groups * self.ranks[0] * (inputs + outputs)
 
 
 @dataclass(frozen=True)
@@ -182,6 +139,11 @@ class Splitter:
         named = units_named(model, self.units)
         for name, each in found.items():
             put_factors(model, named[name], each.factors, self._spool)
+
+    def move(self, base: Model, gone: Collection[str]) -> None:
+        """Work on a model that computes the same and has all units but a few, by name, from now on."""
+        self.base = base
+        self.units = list(units_named(base, [unit for unit in self.units if unit.name not in gone]).values())
 
     def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
         """Neighbours, down to so many groups; all in one where they need not wait for each other."""

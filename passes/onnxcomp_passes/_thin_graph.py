@@ -24,6 +24,7 @@ from onnxcomp.model import Model
 from onnxcomp.structure import spooled
 from onnxcomp.weights import Spool
 from onnxcomp_passes._conv_factors import ConvFactors
+from onnxcomp_passes._thin import THIN
 from onnxcomp_passes._thin_layers import Unit
 from onnxcomp_passes._views import WeightView
 
@@ -68,7 +69,7 @@ def put_factors(model: Model, unit: Unit, factors: Factors, spool: Spool) -> Non
     first = make.constant(unit.parts[0].laid_out(factors.first))
     between: dict[int, gs.Tensor] = {}
     for part, matrices in zip(unit.parts, unit.shares(factors.second), strict=True):
-        second = make.constant(part.laid_out(matrices))
+        second = make.constant(part.laid_out(matrices), part.view.name)
         for reader in part.readers:
             _put_matrices(make, reader, part.view.index, (first, second), between)
 
@@ -82,16 +83,17 @@ class _Maker:
         self._dtype = np.dtype(view.holder.dtype)
         self._spool = spool
 
-    def constant(self, value: Array) -> gs.Constant:
+    def constant(self, value: Array, name: str = "") -> gs.Constant:
+        """A new constant, called after a weight; by default after the first."""
         held = np.ascontiguousarray(value, self._dtype)
         onnx_type = helper.np_dtype_to_tensor_dtype(self._dtype)
         lazy = spooled(held.tobytes(), onnx_type, held.shape, self._spool)
-        return gs.Constant(self._model.unique_name(f"{self._name}.thin"), lazy)
+        return gs.Constant(self._model.unique_name(f"{name or self._name}{THIN}"), lazy)
 
     def node(self, op: str, like: gs.Node, attrs: dict[str, Any], inputs: list[gs.Tensor]) -> gs.Tensor:
         """A new node before `like`; its output."""
-        output = Variable(self._model.unique_name(f"{like.outputs[0].name}.thin"))
-        name = self._model.unique_name(f"{like.name or like.outputs[0].name}.thin")
+        output = Variable(self._model.unique_name(f"{like.outputs[0].name}{THIN}"))
+        name = self._model.unique_name(f"{like.name or like.outputs[0].name}{THIN}")
         self._model.graph.nodes.append(Node(op, name, attrs, inputs, [output]))
         return output
 

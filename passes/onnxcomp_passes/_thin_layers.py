@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.model import Model, value_of
+from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
+from onnxcomp_passes._factor_chains import FACTOR, WEIGHT_AT, Merged, is_factor
 from onnxcomp_passes._pruning import as_matrices, from_matrices
 from onnxcomp_passes._shapes import KnownTensors, infer_known
+from onnxcomp_passes._thin import Thin
 from onnxcomp_passes._views import WeightView, find_views, wanted_views
 
-__all__ = ["WEIGHT_AT", "Part", "Unit", "find_units", "units_named"]
+__all__ = ["Part", "Unit", "find_units", "units_named"]
 
 Array = np.ndarray[Any, Any]
-
-WEIGHT_AT = {"MatMul": (0, 1), "Gemm": (1,), "Conv": (1,), "Gather": (0,)}
-"""Operator -> the inputs whose weight may become factors."""
 
 HELD_OTHERWISE = {
     "qdq": "its weight is behind a DequantizeLinear: factors are found before quantize",
@@ -38,10 +37,12 @@ class Part:
     Attributes:
         view: The weight.
         readers: At least one.
+        merged: The factors that it was merged from; None where it is whole in the model given to the pass.
     """
 
     view: WeightView
     readers: tuple[gs.Node, ...]
+    merged: Merged | None = None
 
     def matrices(self) -> Array:
         """The weight, float32 of shape (groups, inputs, outputs); the groups are a Conv's, or a MatMul's batches."""
@@ -113,9 +114,15 @@ class Unit:
         return groups, inputs, sum(part.sizes[2] for part in self.parts)
 
     @property
+    def present(self) -> Thin | None:
+        """What the unit is already in the model given to the pass; None: whole weights."""
+        merged = self.parts[0].merged
+        return merged.thin if merged else None
+
+    @property
     def elements(self) -> int:
-        """How many weights there are."""
-        return math.prod(self.sizes)
+        """How many weights there are in the model given to the pass."""
+        return self.present.parameters(self) if self.present else math.prod(self.sizes)
 
     def matrices(self) -> Array:
         """All weights side by side, shape `sizes`."""
@@ -134,8 +141,12 @@ def find_units(
     wanted: Callable[[WeightView], bool] = lambda _: True,
     *,
     least: int = 1,
+    merged: Mapping[str, Merged] | None = None,
+    reasons: Mapping[str, str] | None = None,
 ) -> list[Unit]:
     """Every weight that may be factored, in the order of the graph; MatMuls and Gemms of one input together.
+
+    Of merged weights those are together that had their first factor in common.
 
     Args:
         model: Its constants are lifted.
@@ -143,7 +154,10 @@ def find_units(
         changes: Gets the reasons for the weights that are left.
         wanted: Whether the user wants a weight factored.
         least: Weights with fewer elements are left.
+        merged: What weights were merged from, by their names.
+        reasons: Why factors could not be merged, by their names.
     """
+    merged, reasons = merged or {}, reasons or {}
     main = {id(node) for node in model.graph.nodes}
     units: list[Unit] = []
     by_input: dict[tuple[Any, ...], int] = {}
@@ -152,8 +166,9 @@ def find_units(
     for view in views:
         part, why = _part(view, main, known) if wanted(view) else (None, "excluded")
         if part is None:
-            changes.leave(view.label, why)
+            changes.leave(view.label, reasons.get(view.name, why) if why == FACTOR else why)
             continue
+        part = replace(part, merged=merged.get(view.name))
         key = _shared_input(part)
         if key is not None and key in by_input:
             place = by_input[key]
@@ -170,8 +185,8 @@ def units_named(model: Model, units: Sequence[Unit]) -> dict[str, Unit]:
     views = {view.name: view for view in find_views(model)}
     found = {}
     for unit in units:
-        parts = (views[part.view.name] for part in unit.parts)
-        found[unit.name] = Unit(tuple(Part(view, _readers(view)) for view in parts))
+        pairs = ((part, views[part.view.name]) for part in unit.parts)
+        found[unit.name] = Unit(tuple(replace(part, view=view, readers=_readers(view)) for part, view in pairs))
     return found
 
 
@@ -199,41 +214,14 @@ def _part(view: WeightView, main: Container[int], known: KnownTensors) -> tuple[
         return None, "is multiplied with a constant"
     if node.op == "MatMul" and len(view.shape) > 2 and not all(_is_matrix(tensor, known) for tensor in others):
         return None, "is a stack of matrices, and multiplied with what may be a vector"
-    if any(_is_factor(reader) for reader in readers):
-        return None, "is one of several factors already"
+    if any(is_factor(reader) for reader in readers):
+        return None, FACTOR
     part = Part(view, readers)
     if min(part.sizes[1:]) < 2:
         return None, "is no thicker than rank 1"
     if not np.isfinite(view.read()).all():
         return None, "has values that are not finite"
     return part, ""
-
-
-def _is_factor(node: gs.Node) -> bool:
-    """Whether a node multiplies what another has just multiplied, or another what it has, with nothing in between."""
-    data = node.inputs[1 - _weight_at(node)]
-    before = data.inputs[0] if len(data.inputs) == 1 else None
-    if before is not None and _multiplies(before) and not _has_bias(before):
-        return True
-    after = node.outputs[0].outputs
-    reads_it = (_multiplies(each) and each.inputs[1 - _weight_at(each)] is node.outputs[0] for each in after)
-    return bool(after) and not _has_bias(node) and all(reads_it)
-
-
-def _multiplies(node: gs.Node) -> bool:
-    places = WEIGHT_AT.get(node.op, ()) if not node.domain else ()
-    return any(isinstance(node.inputs[place], gs.Constant) for place in places)
-
-
-def _weight_at(node: gs.Node) -> int:
-    return next(place for place in WEIGHT_AT[node.op] if isinstance(node.inputs[place], gs.Constant))
-
-
-def _has_bias(node: gs.Node) -> bool:
-    """Whether something is added; zeros are what a Gemm without a bias had before opset 11."""
-    if len(node.inputs) < 3 or not node.inputs[2].name:
-        return False
-    return not isinstance(node.inputs[2], gs.Constant) or bool(value_of(node.inputs[2]).any())
 
 
 def _is_matrix(tensor: gs.Tensor, known: KnownTensors) -> bool:
@@ -252,6 +240,8 @@ def _use(node: gs.Node, holder: gs.Constant) -> tuple[Any, ...]:
 def _shared_input(part: Part) -> tuple[Any, ...] | None:
     """What parts must have in common to be factored together; None where that cannot be."""
     node = part.view.node
+    if part.merged is not None:
+        return ("merged", part.merged.shared) if part.merged.shared else None
     if len(part.readers) != 1 or part.is_batched:
         return None
     if node.op == "Gemm" and part.view.index == 1 and not isinstance(node.inputs[0], gs.Constant):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import ClassVar, Self
@@ -12,11 +12,13 @@ from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.packed import find_packed
 from onnxcomp.passes import Changes, Context, Pass, option, register
+from onnxcomp.weights import Spool
+from onnxcomp_passes._factor_chains import Merged, merge_factors
 from onnxcomp_passes._rank_options import FORM_CHOICES
 from onnxcomp_passes._ranks import Amount, Ranker
 from onnxcomp_passes._stored import lift_constants
-from onnxcomp_passes._thin_fit import Thin
-from onnxcomp_passes._thin_layers import find_units
+from onnxcomp_passes._thin import Thin
+from onnxcomp_passes._thin_layers import Unit, find_units
 from onnxcomp_passes._views import WeightView
 
 __all__ = ["LowRank"]
@@ -37,16 +39,29 @@ class LowRank(Pass):
     and the means that they miss go into the bias. Without an amount, ranks are chosen within the accuracy budget where
     they save most time and bytes.
 
+    Factors that are there already are split anew, as the weight that they make, where `rank`, `ratio` or `ranks` asks
+    for fewer weights than they have; so ranks can fall in steps, with training between them.
+
     Left alone: weights whose factors would be no smaller, or, where ranks are chosen, that ONNX Runtime does not run
-    faster for them (tables: that save no bytes); weights that are held as integers, are read in several ways, or are
-    factors already; weights in subgraphs, and packed ones.
+    faster for them (tables: that save no bytes); weights that are held as integers or are read in several ways;
+    factors, where nothing is asked for or an energy is; weights in subgraphs, and packed ones.
     """
 
     name: ClassVar[str] = "low-rank"
 
     rank: int = option(0, "The rank of every weight.", minimum=0)
-    ratio: float = option(0.0, "Weights before over weights after, of the whole model.", minimum=0)
-    energy: float = option(0.0, "The share of each layer's output energy that its rank keeps.", minimum=0, maximum=1)
+    ratio: float = option(
+        0.0,
+        "Weights before over weights after, of the whole model; before: factors count as the weight that they make, so"
+        " that 1.5 and then 2 is 2 in all.",
+        minimum=0,
+    )
+    energy: float = option(
+        0.0,
+        "The share of each layer's output energy that its rank keeps; what factors have lost is not known, they stay.",
+        minimum=0,
+        maximum=1,
+    )
     ranks: tuple[str, ...] = option((), "Ranks by weight, as NAME=FORM:RANK (tucker: RANKxRANK); others stay.")
     conv: str = option(
         "auto",
@@ -98,15 +113,17 @@ class LowRank(Pass):
         if find_packed(model):
             changes.leave("the model", "is packed: unpack it first (onnxcomp optimize --unpack)")
             return changes
-        candidate = model.fork()
-        lift_constants(candidate.graph)
-        units = find_units(candidate, context, changes, self._is_wanted, least=self.min_elements)
+        candidate, units = self._opened(model, context, changes)
         if not units:
             return changes
         ranker = Ranker(candidate, units, self._amount(), context, changes)
         chosen = ranker.choose()
         if not chosen:
             return changes
+        stay = {unit.name for unit in units if unit.present and unit.name not in chosen}
+        if stay:
+            anew = {part.view.name for unit in units if unit.name in chosen for part in unit.parts if part.merged}
+            ranker.splitter.move(self._merged(model, context, anew)[0], stay)
         fork, found = ranker.build(chosen)
         ranker.splitter.split(fork, found)
         ranker.tell(chosen, found)
@@ -114,6 +131,29 @@ class LowRank(Pass):
         changes.resolved = {"rank": 0, "ratio": 0.0, "energy": 0.0, "ranks": told}
         model.become(fork)
         return changes
+
+    def _opened(self, model: Model, context: Context, changes: Changes) -> tuple[Model, list[Unit]]:
+        """A copy to work on, in which factors that may be split anew are one weight again; and what may be factored."""
+        only: set[str] | None = None if self.rank or self.ratio or self.ranks else set()
+        while True:
+            said = Changes()
+            candidate, merged, reasons = self._merged(model, context, only)
+            units = find_units(
+                candidate, context, said, self._is_wanted, least=self.min_elements, merged=merged, reasons=reasons
+            )
+            held = {part.view.name for unit in units for part in unit.parts if part.merged}
+            if held == merged.keys():
+                changes.left += said.left
+                return candidate, units
+            only = held  # the others stay as they are
+
+    @staticmethod
+    def _merged(
+        model: Model, context: Context, only: Collection[str] | None
+    ) -> tuple[Model, dict[str, Merged], dict[str, str]]:
+        candidate = model.fork()
+        lift_constants(candidate.graph)
+        return candidate, *merge_factors(candidate, context, Spool(), only)
 
     def _is_wanted(self, view: WeightView) -> bool:
         names = view.name, str(view.node.name)
