@@ -127,7 +127,7 @@ def mobilenet(fashion: Fashion, epochs: float | None) -> Iterator[list[str]]:
     started = time.monotonic()
     pruned = fashion.compressed(fashion.path, Simplify(), PruneChannels(ratio=0.5, round_to=16))
     yield row(fashion, "pruned", pruned, started)
-    small = fashion.distil(pruned, epochs=epochs or 10.0, learning_rate=2e-3).model
+    small = fashion.distil(pruned, epochs=epochs or 6.0, learning_rate=2e-3).model
     yield row(fashion, "pruned, distilled", small, started)
     yield row(fashion, "pruned, distilled, int8", fashion.compressed(small, Quantize()), started)
 
