@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from onnxcomp.errors import DataError, ModelError, OptionError
@@ -137,6 +138,15 @@ def test_labels_alone_teach_too():
     assert found.after.drop is not None
     assert found.before.drop is not None
     assert found.after.drop < found.before.drop
+
+
+def test_labels_that_are_no_classes_only_judge():
+    data = arrays()
+    wanted = np.asarray(ort.InferenceSession(str(LENET)).run(None, {"image": data["image"]})[0])
+    found = distill(LENET, pruned(), {**data, "label": wanted}, metric="mse", options=QUICK)
+
+    assert found.before.kind == "metric"
+    assert found.kept
 
 
 @pytest.mark.parametrize("term", ["features", "relational", "graph"])

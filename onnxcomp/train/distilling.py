@@ -33,6 +33,9 @@ from onnxcomp.train.teacher import Teacher
 
 __all__ = ["Trained", "distill"]
 
+CLASS_METRICS = ("top1", "top5")
+"""Labels that these are about are learnt from; those of other metrics only judge."""
+
 FEWEST = 4
 """Samples without which nothing can be trained on some and judged on others."""
 
@@ -144,7 +147,9 @@ def distill(
             tell(f"running the teacher on {held_out.size:,} held-out samples")
             expected = ([run[name] for name in instructor.outputs] for run in map(instructor.run, held_out.feeds()))
             reference = Reference(held_out, expected, judged, None, options.seed)
-            loss = replace(loss, classes=loss.classes or judged is not None or reference.classes is not None)
+            labelled = judged is not None and judged.name in CLASS_METRICS
+            looks = judged is None and reference.classes is not None
+            loss = replace(loss, classes=loss.classes or labelled or looks)
             key = run_key(
                 *(model.digest for model in (original, start)), samples.digest, options.described(),
                 dataclasses.asdict(pruning) if pruning else None, repr(loss), [*freeze], learn_scales, latents,
@@ -159,7 +164,7 @@ def distill(
                     watch=loss.watch,
                     data=parts["train"],
                     held_out=(reference, held_out),
-                    use_labels=judged is not None,
+                    use_labels=labelled,
                     options=options,
                     pruning=pruning,
                     checkpoint=checkpoint,
