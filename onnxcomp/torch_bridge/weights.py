@@ -13,7 +13,7 @@ from onnxcomp.graph_io import walk
 from onnxcomp.model import value_of
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, onnx_type
 
-__all__ = ["SCALES", "Held", "Reading", "find_constants", "is_trainable", "kind_of"]
+__all__ = ["SCALES", "Held", "Reading", "find_constants", "is_trainable", "kind_of", "trainable_names"]
 
 Array = np.ndarray[Any, Any]
 
@@ -148,3 +148,8 @@ def _is_code(reading: Reading) -> bool:
     """Whether a constant is the codes that a DequantizeLinear with a constant scale reads."""
     node = reading.node
     return node.op == "DequantizeLinear" and reading.index == 0 and isinstance(node.inputs[1], gs.Constant)
+
+
+def trainable_names(graph: gs.Graph) -> list[str]:
+    """The names of the constants that are trained unless they are frozen."""
+    return [held.name for held in find_constants(graph) if is_trainable(held)]

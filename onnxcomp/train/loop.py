@@ -27,7 +27,7 @@ from onnxcomp.train.options import Pruning, TrainOptions
 from onnxcomp.train.processes import Processes
 from onnxcomp.train.pruner import Pruner
 from onnxcomp.train.samples import Part, Samples, find_augment
-from onnxcomp.train.teacher import Teacher
+from onnxcomp.train.teacher import Teacher, real_rows
 
 __all__ = ["LossFunction", "Trainer", "run_key"]
 
@@ -36,6 +36,7 @@ LossFunction = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor | No
 
 
 IMAGE_AXES = 4
+STRINGS = "OUS"
 
 SMALLEST_SCALE = 1e-12
 """Scales stay above zero."""
@@ -201,21 +202,23 @@ class Trainer:
             if self._augment is None:
                 wanted = self._teacher.recall(part.indices, batch.inputs, batch.count)
             else:
-                wanted = self._teacher.run(batch.inputs)
+                wanted = real_rows(self._teacher.run(batch.inputs), batch.inputs, batch.count)
         labels = None
         if self._use_labels and batch.labels is not None:
             labels = torch.from_numpy(np.array(batch.labels)).to(self.device)
         with autocast(self.device, mixed=self.options.mixed_precision):
             found = self._runner(self._tensors(batch.inputs), self._watch)
-            return self._loss(found, self._tensors(wanted), labels)
+            found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+            wanted = {name: value for name, value in wanted.items() if value.dtype.kind not in STRINGS}
+            return self._loss(real_rows(found, batch.inputs, batch.count), self._tensors(wanted), labels)
 
-    def _tensors(self, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-        kept = {name: value for name, value in arrays.items() if value.dtype != object}
-        tensors = {name: torch.from_numpy(np.array(value)).to(self.device) for name, value in kept.items()}
-        return {
-            name: value.contiguous(memory_format=self._format) if value.ndim == IMAGE_AXES else value
-            for name, value in tensors.items()
-        }
+    def _tensors(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors on the device; strings, which torch has none of, as they are."""
+        return {name: each if each.dtype.kind in STRINGS else self._tensor(each) for name, each in arrays.items()}
+
+    def _tensor(self, array: Any) -> Tensor:
+        tensor = torch.from_numpy(np.array(array)).to(self.device)
+        return tensor.contiguous(memory_format=self._format) if tensor.ndim == IMAGE_AXES else tensor
 
     # --- judging --------------------------------------------------------------------------------------------------
 
@@ -262,7 +265,7 @@ class Trainer:
             if own:
                 parameter.copy_(weights[name])
         outputs = (
-            [value.cpu().numpy() for value in self.module.run(self._tensors(feed)).values()]
+            [_array(value) for value in self.module.run(self._tensors(feed)).values()]
             for feed in self._held_out.feeds()
         )
         quality = self._reference.compare(outputs, self._held_out)
@@ -345,6 +348,10 @@ class Trainer:
         self.history.steps = self.history.resumed_at = kept["steps"]
         self._losses = state["losses"]
         self._before = state["seconds"]
+
+
+def _array(value: Any) -> Any:
+    return value.cpu().numpy() if isinstance(value, Tensor) else value
 
 
 class _Runner(nn.Module):  # type: ignore[misc] # torch has no type information here

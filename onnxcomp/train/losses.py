@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,7 +143,7 @@ class Loss:
         Raises:
             OptionError: A term needs inner tensors, and the two have none in common.
         """
-        outputs = self.outputs or tuple(tensor.name for tensor in student.graph.outputs)
+        outputs = self.outputs or tuple(tensor.name for tensor in student.graph.outputs if _may_be_float(tensor.dtype))
         if self.tensors != "auto":
             return replace(self, outputs=outputs)
         inner = self._inner()
@@ -244,6 +245,10 @@ class Loss:
         if not values:
             _refuse("tensors", f"one of rank 3 or 4 for {term}", ", ".join(self.tensors))
         return getattr(self, term) * torch.stack(values).mean()
+
+
+def _may_be_float(dtype: Any) -> bool:
+    return dtype is None or np.dtype(dtype).kind not in "OUSbiu"
 
 
 def user_loss(reference: str, allow_code: bool) -> UserLoss:

@@ -13,7 +13,7 @@ from onnxcomp.errors import ModelError, RuntimeFailure
 from onnxcomp.model import Model
 from onnxcomp.runtime import Runtime
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "real_rows"]
 
 Array = np.ndarray[Any, Any]
 Outputs = dict[str, Array]
@@ -70,7 +70,7 @@ class Teacher:
         if all(key in self._known for key in keys):
             rows = [self._known[key] for key in keys]
             return {name: np.stack([row[name] for row in rows]) for name in self.names}
-        found = self.run(inputs)
+        found = real_rows(self.run(inputs), inputs, count)
         by_sample = len(keys) == count and all(each.ndim and len(each) == count for each in found.values())
         if by_sample:
             self._remember(keys, found)
@@ -80,11 +80,25 @@ class Teacher:
         for index, key in enumerate(keys):
             if key in self._known:
                 continue
-            row = {name: each[index].copy() for name, each in found.items()}
+            row = {name: np.array(each[index]) for name, each in found.items()}
             self._left -= sum(each.nbytes for each in row.values())
             if self._left < 0:
                 return
             self._known[key] = row
+
+
+def real_rows(values: Mapping[str, Any], inputs: Mapping[str, Array], count: int) -> dict[str, Any]:
+    """Without the rows that only fill up a fixed batch.
+
+    Args:
+        values: Arrays or tensors.
+        inputs: What they were computed from.
+        count: How many rows are samples.
+    """
+    rows = max((len(each) for each in inputs.values() if each.ndim), default=0)
+    if rows <= count:
+        return dict(values)
+    return {name: each[:count] if each.ndim and len(each) == rows else each for name, each in values.items()}
 
 
 def _show(model: Model, names: Sequence[str]) -> None:

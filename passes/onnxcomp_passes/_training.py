@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import onnx_graphsurgeon as gs
 
 from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
@@ -50,7 +53,7 @@ class Training(Pass):
 
     def _train(
         self, model: Model, context: Context, changes: Changes, loss: Loss, came: Model | None = None, **more: Any
-    ) -> Trained:
+    ) -> None:
         """Train a model in place, and say how it went.
 
         Args:
@@ -61,11 +64,16 @@ class Training(Pass):
             came: The teacher where there is no judge: the model before this pass; by default as it is.
             more: For `onnxcomp.train.distill`.
         """
+        from onnxcomp.torch_bridge.weights import trainable_names
         from onnxcomp.train import TrainOptions, distill
 
         if context.data is None:
             message = f"{self.name} needs data; give --data"
             raise RequirementError(message)
+        excluded = _weights_of_excluded(model, context)
+        if excluded.issuperset(trainable_names(model.fork().graph)):
+            changes.leave("the model", "has no weight that is not excluded")
+            return
         teacher = Model.load(context.judge.original_path) if context.judge is not None else came or model.fork()
         options = TrainOptions(
             epochs=self.epochs,
@@ -80,7 +88,8 @@ class Training(Pass):
         )
         metric = context.judge.metric if context.judge is not None else None
         found = distill(
-            teacher, model, context.data, loss=loss, options=options, metric=metric, freeze=self.freeze,
+            teacher, model, context.data, loss=loss, options=options, metric=metric,
+            freeze=(*self.freeze, *map(glob.escape, sorted(excluded))),
             progress=context.progress, **more,
         )  # fmt: skip
         changes.tables.append(_table(found))
@@ -89,7 +98,6 @@ class Training(Pass):
             model.become(found.model)
         else:
             changes.leave("the model", "training made it no better on the samples that were held out")
-        return found
 
     @staticmethod
     def _told(found: Trained) -> str:
@@ -97,6 +105,23 @@ class Training(Pass):
         if before.drop is None or after.drop is None:
             return f"trained for {steps:,} steps: error {before.error:.2%} to {after.error:.2%}"
         return f"trained for {steps:,} steps: drop {before.drop:+.4f} to {after.drop:+.4f}"
+
+
+def _weights_of_excluded(model: Model, context: Context) -> set[str]:
+    """The names of the constants that excluded nodes read, whatever form they are held in."""
+    nodes = [node for graph in model.graphs() for node in graph.nodes if context.excludes(node)]
+    return {name for node in nodes for tensor in node.inputs for name in _constants_behind(tensor) or ()}
+
+
+def _constants_behind(tensor: gs.Tensor) -> set[str] | None:
+    """The names of the constants that a tensor is decoded from; None where it depends on more than constants."""
+    maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+    if isinstance(tensor, gs.Constant) or (maker is not None and maker.op == "Constant"):
+        return {tensor.name}
+    if maker is None:
+        return None
+    parts = [_constants_behind(each) for each in maker.inputs if each.name]
+    return None if None in parts or not parts else {name for part in parts for name in part or ()}
 
 
 def _table(found: Trained) -> Table:
