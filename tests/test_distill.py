@@ -180,6 +180,16 @@ def test_an_average_of_the_weights_keeps_zeros():
     assert zeros / sum(found.model.weight(name).size for name in WEIGHTS) == pytest.approx(0.8, abs=0.001)
 
 
+def test_a_learning_rate_that_is_too_high_is_lowered():
+    told: list[str] = []
+    options = dataclasses.replace(QUICK, learning_rate=0.3, evaluations=20)
+    found = distill(LENET, halved(), arrays(), options=options, progress=told.append)
+
+    assert any("goes back" in line for line in told)
+    assert found.kept
+    assert found.after.error < found.before.error
+
+
 def test_training_ends_early_without_gain():
     options = TrainOptions(epochs=40, learning_rate=0.3, patience=2, evaluations=20)
     found = distill(LENET, LENET, arrays(), options=options)

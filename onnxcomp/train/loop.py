@@ -38,6 +38,9 @@ LossFunction = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor | No
 IMAGE_AXES = 4
 STRINGS = "OUS"
 
+LOST, SLOWER = 1.5, 0.3
+"""Where held-out samples lose more, and their error is so many times the best, the learning rate becomes this part."""
+
 SMALLEST_SCALE = 1e-12
 """Scales stay above zero."""
 
@@ -119,6 +122,7 @@ class Trainer:
         self.history = History()
         self._losses: list[float] = []
         self._before = 0.0
+        self._pace = 1.0
 
     def fit(self) -> History:
         """Train; the best weights by the held-out samples are in the module when this ends.
@@ -138,6 +142,7 @@ class Trainer:
             self.history.steps = step + 1
             if (step + 1) % every == 0 or step + 1 == self.total_steps:
                 self._evaluate(started)
+                self._go_back_if_lost()
                 if self._is_stuck():
                     break
             if time.monotonic() - saved >= self.options.checkpoint_seconds:
@@ -164,7 +169,7 @@ class Trainer:
 
     def _one_step(self, step: int, parts: Sequence[Part]) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self.options, step, self.total_steps) * group["pace"]
+            group["lr"] = learning_rate(self.options, step, self.total_steps) * group["pace"] * self._pace
         if self._pruner is not None:
             self._pruner.before_step(step)
         self._optimizer.zero_grad(set_to_none=True)
@@ -274,6 +279,22 @@ class Trainer:
                 parameter.copy_(own[name])
         return quality
 
+    def _go_back_if_lost(self) -> None:
+        """Take up the best weights again, at a lower pace, where the rate was too high for this model."""
+        best, found = self.history.best, self.history.evaluations[-1]
+        if self._pruner is not None or best is None or found.score[0] <= best.score[0]:
+            return
+        if found.error <= LOST * best.error:
+            return
+        with torch.no_grad():
+            for name, parameter in self._parameters:
+                parameter.copy_(self._best[name])
+                if name in self._average:
+                    self._average[name].copy_(self._best[name])
+        self._optimizer.state.clear()
+        self._pace *= SLOWER
+        self._progress(f"training: the error grew by half, so it goes back, with {self._pace:.2g} of the learning rate")
+
     def _is_stuck(self) -> bool:
         best, patience = self.history.best, self.options.patience
         if not patience or best is None:
@@ -312,6 +333,7 @@ class Trainer:
             "history": asdict(self.history),
             "losses": self._losses,
             "seconds": time.monotonic() - started,
+            "pace": self._pace,
             "pruner": None if pruner is None else [pruner.position, pruner.waits, pruner._from],
         }
         save_checkpoint(self._checkpoint, tensors, state)
@@ -347,7 +369,7 @@ class Trainer:
         self.history.best = Evaluation(**kept["best"]) if kept["best"] else None
         self.history.steps = self.history.resumed_at = kept["steps"]
         self._losses = state["losses"]
-        self._before = state["seconds"]
+        self._before, self._pace = state["seconds"], state["pace"]
 
 
 def _array(value: Any) -> Any:
