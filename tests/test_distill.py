@@ -237,7 +237,7 @@ def run(tmp_path: Path, name: str, optimizer: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_a_killed_training_goes_on_to_the_same_result(tmp_path: Path, optimizer: str):
     whole = run(tmp_path, "whole.onnx", optimizer)
     assert whole.communicate()[0].strip() == "resumed at 0"
