@@ -133,6 +133,22 @@ def _no_progress(text: str) -> None:
     """Say nothing."""
 
 
+class _Watched:
+    """A number that remembers whether it was read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return 1.0  # the default of the dataclass's field
+        instance.__dict__["was_asked"] = True
+        return instance.__dict__[self._name]
+
+    def __set__(self, instance: Any, value: float) -> None:
+        instance.__dict__[self._name] = value
+
+
 @dataclass
 class Context:
     """What a pass may use besides the model.
@@ -154,6 +170,7 @@ class Context:
         exact: The model before its weights were rounded, so that none need be rounded twice; None: they are not.
         share: The part of the budget to choose within: less than all where an earlier choice did not hold on the
             samples kept for confirmation.
+        was_asked: Whether `share` was read: then less of it leads to another choice.
     """
 
     data: Dataset | None = None
@@ -169,7 +186,8 @@ class Context:
     statistics: dict[Any, Any] = field(default_factory=dict)
     activations: dict[Any, Any] = field(default_factory=dict)
     exact: Model | None = None
-    share: float = 1.0
+    share: float = _Watched()  # type: ignore[assignment]
+    was_asked: bool = field(default=False, init=False)
 
     def excludes(self, node: gs.Node) -> bool:
         """Whether the user asked to leave this node alone."""

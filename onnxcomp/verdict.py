@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from onnxcomp.errors import ModelError, RuntimeFailure
+from onnxcomp.errors import ModelError, RequirementError, RuntimeFailure
 from onnxcomp.judge import NOT_SLOWER, Judge, Score
 from onnxcomp.ledger import Attempt, PassEntry, StageEntry
 from onnxcomp.model import Model
@@ -77,6 +77,7 @@ class Trial:
     quality: Quality | None = None
     score: Score | None = None
     versus_base: float = 1.0
+    chose: bool = False
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -120,14 +121,20 @@ class StageRunner:
         self._forced = "the decision of the earlier run" if replay else "kept by --force"
         self._share = 1.0
         """The part of the budget to choose within, less where an earlier choice did not hold."""
+        self._last: tuple[Stage, bool] | None = None
+        """The form of the last lossy stage that was kept, and whether it chose within the budget."""
 
-    def run(self, stage: Stage, kept: Kept) -> Kept:
-        """Run one stage in its first form that is worth keeping."""
+    def run(self, stage: Stage, kept: Kept, *, past: Stage | None = None) -> Kept:
+        """Run one stage in its first form that is worth keeping; of those after `past`, where that is given."""
         started = time.monotonic()
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
         forms = [form for form in _forms(stage) if form.lossless or self.judge.deterministic or self._force]
+        if past is not None:
+            forms = forms[forms.index(past) + 1 :] if past in forms else forms
+            if not forms:
+                return kept.with_entry(StageEntry(stage.name, "dropped", "there is no weaker form", 0.0))
         if not forms:
             reason = "the model's outputs are random, so no loss can be measured"
             return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
@@ -141,6 +148,8 @@ class StageRunner:
                 if form.lossless and not stage.lossless:
                     reason = f"{form.name} alone ({_last_dropped(attempts).reason}): {reason}"
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
+                if not form.lossless:
+                    self._last = form, trial.chose
                 return kept.after(trial.model, entry, form)
             if verdict == "dropped":
                 self.judge.forget(trial.model)
@@ -178,16 +187,22 @@ class StageRunner:
         return kept
 
     def _again(self, stage: Stage, before: Kept, dropped: StageEntry) -> Kept:
-        """Run a stage once more within less of the budget; after some tries, its lossless passes alone."""
-        self._share *= LESS
+        """Run a stage once more within less of the budget; after some tries, its lossless passes alone.
+
+        A form that chose nothing would come out as before: its weaker forms are next.
+        """
+        form, chose = self._last or (stage, True)
+        past = None if chose or form not in _forms(stage) else form
+        if past is None:
+            self._share *= LESS
         enough = self._share < LEAST_SHARE or self._context.out_of_time()
         passes = stage.lossless_passes if enough else stage.passes
-        kept = self.run(replace(stage, passes=passes), before) if passes else before.with_entry(dropped)
+        kept = self.run(replace(stage, passes=passes), before, past=past) if passes else before.with_entry(dropped)
         entry = kept.stages[-1]
         if kept.before is not before:
             self._share = 1.0  # the stage before it has tries of its own
         if entry.verdict != "kept":
-            return before.with_entry(dropped)
+            return before.with_entry(replace(dropped, attempts=[*dropped.attempts, *entry.attempts]))
         entry = replace(
             entry,
             name=stage.name,
@@ -205,10 +220,11 @@ class StageRunner:
         self._context.exact = kept.exact
         for step, share in zip(form.passes, self._shares(form, base), strict=True):
             started = time.monotonic()
-            self._context.share = share
+            self._context.share, self._context.was_asked = share, False
             try:
                 changes = step.rewrite(trial.model, self._context)
-            except (RuntimeFailure, ModelError) as error:
+                trial.chose |= self._context.was_asked
+            except (RuntimeFailure, ModelError, RequirementError) as error:
                 trial.failure = f"{step.name} failed: {error}"
                 return trial
             if changes.count and not (step.lossless or step.rounds):

@@ -94,6 +94,22 @@ class Recorder(QuantizeWeights):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ordered(Recorder):
+    """Stores weights in so many bits, whatever the budget: an order, not a choice."""
+
+    name: ClassVar[str] = "ordered"
+    bits: int = 6
+
+    def weaker(self) -> Iterator[Ordered]:
+        if self.bits < 8:
+            yield replace(self, bits=self.bits + 1)
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        Recorder.shares.append(self.bits)
+        return QuantizeWeights(bits=self.bits, min_elements=1, choose=False).rewrite(model, Context())
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeenExact(Pass):
     """Notes the unrounded weight that it may go back to. Left alone: all."""
 
@@ -222,6 +238,26 @@ def test_a_stage_that_does_not_hold_at_the_end_chooses_again_within_less(monkeyp
     assert entry.verdict == "kept"
     assert [attempt.verdict for attempt in entry.attempts] == ["dropped", "dropped", "kept"]
     assert "did not hold on the samples kept for confirmation" in entry.attempts[0].reason
+
+
+def test_an_order_that_does_not_hold_at_the_end_goes_on_with_its_weaker_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirm_only_from(monkeypatch, run=2)
+
+    result = optimize(small_model(), data=small_data(), passes=[Ordered()], budget=Budget(max_error=1.0))
+
+    entry = stage(result, "ordered")
+    assert Recorder.shares == [6, 7]
+    assert entry.verdict == "kept"
+    assert [attempt.verdict for attempt in entry.attempts] == ["dropped", "kept"]
+
+
+def test_an_order_that_never_holds_at_the_end_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirm_only_from(monkeypatch, run=99)
+
+    result = optimize(small_model(), data=small_data(), passes=[Ordered()], budget=Budget(max_error=1.0))
+
+    assert Recorder.shares == [6, 7]
+    assert stage(result, "ordered").verdict == "dropped"
 
 
 def test_a_stage_that_never_holds_at_the_end_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from onnxcomp.runtime import Runtime
 from onnxcomp.stages import joined
 from onnxcomp.torch_bridge import load
 from onnxcomp_passes import Distill, FineTune, Pack, Prune, PruneChannels, Qat, Quantize, Simplify
+from tests.models import graph_model
 from tests.training import LENET, WEIGHTS, arrays, dataset
 
 
@@ -97,6 +98,20 @@ def test_training_needs_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RequirementError, match="needs torch"):
         optimize(LENET, data=arrays(), passes=[Distill()])
+
+
+def test_a_model_that_cannot_be_trained_keeps_what_other_stages_gained():
+    text = """g (float[N, 8, 1] x) => (float[N, 8, 2] y) {
+        h = Mul(x, W)
+        y = DFT<axis = 1>(h)
+    }"""
+    model = graph_model(text, W=np.linspace(0.5, 1.5, 8, dtype=np.float32)[:, None])
+    samples = np.random.default_rng(0).normal(size=(40, 8, 1)).astype(np.float32)
+    result = optimize(model, data={"x": samples}, passes=[Simplify(), Distill()])
+
+    stage = result.report.stages[1]
+    assert stage.verdict == "dropped"
+    assert "no torch operator for DFT" in stage.reason
 
 
 # --- quantization-aware training --------------------------------------------------------------------------------------
