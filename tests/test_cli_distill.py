@@ -384,7 +384,7 @@ def test_data_that_do_not_fit_are_refused(folder: Path):
     assert "there is nothing for input 'image'; found 'picture'" in failure(distil(data="name.npz"))
     assert "input 'image' expects float32 (batch, 1, 28, 28)" in failure(distil(data="shape.npz"))
     assert "training needs at least 4" in failure(distil(data="few.npz"))
-    assert "wants classes from 0 to 9 as labels; got 77 to 77" in failure(distil(data="classes.npz"))
+    assert "labels: expected classes from 0 to 9, got 77" in failure(distil(data="classes.npz"))
 
 
 def test_a_metric_of_labels_needs_labels(folder: Path):

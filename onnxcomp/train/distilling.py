@@ -181,7 +181,8 @@ def distill(
         if checkpoint is not None and processes.rank == 0:
             checkpoint.unlink(missing_ok=True)
         processes.close()
-    kept = pruning is not None or _score(after) < _score(before)
+    learnt = history.best is not history.evaluations[0] and _lost(after) <= _lost(before)
+    kept = pruning is not None or (bool(changed) and learnt)
     return Trained(result if kept else start, history, before, after, changed if kept else [], kept, processes.rank)
 
 
@@ -251,8 +252,8 @@ def _quality(model: Model, reference: Reference, data: Dataset, runtime: Runtime
     return reference.compare(runtime.run(path, data.feeds()), data)
 
 
-def _score(quality: Quality) -> tuple[float, float]:
-    return (quality.error if quality.drop is None else quality.drop), quality.error
+def _lost(quality: Quality) -> float:
+    return quality.error if quality.drop is None else quality.drop
 
 
 def _checkpoint(key: str, *, fresh: bool) -> Path | None:

@@ -14,6 +14,7 @@ class Evaluation:
     Attributes:
         step: After how many steps.
         loss: The mean training loss since the last time.
+        held_out_loss: The mean loss on the held-out samples.
         drop: What the student loses; None where only an error can be measured.
         error: The relative error of its worst output.
         agreement: How often the top class is the teacher's.
@@ -23,6 +24,7 @@ class Evaluation:
 
     step: int
     loss: float
+    held_out_loss: float
     drop: float | None
     error: float
     agreement: float | None
@@ -31,8 +33,8 @@ class Evaluation:
 
     @property
     def score(self) -> tuple[float, float]:
-        """Smaller is better; between equal drops, which few samples often give, the error decides."""
-        return (self.error if self.drop is None else self.drop), self.error
+        """Smaller is better; between equal drops, which few samples often give, the loss decides."""
+        return (self.error if self.drop is None else self.drop), self.held_out_loss
 
 
 @dataclass

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onnxcomp.data import Dataset
+from onnxcomp.data import Batch, Dataset
 from onnxcomp.errors import OptionError
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.torch_bridge import GraphModule
@@ -98,6 +98,7 @@ class Trainer:
         self._teacher, self._loss, self._watch = teacher, loss, tuple(watch)
         self._reference, self._held_out = held_out
         self._use_labels = use_labels
+        self._trained_on = data.size
         self._augment = find_augment(options.augment, allow_code=allow_code)
         self._samples = Samples(
             data,
@@ -208,14 +209,17 @@ class Trainer:
                 wanted = self._teacher.recall(part.indices, batch.inputs, batch.count)
             else:
                 wanted = real_rows(self._teacher.run(batch.inputs), batch.inputs, batch.count)
+        with autocast(self.device, mixed=self.options.mixed_precision):
+            return self._compared(self._runner(self._tensors(batch.inputs), self._watch), wanted, batch)
+
+    def _compared(self, found: Mapping[str, Any], wanted: Mapping[str, Any], batch: Batch) -> Tensor:
+        """The loss of a batch's outputs."""
         labels = None
         if self._use_labels and batch.labels is not None:
             labels = torch.from_numpy(np.array(batch.labels)).to(self.device)
-        with autocast(self.device, mixed=self.options.mixed_precision):
-            found = self._runner(self._tensors(batch.inputs), self._watch)
-            found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-            wanted = {name: value for name, value in wanted.items() if value.dtype.kind not in STRINGS}
-            return self._loss(real_rows(found, batch.inputs, batch.count), self._tensors(wanted), labels)
+        found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        wanted = {name: value for name, value in wanted.items() if value.dtype.kind not in STRINGS}
+        return self._loss(real_rows(found, batch.inputs, batch.count), self._tensors(wanted), labels)
 
     def _tensors(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors on the device; strings, which torch has none of, as they are."""
@@ -230,11 +234,12 @@ class Trainer:
     def _evaluate(self, started: float) -> None:
         """Ask the held-out samples, and remember the weights where they are the best so far."""
         weights = self._judged()
-        quality = self._quality(weights)
+        quality, loss = self._quality(weights)
         step = self.history.steps
         found = Evaluation(
             step=step,
             loss=float(np.mean(self._losses)) if self._losses else math.nan,
+            held_out_loss=loss,
             drop=quality.drop,
             error=quality.error,
             agreement=quality.agreement,
@@ -250,7 +255,7 @@ class Trainer:
         if counts and (best is None or found.score < best.score):
             self.history.best = found
             self._best = {name: each.detach().clone() for name, each in weights.items()}
-        for name in ("loss", "drop", "error", "agreement", "sparsity"):
+        for name in ("loss", "held_out_loss", "drop", "error", "agreement", "sparsity"):
             value = getattr(found, name)
             if value is not None and math.isfinite(value):
                 self._log(name, value, step)
@@ -264,20 +269,30 @@ class Trainer:
         return {name: masked(each, masks[name]) if name in masks else each for name, each in self._average.items()}
 
     @torch.no_grad()  # type: ignore[untyped-decorator] # torch has no type information here
-    def _quality(self, weights: Mapping[str, Tensor]) -> Quality:
+    def _quality(self, weights: Mapping[str, Tensor]) -> tuple[Quality, float]:
+        """What held-out samples lose, and their mean loss."""
         own = {name: each.detach().clone() for name, each in self._parameters} if self._average else {}
         for name, parameter in self._parameters:
             if own:
                 parameter.copy_(weights[name])
-        outputs = (
-            [_array(value) for value in self.module.run(self._tensors(feed)).values()]
-            for feed in self._held_out.feeds()
-        )
-        quality = self._reference.compare(outputs, self._held_out)
+        losses: list[tuple[float, int]] = []
+        quality = self._reference.compare(self._held_out_outputs(losses), self._held_out)
         for name, parameter in self._parameters:
             if own:
                 parameter.copy_(own[name])
-        return quality
+        return quality, sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+
+    def _held_out_outputs(self, losses: list[tuple[float, int]]) -> Iterator[list[Any]]:
+        """The student's outputs, batch by batch; their losses are noted with the number of samples."""
+        first = 0
+        for batch in self._held_out.batches():
+            # Held-out samples are numbered on from those that are trained on.
+            indices = np.arange(first, first + batch.count) + self._trained_on
+            found = self.module.run(self._tensors(batch.inputs), self._watch)
+            wanted = self._teacher.recall(indices, batch.inputs, batch.count) if self._teacher is not None else {}
+            losses.append((float(self._compared(found, wanted, batch)), batch.count))
+            first += batch.count
+            yield [_array(found[name]) for name in self.module.output_names]
 
     def _go_back_if_lost(self) -> None:
         """Take up the best weights again, at a lower pace, where the rate was too high for this model."""
