@@ -50,7 +50,7 @@ class Trainer:
 
     Args:
         module: The student; its Parameters are trained in place.
-        teacher: The original; None: only labels teach.
+        teacher: The original.
         loss: The loss.
         watch: Inner tensors that the loss wants.
         data: Samples to train on.
@@ -58,7 +58,6 @@ class Trainer:
         options: How.
         use_labels: Whether the loss gets the samples' labels.
         pruning: What becomes zero on the way.
-        codebooks: Whether few values of a weight are a codebook.
         checkpoint: The file to go on from and to write to; None: no checkpoints.
         key: What tells this training from others that might have left a checkpoint there.
         allow_code: Whether the user's functions may be called.
@@ -70,7 +69,7 @@ class Trainer:
     def __init__(
         self,
         module: GraphModule,
-        teacher: Teacher | None,
+        teacher: Teacher,
         loss: LossFunction,
         *,
         data: Dataset,
@@ -79,7 +78,6 @@ class Trainer:
         watch: Sequence[str] = (),
         use_labels: bool = False,
         pruning: Pruning | None = None,
-        codebooks: bool = True,
         checkpoint: Path | None = None,
         key: str = "",
         allow_code: bool = False,
@@ -111,7 +109,7 @@ class Trainer:
         )
         self.total_steps = max(1, round(options.epochs * self._samples.steps))
         self._parameters = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
-        self.fixed = Fixed(self._parameters, codebooks=codebooks, codes=module.code_names, rounded=module.rounded_names)
+        self.fixed = Fixed(self._parameters, codes=module.code_names, rounded=module.rounded_names)
         self._pruner = Pruner(self.fixed, pruning, self.total_steps) if pruning else None
         self._max_drop = pruning.max_drop if pruning else 0.0
         self._optimizer = make_optimizer(self._parameters, options, module.scale_names)
@@ -203,12 +201,10 @@ class Trainer:
 
     def _loss_of(self, part: Part) -> Tensor:
         batch = part.batch
-        wanted: dict[str, Any] = {}
-        if self._teacher is not None:
-            if self._augment is None:
-                wanted = self._teacher.recall(part.indices, batch.inputs, batch.count)
-            else:
-                wanted = real_rows(self._teacher.run(batch.inputs), batch.inputs, batch.count)
+        if self._augment is None:
+            wanted = self._teacher.recall(part.indices, batch.inputs, batch.count)
+        else:
+            wanted = real_rows(self._teacher.run(batch.inputs), batch.inputs, batch.count)
         with autocast(self.device, mixed=self.options.mixed_precision):
             return self._compared(self._runner(self._tensors(batch.inputs), self._watch), wanted, batch)
 
@@ -289,7 +285,7 @@ class Trainer:
             # Held-out samples are numbered on from those that are trained on.
             indices = np.arange(first, first + batch.count) + self._trained_on
             found = self.module.run(self._tensors(batch.inputs), self._watch)
-            wanted = self._teacher.recall(indices, batch.inputs, batch.count) if self._teacher is not None else {}
+            wanted = self._teacher.recall(indices, batch.inputs, batch.count)
             losses.append((float(self._compared(found, wanted, batch)), batch.count))
             first += batch.count
             yield [_array(found[name]) for name in self.module.output_names]
