@@ -211,6 +211,19 @@ def test_dynamic_quantization_passes_gradients_as_if_it_were_not_there():
     np.testing.assert_allclose(x.grad, np.broadcast_to(dense.sum(1), (3, 8)), atol=ROUNDING)
 
 
+@pytest.mark.parametrize("zero", ["Constant <value = int8 {0}> ()", "Cast <to = 3> (z0)"])
+def test_a_zero_point_that_a_node_makes_tells_the_type_too(zero):
+    model = Model.load(
+        graph_model(
+            f"""g (float[N, 3] x) => (float[N, 3] y) <float s = {{0.02}}, int32 z0 = {{0}}>
+            {{ z = {zero} q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }}"""
+        )
+    )
+    x = random_weights(4, 3)
+
+    np.testing.assert_allclose(load(model)(torch.from_numpy(x)).detach(), run(model, x), atol=ROUNDING)
+
+
 def test_a_float8_type_is_refused_by_name():
     quantize, _ = quantizers(TensorProto.FLOAT8E4M3FN)
 

@@ -13,7 +13,7 @@ from onnxcomp.graph_io import walk
 from onnxcomp.model import value_of
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, onnx_type
 
-__all__ = ["SCALES", "Held", "Reading", "find_constants", "is_trainable", "kind_of", "trainable_names"]
+__all__ = ["SCALES", "Held", "Reading", "find_constants", "is_trainable", "kind_of", "trainable_names", "value_of_node"]
 
 Array = np.ndarray[Any, Any]
 
@@ -92,7 +92,7 @@ def find_constants(graph: gs.Graph) -> list[Held]:
     found: list[Held] = []
     taken = {tensor.name for tensor in tensors.values() if not isinstance(tensor, gs.Constant)}
     for key, tensor in tensors.items():
-        constant = tensor if isinstance(tensor, gs.Constant) else _value_of_node(tensor)
+        constant = tensor if isinstance(tensor, gs.Constant) else value_of_node(tensor)
         if constant is None:
             continue
         if isinstance(tensor, gs.Constant):
@@ -109,7 +109,7 @@ def _unique(name: str, taken: set[str]) -> str:
     return fresh
 
 
-def _value_of_node(tensor: gs.Tensor) -> gs.Constant | None:
+def value_of_node(tensor: gs.Tensor) -> gs.Constant | None:
     """What a Constant node gives, where that is a tensor."""
     maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
     value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" and not maker.domain else None
