@@ -145,9 +145,14 @@ def _is_finite(constant: gs.Constant) -> bool:
 
 
 def _is_code(reading: Reading) -> bool:
-    """Whether a constant is the codes that a DequantizeLinear with a constant scale reads."""
+    """Whether a constant is the codes that a DequantizeLinear with a constant scale and zero point reads."""
     node = reading.node
-    return node.op == "DequantizeLinear" and reading.index == 0 and isinstance(node.inputs[1], gs.Constant)
+    return node.op == "DequantizeLinear" and reading.index == 0 and all(map(_is_fixed, node.inputs[1:]))
+
+
+def _is_fixed(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is a constant, or none at all."""
+    return not tensor.name or isinstance(tensor, gs.Constant) or value_of_node(tensor) is not None
 
 
 def trainable_names(graph: gs.Graph) -> list[str]:
