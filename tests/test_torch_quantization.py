@@ -225,8 +225,10 @@ def test_a_zero_point_that_a_node_makes_tells_the_type_too(zero):
 
 
 def test_codes_with_a_computed_zero_point_are_not_trained():
-    text = """g (float[N, 3] x) => (float[N, 2] y) <int8[3, 2] w = {1, 2, 3, -4, 5, -128}, float s = {0.1}, int32 o = {1}>
-        { z = Cast<to = 3>(o) d = DequantizeLinear(w, s, z) y = MatMul(x, d) }"""
+    text = """g (float[N, 3] x) => (float[N, 2] y) <int8[3, 2] w = {1, 2, 3, -4, 5, -8}, float s = {0.1}, int32 o = {1}>
+        { z = Cast<to = 3>(o)
+          d = DequantizeLinear(w, s, z)
+          y = MatMul(x, d) }"""
     model, x = Model.load(graph_model(text)), random_weights(4, 3)
     module = load(model)
 

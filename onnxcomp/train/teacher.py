@@ -43,8 +43,8 @@ class Teacher:
         self.names = [*self.outputs]
         _show(shown, [name for name in watch if name not in self.names])
         self.names += [name for name in watch if name not in self.names]
-        starts = [tuple(each.shape or (None,))[0] for each in shown.graph.inputs]
-        ends = [tuple(each.shape or (None,))[0] for each in shown.graph.outputs]
+        starts = [next(iter(each.shape or (None,))) for each in shown.graph.inputs]
+        ends = [next(iter(each.shape or (None,))) for each in shown.graph.outputs]
         self._by_sample = None if None in ends or not set(starts).issuperset(ends) else True
         self._path = workdir / "teacher.onnx"
         shown.save(self._path)
