@@ -74,6 +74,19 @@ def test_places_that_share_a_value_go_on_sharing_it():
     assert all(found[code].item() != values[code].item() for code in (0, 2, 3))
 
 
+def test_places_that_became_zero_say_nothing_of_the_value_that_they_shared():
+    weight = nn.Parameter(torch.tensor([0.5, -1.0]).repeat(8, 8))
+    fixed = Fixed([("w", weight)])
+    kept = torch.ones(8, 16, dtype=torch.bool)
+    kept[1:] = False
+    fixed.set_mask("w", kept)
+
+    weight.grad = torch.ones(8, 16)
+    fixed.before_step()
+
+    assert weight.grad[0].tolist() == [8.0] * 16
+
+
 def test_large_weights_of_16_bits_are_no_codebook():
     weight = nn.Parameter(parameter(300, 800).detach().half().float())
     assert len(torch.unique(weight)) < weight.numel() / 8

@@ -97,7 +97,11 @@ class Fixed:
                 self.parameters[name].copy_(masked(self.parameters[name], kept))
 
     def before_step(self) -> None:
-        """Make gradients those of what may change."""
+        """Make gradients those of what may change: a zero that stays tells nothing of the value that it once had."""
+        for name, mask in self.masks.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(~mask, 0)
         for name, ties in self.ties.items():
             parameter = self.parameters[name]
             if parameter.grad is not None:
