@@ -211,6 +211,31 @@ def test_dynamic_quantization_passes_gradients_as_if_it_were_not_there():
     np.testing.assert_allclose(x.grad, np.broadcast_to(dense.sum(1), (3, 8)), atol=ROUNDING)
 
 
+@pytest.mark.parametrize("zero", ["Constant <value = int8 {0}> ()", "Cast <to = 3> (z0)"])
+def test_a_zero_point_that_a_node_makes_tells_the_type_too(zero):
+    model = Model.load(
+        graph_model(
+            f"""g (float[N, 3] x) => (float[N, 3] y) <float s = {{0.02}}, int32 z0 = {{0}}>
+            {{ z = {zero} q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }}"""
+        )
+    )
+    x = random_weights(4, 3)
+
+    np.testing.assert_allclose(load(model)(torch.from_numpy(x)).detach(), run(model, x), atol=ROUNDING)
+
+
+def test_codes_with_a_computed_zero_point_are_not_trained():
+    text = """g (float[N, 3] x) => (float[N, 2] y) <int8[3, 2] w = {1, 2, 3, -4, 5, -8}, float s = {0.1}, int32 o = {1}>
+        { z = Cast<to = 3>(o)
+          d = DequantizeLinear(w, s, z)
+          y = MatMul(x, d) }"""
+    model, x = Model.load(graph_model(text)), random_weights(4, 3)
+    module = load(model)
+
+    assert not list(module.parameters())
+    np.testing.assert_allclose(module(torch.from_numpy(x)).detach(), run(model, x), atol=ROUNDING)
+
+
 def test_a_float8_type_is_refused_by_name():
     quantize, _ = quantizers(TensorProto.FLOAT8E4M3FN)
 

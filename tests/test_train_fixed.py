@@ -74,6 +74,36 @@ def test_places_that_share_a_value_go_on_sharing_it():
     assert all(found[code].item() != values[code].item() for code in (0, 2, 3))
 
 
+def test_places_that_became_zero_say_nothing_of_the_value_that_they_shared():
+    weight = nn.Parameter(torch.tensor([0.5, -1.0]).repeat(8, 8))
+    fixed = Fixed([("w", weight)])
+    kept = torch.ones(8, 16, dtype=torch.bool)
+    kept[1:] = False
+    fixed.set_mask("w", kept)
+
+    weight.grad = torch.ones(8, 16)
+    fixed.before_step()
+
+    assert weight.grad[0].tolist() == [8.0] * 16
+
+
+def test_large_weights_of_16_bits_are_no_codebook():
+    weight = nn.Parameter(parameter(300, 800).detach().half().float())
+    assert len(torch.unique(weight)) < weight.numel() / 8
+
+    assert not Fixed([("w", weight)]).ties
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_each_channel_may_have_a_codebook_of_its_own(axis: int):
+    values = parameter(60, 16).detach()
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 16, (60, 200)))
+    weight = nn.Parameter(values.gather(1, codes) if axis == 0 else values.gather(1, codes).T.contiguous())
+    assert len(torch.unique(weight)) > 256
+
+    assert Fixed([("w", weight)]).ties
+
+
 def test_the_gradient_of_a_shared_value_is_the_sum_over_its_places():
     weight = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
     gradient = torch.tensor([[1.0, 10.0], [100.0, 1000.0]])

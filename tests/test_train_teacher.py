@@ -12,6 +12,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.model import Model
 from onnxcomp.runtime import Runtime
 from onnxcomp.train.teacher import Teacher
+from tests.models import graph_model, random_weights
 from tests.training import LENET, arrays
 
 INNER = "/2/Relu_output_0"
@@ -66,6 +67,28 @@ def test_outputs_beyond_the_limit_are_computed_again(runtime: Counting, tmp_path
         known.recall(np.arange(3), {"image": image[:3]}, 3)
 
     assert runtime.runs == 2, "three samples of ten floats fit"
+
+
+@pytest.mark.parametrize("axis", ["8", "T"])
+def test_steps_of_time_are_not_taken_for_samples(runtime: Counting, tmp_path: Path, axis: str):
+    text = f"g (float[N, {axis}, 2] x) => (float[{axis}, N, 2] y) {{ y = Transpose<perm = [1, 0, 2]>(x) }}"
+    known = Teacher(Model.load(graph_model(text)), (), runtime, tmp_path, 1e6)
+    x, order = random_weights(8, 8, 2), np.arange(8)[::-1]
+
+    known.recall(np.arange(8), {"x": x}, 8)
+
+    np.testing.assert_array_equal(known.recall(order, {"x": x[order]}, 8)["y"], x[order].transpose(1, 0, 2))
+
+
+def test_outputs_of_undeclared_shapes_are_kept_too(runtime: Counting, tmp_path: Path):
+    known = Teacher(
+        Model.load(graph_model("g (float[N, 2] x) => (float y) { y = Relu(x) }")), (), runtime, tmp_path, 1e6
+    )
+    x = random_weights(8, 2)
+    for _ in range(5):
+        known.recall(np.arange(8), {"x": x}, 8)
+
+    assert runtime.runs == 2, "once with fewer samples"
 
 
 def test_a_tensor_that_is_not_there_is_refused(runtime: Counting, tmp_path: Path):

@@ -15,6 +15,7 @@ from onnxcomp.graph_io import sorted_nodes
 from onnxcomp.model import value_of
 from onnxcomp.torch_bridge.dtypes import as_tensor, onnx_type
 from onnxcomp.torch_bridge.registry import NodeCall, Operator, find_operator
+from onnxcomp.torch_bridge.weights import value_of_node
 
 __all__ = ["Plan", "Step", "compile_graph", "missing_operators", "run_plan", "with_frees"]
 
@@ -112,11 +113,17 @@ def _step(node: gs.Node, opsets: Mapping[str, int]) -> Step:
         opset=opsets.get(domain, 1),
         attrs=attrs,
         wanted=tuple(bool(tensor.name) for tensor in node.outputs),
-        input_types=tuple(onnx_type(tensor.dtype) for tensor in node.inputs),
-        output_types=tuple(onnx_type(tensor.dtype) for tensor in node.outputs),
+        input_types=tuple(map(_type_of, node.inputs)),
+        output_types=tuple(map(_type_of, node.outputs)),
     )
     bodies = {key: compile_graph(value, opsets) for key, value in node.attrs.items() if isinstance(value, gs.Graph)}
     return Step(function, call, _names(node.inputs), _names(node.outputs), bodies)
+
+
+def _type_of(tensor: gs.Tensor) -> int:
+    """The ONNX element type of a tensor; models seldom declare that of what a Constant node gives."""
+    held = value_of_node(tensor)
+    return onnx_type(tensor.dtype if held is None else held.dtype)
 
 
 def _attribute(node: str, key: str, value: Any) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from torch import Tensor
 
 from onnxcomp.torch_bridge.plan import Step
 from onnxcomp.torch_bridge.registry import NodeCall
-from onnxcomp.torch_bridge.weights import FLOATS, SCALES, Held, kind_of
+from onnxcomp.torch_bridge.weights import FLOATS, SCALES, Held, kind_of, value_of_node
 
 __all__ = ["find_scales", "following"]
 
@@ -41,16 +42,17 @@ def find_scales(constants: Sequence[Held]) -> tuple[set[str], dict[str, Product]
     of_bias = {name for name, held in scales.items() if any(_is_of_int32(reading.node) for reading in held.readers)}
     learnt = scales.keys() - of_bias
     products: dict[str, Product] = {}
-    for name in sorted(of_bias):
-        found = {_product(reading.node) for reading in scales[name].readers}
-        parts = {part for each in found if each is not None for part in (each.first, each.second)}
-        if None in found or len(found) != 1 or not parts <= learnt:
-            learnt -= parts
+    for name in of_bias:
+        found = {product for reading in scales[name].readers for product in _products(reading.node)}
+        first = next(iter(found), Product("", ""))
+        if len(found) == 1 and first.first and first.second:
+            products[name] = first
         else:
-            products.update((name, each) for each in found if each is not None)
-    kept = {name: each for name, each in products.items() if {each.first, each.second} <= learnt}
-    dropped = {part for name, each in products.items() if name not in kept for part in (each.first, each.second)}
-    return learnt - dropped, {name: each for name, each in kept.items() if not {each.first, each.second} & dropped}
+            learnt -= {part for each in found for part in (each.first, each.second)}
+    while lost := {name: each for name, each in products.items() if not {each.first, each.second} <= learnt}:
+        learnt -= {part for each in lost.values() for part in (each.first, each.second)}
+        products = {name: each for name, each in products.items() if name not in lost}
+    return learnt, dict(sorted(products.items()))
 
 
 def _is_scale(held: Held) -> bool:
@@ -60,26 +62,26 @@ def _is_scale(held: Held) -> bool:
 
 
 def _is_of_int32(node: gs.Node) -> bool:
-    codes = node.inputs[0]
-    return isinstance(codes, gs.Constant) and codes.dtype is not None and codes.dtype.name == "int32"
+    codes = value_of_node(node.inputs[0]) or node.inputs[0]
+    return codes.dtype is not None and np.dtype(codes.dtype) == np.int32
 
 
-def _product(node: gs.Node) -> Product | None:
-    """What the scale of a DequantizeLinear of a bias is the product of; None where that is not to be seen."""
-    readers = node.outputs[0].outputs
-    layer = readers[0] if len(readers) == 1 else None
-    if layer is None or layer.op not in BIASED or len(layer.inputs) < 3 or layer.inputs[2] is not node.outputs[0]:
-        return None
-    parts = [_scale_of(tensor) for tensor in layer.inputs[:2]]
-    return Product(*parts) if all(parts) else None
+def _products(node: gs.Node) -> set[Product]:
+    """What the scale of a DequantizeLinear of a bias is the product of, for each layer; what is not seen is empty."""
+    found = set()
+    for layer in node.outputs[0].outputs:
+        biased = layer.op in BIASED and len(layer.inputs) > 2 and layer.inputs[2] is node.outputs[0]
+        found.add(Product(*map(_scale_of, layer.inputs[:2])) if biased else Product("", ""))
+    return found
 
 
 def _scale_of(tensor: gs.Tensor) -> str:
     """The name of the constant scale of what a DequantizeLinear gives; empty where it is none."""
     maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-    if maker is None or maker.op != "DequantizeLinear" or not isinstance(maker.inputs[1], gs.Constant):
+    if maker is None or maker.op != "DequantizeLinear":
         return ""
-    return str(maker.inputs[1].name)
+    scale = maker.inputs[1]
+    return str(scale.name) if isinstance(scale, gs.Constant) or value_of_node(scale) is not None else ""
 
 
 def following(products: Mapping[str, Product], shapes: Mapping[str, tuple[int, ...]]) -> list[Step]:

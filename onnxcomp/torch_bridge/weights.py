@@ -13,7 +13,7 @@ from onnxcomp.graph_io import walk
 from onnxcomp.model import value_of
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, onnx_type
 
-__all__ = ["SCALES", "Held", "Reading", "find_constants", "is_trainable", "kind_of", "trainable_names"]
+__all__ = ["SCALES", "Held", "Reading", "find_constants", "is_trainable", "kind_of", "trainable_names", "value_of_node"]
 
 Array = np.ndarray[Any, Any]
 
@@ -92,7 +92,7 @@ def find_constants(graph: gs.Graph) -> list[Held]:
     found: list[Held] = []
     taken = {tensor.name for tensor in tensors.values() if not isinstance(tensor, gs.Constant)}
     for key, tensor in tensors.items():
-        constant = tensor if isinstance(tensor, gs.Constant) else _value_of_node(tensor)
+        constant = tensor if isinstance(tensor, gs.Constant) else value_of_node(tensor)
         if constant is None:
             continue
         if isinstance(tensor, gs.Constant):
@@ -109,7 +109,7 @@ def _unique(name: str, taken: set[str]) -> str:
     return fresh
 
 
-def _value_of_node(tensor: gs.Tensor) -> gs.Constant | None:
+def value_of_node(tensor: gs.Tensor) -> gs.Constant | None:
     """What a Constant node gives, where that is a tensor."""
     maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
     value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" and not maker.domain else None
@@ -145,9 +145,14 @@ def _is_finite(constant: gs.Constant) -> bool:
 
 
 def _is_code(reading: Reading) -> bool:
-    """Whether a constant is the codes that a DequantizeLinear with a constant scale reads."""
+    """Whether a constant is the codes that a DequantizeLinear with a constant scale and zero point reads."""
     node = reading.node
-    return node.op == "DequantizeLinear" and reading.index == 0 and isinstance(node.inputs[1], gs.Constant)
+    return node.op == "DequantizeLinear" and reading.index == 0 and all(map(_is_fixed, node.inputs[1:]))
+
+
+def _is_fixed(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is a constant, or none at all."""
+    return not tensor.name or isinstance(tensor, gs.Constant) or value_of_node(tensor) is not None
 
 
 def trainable_names(graph: gs.Graph) -> list[str]:

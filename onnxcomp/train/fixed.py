@@ -12,6 +12,9 @@ __all__ = ["Fixed", "Ties", "masked"]
 MOST_VALUES = 0.125
 """A weight with at most this share of distinct values is a codebook: its values are trained, its codes kept."""
 
+LARGEST = 256
+"""The most values that a codebook has. Large weights of 16 bits hold more, by chance, each many times."""
+
 FEW_ELEMENTS = 64
 """Smaller tensors are taken as they are."""
 
@@ -34,6 +37,19 @@ class Ties:
         values, codes = torch.unique(weight.detach().flatten(), return_inverse=True)
         self.count = len(values)
         self._codes = codes
+        self._shape = weight.shape
+
+    def are_codebook(self) -> bool:
+        """Whether the values are few: those of the weight, or those of each of its channels."""
+        few = MOST_VALUES * self._codes.numel()
+        if self.count <= LARGEST or self.count > few:
+            return self.count <= few
+        for axis, size in enumerate(self._shape):
+            channel = torch.arange(size, device=self._codes.device).reshape(-1, *[1] * (len(self._shape) - axis - 1))
+            found = torch.unique(self._codes.reshape(self._shape) + self.count * channel) // self.count
+            if len(found) <= few and int(torch.bincount(found).max()) <= LARGEST:
+                return True
+        return False
 
     def apply(self, gradient: Tensor) -> Tensor:
         """The gradient of each place's value."""
@@ -66,7 +82,7 @@ class Fixed:
         for name, parameter in self.parameters.items():
             if codebooks and name not in codes and parameter.numel() >= FEW_ELEMENTS:
                 ties = Ties(parameter)
-                if ties.count <= MOST_VALUES * parameter.numel():
+                if ties.are_codebook():
                     self.ties[name] = ties
             if name not in rounded:
                 self.set_mask(name, parameter.detach() != 0)
@@ -81,7 +97,11 @@ class Fixed:
                 self.parameters[name].copy_(masked(self.parameters[name], kept))
 
     def before_step(self) -> None:
-        """Make gradients those of what may change."""
+        """Make gradients those of what may change: a zero that stays tells nothing of the value that it once had."""
+        for name, mask in self.masks.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(~mask, 0)
         for name, ties in self.ties.items():
             parameter = self.parameters[name]
             if parameter.grad is not None:

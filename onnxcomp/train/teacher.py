@@ -43,6 +43,9 @@ class Teacher:
         self.names = [*self.outputs]
         _show(shown, [name for name in watch if name not in self.names])
         self.names += [name for name in watch if name not in self.names]
+        starts = [next(iter(each.shape or (None,))) for each in shown.graph.inputs]
+        ends = [next(iter(each.shape or (None,))) for each in shown.graph.outputs]
+        self._by_sample = None if None in ends or not set(starts).issuperset(ends) else True
         self._path = workdir / "teacher.onnx"
         shown.save(self._path)
         self._runtime = runtime
@@ -71,10 +74,22 @@ class Teacher:
             rows = [self._known[key] for key in keys]
             return {name: np.stack([row[name] for row in rows]) for name in self.names}
         found = real_rows(self.run(inputs), inputs, count)
-        by_sample = len(keys) == count and all(each.ndim and len(each) == count for each in found.values())
-        if by_sample:
+        if len(keys) == count and _have_rows(found, count) and self._is_by_sample(inputs, count):
             self._remember(keys, found)
         return found
+
+    def _is_by_sample(self, inputs: Mapping[str, Array], count: int) -> bool:
+        """Whether the rows of all outputs are those of the inputs; where shapes do not tell, fewer samples do.
+
+        There may be as many steps of time, say, as a batch has samples.
+        """
+        fewer = count // 2
+        if self._by_sample is None and fewer:
+            try:
+                self._by_sample = _have_rows(self.run({name: each[:fewer] for name, each in inputs.items()}), fewer)
+            except RuntimeFailure:  # of a fixed batch
+                self._by_sample = False
+        return bool(self._by_sample)
 
     def _remember(self, keys: Sequence[bytes], found: Outputs) -> None:
         for index, key in enumerate(keys):
@@ -99,6 +114,10 @@ def real_rows(values: Mapping[str, Any], inputs: Mapping[str, Array], count: int
     if rows <= count:
         return dict(values)
     return {name: each[:count] if each.ndim and len(each) == rows else each for name, each in values.items()}
+
+
+def _have_rows(values: Outputs, count: int) -> bool:
+    return all(each.ndim and len(each) == count for each in values.values())
 
 
 def _show(model: Model, names: Sequence[str]) -> None:

@@ -60,6 +60,8 @@ def _prepared(
 ) -> tuple[Tensor, Tensor | None, float, float]:
     """The scale and the zero point in the shape that x asks for, and the range."""
     kind = call.input_types[2] if zero_point is not None and len(call.input_types) > 2 else 0
+    if not kind and zero_point is not None:  # an inner tensor, whose type the graph need not tell
+        kind = next((each for each in INTEGER_RANGES if torch_dtype(each) == zero_point.dtype), 0)
     kind = kind or call.get("output_dtype") or TensorProto.UINT8
     if kind not in INTEGER_RANGES:
         message = f"values of element type {TensorProto.DataType.Name(kind)} are not trained through"
