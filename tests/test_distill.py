@@ -187,7 +187,8 @@ def test_a_learning_rate_that_is_too_high_is_lowered():
 
     assert any("goes back" in line for line in told)
     assert found.kept
-    assert found.after.error < found.before.error
+    assert found.history.best is not None
+    assert found.history.best.score < found.history.evaluations[0].score
 
 
 def test_training_ends_early_without_gain():

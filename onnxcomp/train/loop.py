@@ -38,7 +38,7 @@ LossFunction = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor | No
 IMAGE_AXES = 4
 STRINGS = "OUS"
 
-LOST, SLOWER = 3.0, 0.3
+LOST, SLOWER = 1.5, 0.3
 """Where held-out samples lose more, and their error is so many times the best, the learning rate becomes this part."""
 
 SMALLEST_SCALE = 1e-12
@@ -304,7 +304,7 @@ class Trainer:
                     self._average[name].copy_(self._best[name])
         self._optimizer.state.clear()
         self._pace *= SLOWER
-        self._progress(f"training: the error has grown threefold, so it goes back, with {self._pace:.2g} of the learning rate")
+        self._progress(f"training: the error has grown by half, so it goes back, with {self._pace:.2g} of the learning rate")
 
     def _is_stuck(self) -> bool:
         best, patience = self.history.best, self.options.patience
