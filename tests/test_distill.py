@@ -19,6 +19,7 @@ from onnxcomp.passes import Context
 from onnxcomp.resume import cache_folder
 from onnxcomp.train import Loss, Pruning, Trained, TrainOptions, distill
 from onnxcomp_passes import Prune
+from tests.models import graph_model, random_weights
 from tests.training import LENET, QUICK, WEIGHTS, arrays, clustered, halved, pruned
 
 
@@ -172,6 +173,20 @@ def test_weights_become_zeros_on_the_way():
     assert zeros / sum(found.model.weight(name).size for name in WEIGHTS) == pytest.approx(0.8, abs=0.001)
 
 
+def test_zeros_are_made_in_matrices_and_not_in_what_is_added_or_scales():
+    text = """g (float[N, 8] x) => (float[N, 8] y) { a = MatMul(x, V) b = Mul(a, scale) c = Add(b, mask)
+        d = DequantizeLinear(W, s) e = Transpose(d) y = MatMul(c, e) }"""
+    weights = {"V": random_weights(8, 8), "scale": random_weights(1, 8), "mask": random_weights(1, 8)}
+    codes = np.random.default_rng(0).integers(-127, 128, (8, 8)).astype(np.int8)
+    model = Model.load(graph_model(text, weights, W=codes, s=np.float32([0.01]).reshape(())))
+
+    found = distill(model, model, {"x": random_weights(64, 8)}, pruning=Pruning(sparsity=0.9), options=QUICK)
+
+    zeros = {name: int((found.model.weight(name) == 0).sum()) for name in ("V", "W", "scale", "mask")}
+    assert zeros["V"] + zeros["W"] == round(0.9 * 128)
+    assert zeros["scale"] == zeros["mask"] == 0
+
+
 def test_an_average_of_the_weights_keeps_zeros():
     options = dataclasses.replace(QUICK, ema=0.9)
     found = distill(LENET, LENET, arrays(), options=options, pruning=Pruning(sparsity=0.8, end=0.5))
@@ -218,6 +233,7 @@ SCRIPT = """
 import sys
 from onnxcomp.train import Pruning, TrainOptions, distill
 from onnxcomp_passes import Prune
+from tests.models import graph_model, random_weights
 from tests.training import LENET, arrays
 
 found = distill(LENET, LENET, arrays(), options=TrainOptions(

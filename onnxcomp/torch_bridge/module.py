@@ -25,7 +25,7 @@ from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quan
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
 from onnxcomp.torch_bridge.scales import find_scales, following
-from onnxcomp.torch_bridge.weights import FLOATS, Held, find_constants, is_trainable, kind_of
+from onnxcomp.torch_bridge.weights import FLOATS, Held, find_constants, is_matrix, is_trainable, kind_of
 
 __all__ = ["GraphModule", "load"]
 
@@ -87,7 +87,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         scale_names: Of the Parameters that are scales.
         code_names: Of the Parameters that are the numbers behind integer codes.
         rounded_names: Of those whose zeros are numbers that were rounded, not weights that were pruned.
-        plan: The steps that run.
+        matrix_names: Of those that are matrices, kernels or tables of layers.
         plan: The steps, one a node; what runs is the same with some of them put together.
     """
 
@@ -116,6 +116,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         # What stands in a function has no tensor of its own to be written back to.
         inside = () if own is None else [held.name for held in constants if held.name not in own]
         self._place(constants, [*freeze, *map(glob.escape, inside)], scales)
+        self.matrix_names = frozenset(held.name for held in constants if is_matrix(held)) & self._parameters.keys()
         self.scale_names = frozenset(scales & self._parameters.keys())
         self._products = {
             name: each for name, each in self._products.items() if {each.first, each.second} & self.scale_names

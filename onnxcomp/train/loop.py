@@ -110,7 +110,13 @@ class Trainer:
         )
         self.total_steps = max(1, round(options.epochs * self._samples.steps))
         self._parameters = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
-        self.fixed = Fixed(self._parameters, codebooks=codebooks, codes=module.code_names, rounded=module.rounded_names)
+        self.fixed = Fixed(
+            self._parameters,
+            codebooks=codebooks,
+            codes=module.code_names,
+            rounded=module.rounded_names,
+            matrices=module.matrix_names,
+        )
         self._pruner = Pruner(self.fixed, pruning, self.total_steps) if pruning else None
         self._max_drop = pruning.max_drop if pruning else 0.0
         self._optimizer = make_optimizer(self._parameters, options, module.scale_names)
