@@ -45,9 +45,9 @@ class Pruner:
     def __init__(self, fixed: Fixed, pruning: Pruning, total_steps: int) -> None:
         self._fixed = fixed
         self._pruning = pruning
-        once = pruning.how == "once"
-        self._start = 0 if once else round(pruning.start * total_steps)
-        self._end = self._start if once else max(self._start + 1, round(pruning.end * total_steps))
+        once, last = pruning.how == "once", total_steps - 1
+        self._start = 0 if once else min(last, round(pruning.start * total_steps))
+        self._end = self._start if once else min(last, max(self._start + 1, round(pruning.end * total_steps)))
         self._every = max(1, (self._end - self._start) // pruning.steps)
         self.position = 0
         self.waits = False
