@@ -212,6 +212,16 @@ def test_training_ends_early_without_gain():
     assert found.history.steps < 40 * 3
 
 
+def test_sequences_among_outputs_are_left_out_of_the_loss():
+    text = """g (float[N, 6] x) => (seq(float[N, 2]) y, float[N, 4] h) <int64[2] sizes = {1, 3}>
+        { h = MatMul(x, W) y = SplitToSequence<axis = 1>(h, sizes) }"""
+    original, student = (graph_model(text, W=random_weights(6, 4, scale=scale)) for scale in (1.0, 0.5))
+
+    found = distill(original, student, {"x": random_weights(64, 6)}, options=QUICK)
+
+    assert found.after.error < found.before.error
+
+
 def test_too_few_samples_are_refused():
     with pytest.raises(DataError, match="at least 4"):
         distill(LENET, LENET, arrays(3), options=QUICK)

@@ -220,7 +220,7 @@ class Trainer:
         with autocast(self.device, mixed=self.options.mixed_precision):
             found = self._runner(self._tensors(batch.inputs), self._watch)
             found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-            wanted = {name: value for name, value in wanted.items() if value.dtype.kind not in STRINGS}
+            wanted = {name: value for name, value in wanted.items() if _is_of_numbers(value)}
             return self._loss(real_rows(found, batch.inputs, batch.count), self._tensors(wanted), labels)
 
     def _tensors(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,7 +378,13 @@ class Trainer:
         self._before, self._pace = state["seconds"], state["pace"]
 
 
+def _is_of_numbers(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind not in STRINGS
+
+
 def _array(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_array(each) for each in value]
     return value.cpu().numpy() if isinstance(value, Tensor) else value
 
 
