@@ -236,6 +236,14 @@ def test_codes_with_a_computed_zero_point_are_not_trained():
     np.testing.assert_allclose(module(torch.from_numpy(x)).detach(), run(model, x), atol=ROUNDING)
 
 
+def test_codes_that_are_an_output_stay_codes():
+    text = """g (float[N, 3] x) => (float[N, 2] y, int8[3, 2] w) <int8[3, 2] w = {1, 2, 3, -4, 5, -8}, float s = {0.1}>
+        { d = DequantizeLinear(w, s) y = MatMul(x, d) }"""
+    model = Model.load(graph_model(text))
+
+    np.testing.assert_array_equal(load(model)(torch.zeros(1, 3))[1], model.weight("w"))
+
+
 def test_a_float8_type_is_refused_by_name():
     quantize, _ = quantizers(TensorProto.FLOAT8E4M3FN)
 

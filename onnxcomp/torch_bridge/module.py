@@ -31,6 +31,9 @@ __all__ = ["GraphModule", "load"]
 
 Array = np.ndarray[Any, Any]
 
+WIDE = (TensorProto.FLOAT, TensorProto.DOUBLE)
+"""Types that are trained as they are."""
+
 RANDOM = {
     "Bernoulli",
     "Dropout",
@@ -134,6 +137,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         """Make a Parameter or a buffer of each constant. Names with dots are theirs, so torch's check is passed by."""
         for held in constants:
             wanted = is_trainable(held) or held.name in scales
+            # What an output shows is to be of the graph's type, not the numbers behind it.
+            wanted = wanted and (held.name not in self.output_names or kind_of(held) in WIDE)
             if wanted and not any(fnmatch.fnmatchcase(held.name, pattern) for pattern in freeze):
                 kind = kind_of(held)
                 if kind in INTEGER_RANGES:
