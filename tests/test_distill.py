@@ -237,6 +237,15 @@ def test_a_loss_that_is_no_number_is_an_error():
         distill(LENET, LENET, arrays(), options=dataclasses.replace(QUICK, learning_rate=1e30, epochs=10))
 
 
+def test_outputs_that_are_not_finite_are_told_of_before_any_step():
+    text = "g (float[N, 4] x) => (float[N, 4] y) { a = MatMul(x, W) y = Sqrt(a) }"
+    student = graph_model(text, W=random_weights(4, 4))
+    teacher = graph_model(text.replace("Sqrt", "Relu"), W=random_weights(4, 4))
+
+    with pytest.raises(OptionError, match="from the start: look for outputs that are not finite"):
+        distill(teacher, student, {"x": random_weights(64, 4)}, options=QUICK)
+
+
 # --- going on after an interruption -----------------------------------------------------------------------------------
 
 SCRIPT = """

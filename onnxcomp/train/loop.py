@@ -204,6 +204,8 @@ class Trainer:
 
     def _refuse(self, step: int) -> None:
         message = f"the loss is no number any more at step {step + 1}; give a smaller learning rate"
+        if not step:
+            message = "the loss is no number from the start: look for outputs that are not finite"
         raise OptionError(message)
 
     def _loss_of(self, part: Part) -> Tensor:
