@@ -52,7 +52,8 @@ def quantize_linear(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor
 
 def quantize_and_back(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """What a DequantizeLinear makes of the codes of a QuantizeLinear, of which `call` tells."""
-    return _Quantize.apply(x, *_prepared(call, x, scale, zero_point), True)
+    found = _Quantize.apply(x, *_prepared(call, x, scale, zero_point), True)
+    return found if found.dtype == scale.dtype else found.to(scale.dtype)  # numbers behind codes are wider
 
 
 def _prepared(
