@@ -178,7 +178,7 @@ def test_zeros_are_made_in_matrices_and_not_in_what_is_added_or_scales():
         d = DequantizeLinear(W, s) e = Transpose(d) y = MatMul(c, e) }"""
     weights = {"V": random_weights(8, 8), "scale": random_weights(1, 8), "mask": random_weights(1, 8)}
     codes = np.random.default_rng(0).integers(-127, 128, (8, 8)).astype(np.int8)
-    model = Model.load(graph_model(text, weights, W=codes, s=np.float32([0.01]).reshape(())))
+    model = Model.load(graph_model(text, weights, W=codes, s=np.asarray(0.01, np.float32)))
 
     found = distill(model, model, {"x": random_weights(64, 8)}, pruning=Pruning(sparsity=0.9), options=QUICK)
 
