@@ -20,7 +20,7 @@ from onnxcomp.errors import OptionError
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.torch_bridge import GraphModule
 from onnxcomp.train.checkpoint import load_checkpoint, save_checkpoint
-from onnxcomp.train.compute import autocast, find_device, learning_rate, make_optimizer
+from onnxcomp.train.compute import as_arrays, autocast, find_device, learning_rate, make_optimizer
 from onnxcomp.train.fixed import Fixed, masked
 from onnxcomp.train.history import Evaluation, History
 from onnxcomp.train.options import Pruning, TrainOptions
@@ -278,7 +278,7 @@ class Trainer:
             if own:
                 parameter.copy_(weights[name])
         outputs = (
-            [_array(value) for value in self.module.run(self._tensors(feed)).values()]
+            [as_arrays(value) for value in self.module.run(self._tensors(feed)).values()]
             for feed in self._held_out.feeds()
         )
         quality = self._reference.compare(outputs, self._held_out)
@@ -382,12 +382,6 @@ class Trainer:
 
 def _is_of_numbers(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind not in STRINGS
-
-
-def _array(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_array(each) for each in value]
-    return value.cpu().numpy() if isinstance(value, Tensor) else value
 
 
 class _Runner(nn.Module):  # type: ignore[misc] # torch has no type information here
