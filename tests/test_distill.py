@@ -19,6 +19,7 @@ from onnxcomp.passes import Context
 from onnxcomp.resume import cache_folder
 from onnxcomp.train import Loss, Pruning, Trained, TrainOptions, distill
 from onnxcomp_passes import Prune
+from tests.models import graph_model, random_weights
 from tests.training import LENET, QUICK, WEIGHTS, arrays, clustered, halved, pruned
 
 
@@ -172,6 +173,20 @@ def test_weights_become_zeros_on_the_way():
     assert zeros / sum(found.model.weight(name).size for name in WEIGHTS) == pytest.approx(0.8, abs=0.001)
 
 
+def test_zeros_are_made_in_matrices_and_not_in_what_is_added_or_scales():
+    text = """g (float[N, 8] x) => (float[N, 8] y) { a = MatMul(x, V) b = Mul(a, scale) c = Add(b, mask)
+        d = DequantizeLinear(W, s) e = Transpose(d) y = MatMul(c, e) }"""
+    weights = {"V": random_weights(8, 8), "scale": random_weights(1, 8), "mask": random_weights(1, 8)}
+    codes = np.random.default_rng(0).integers(-127, 128, (8, 8)).astype(np.int8)
+    model = Model.load(graph_model(text, weights, W=codes, s=np.asarray(0.01, np.float32)))
+
+    found = distill(model, model, {"x": random_weights(64, 8)}, pruning=Pruning(sparsity=0.9), options=QUICK)
+
+    zeros = {name: int((found.model.weight(name) == 0).sum()) for name in ("V", "W", "scale", "mask")}
+    assert zeros["V"] + zeros["W"] == round(0.9 * 128)
+    assert zeros["scale"] == zeros["mask"] == 0
+
+
 def test_an_average_of_the_weights_keeps_zeros():
     options = dataclasses.replace(QUICK, ema=0.9)
     found = distill(LENET, LENET, arrays(), options=options, pruning=Pruning(sparsity=0.8, end=0.5))
@@ -198,6 +213,16 @@ def test_training_ends_early_without_gain():
     assert found.history.steps < 40 * 3
 
 
+def test_sequences_among_outputs_are_left_out_of_the_loss():
+    text = """g (float[N, 6] x) => (seq(float[N, 2]) y, float[N, 4] h) <int64[2] sizes = {1, 3}>
+        { h = MatMul(x, W) y = SplitToSequence<axis = 1>(h, sizes) }"""
+    original, student = (graph_model(text, W=random_weights(6, 4, scale=scale)) for scale in (1.0, 0.5))
+
+    found = distill(original, student, {"x": random_weights(64, 6)}, options=QUICK)
+
+    assert found.after.error < found.before.error
+
+
 def test_too_few_samples_are_refused():
     with pytest.raises(DataError, match="at least 4"):
         distill(LENET, LENET, arrays(3), options=QUICK)
@@ -213,12 +238,22 @@ def test_a_loss_that_is_no_number_is_an_error():
         distill(LENET, LENET, arrays(), options=dataclasses.replace(QUICK, learning_rate=1e30, epochs=10))
 
 
+def test_outputs_that_are_not_finite_are_told_of_before_any_step():
+    text = "g (float[N, 4] x) => (float[N, 4] y) { a = MatMul(x, W) y = Sqrt(a) }"
+    student = graph_model(text, W=random_weights(4, 4))
+    teacher = graph_model(text.replace("Sqrt", "Relu"), W=random_weights(4, 4))
+
+    with pytest.raises(OptionError, match="from the start: look for outputs that are not finite"):
+        distill(teacher, student, {"x": random_weights(64, 4)}, options=QUICK)
+
+
 # --- going on after an interruption -----------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys
 from onnxcomp.train import Pruning, TrainOptions, distill
 from onnxcomp_passes import Prune
+from tests.models import graph_model, random_weights
 from tests.training import LENET, arrays
 
 found = distill(LENET, LENET, arrays(), options=TrainOptions(

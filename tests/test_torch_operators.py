@@ -252,6 +252,7 @@ NODES: list[tuple[str, list[Array], int, dict[str, Any]]] = [
     ("AveragePool", [random_weights(1, 2, 7, 9)], 1,
      {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 1, 1, 1], "count_include_pad": 1}),
     ("LRN", [random_weights(1, 6, 3, 3)], 1, {"size": 5, "alpha": 0.5, "beta": 0.6, "bias": 1.5}),
+    ("InstanceNormalization", [random_weights(2, 3, 1, 1), random_weights(3), random_weights(3, seed=1)], 1, {}),
 ]  # fmt: skip
 
 

@@ -236,6 +236,44 @@ def test_codes_with_a_computed_zero_point_are_not_trained():
     np.testing.assert_allclose(module(torch.from_numpy(x)).detach(), run(model, x), atol=ROUNDING)
 
 
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_codes_with_scales_of_16_bits_give_16_bits(learn_scales):
+    text = """g (float16[N, 3] x) => (float16[N, 2] y) <int8[3, 2] w = {1, 2, 3, -4, 5, -8}>
+        { d = DequantizeLinear(w, s) y = MatMul(x, d) }"""
+    model = Model.load(graph_model(text, opset=19, ir_version=9, s=np.asarray(0.125, np.float16)))
+    x = random_weights(4, 3).astype(np.float16)
+
+    found = load(model, learn_scales=learn_scales)(torch.from_numpy(x))
+
+    assert found.dtype == torch.float16
+    np.testing.assert_allclose(found.detach(), run(model, x), atol=2e-3)
+
+
+def test_codes_of_16_bits_in_older_opsets_are_trained_too():
+    text = """g (float[N, 3] x) => (float[N, 2] y) <float xs = {0.001}, float ws = {0.01}> {
+        q = com.microsoft.QuantizeLinear(x, xs, xz)
+        d = com.microsoft.DequantizeLinear(q, xs, xz)
+        w = com.microsoft.DequantizeLinear(W, ws, wz)
+        y = MatMul(d, w) }"""
+    codes = np.array([[100, -200], [30, 40], [-555, 6]], np.int16)
+    zeros = {"xz": np.asarray(30000, np.uint16), "wz": np.asarray(0, np.int16)}
+    proto = graph_model(text, zeros, W=codes)
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model, x = Model.load(proto), random_weights(4, 3)
+    module = load(model, learn_scales=True)
+
+    assert {name for name, _ in module.named_parameters()} == {"W", "xs", "ws"}
+    np.testing.assert_allclose(module(torch.from_numpy(x)).detach(), run(model, x), atol=ROUNDING)
+
+
+def test_codes_that_are_an_output_stay_codes():
+    text = """g (float[N, 3] x) => (float[N, 2] y, int8[3, 2] w) <int8[3, 2] w = {1, 2, 3, -4, 5, -8}, float s = {0.1}>
+        { d = DequantizeLinear(w, s) y = MatMul(x, d) }"""
+    model = Model.load(graph_model(text))
+
+    np.testing.assert_array_equal(load(model)(torch.zeros(1, 3))[1], model.weight("w"))
+
+
 def test_a_float8_type_is_refused_by_name():
     quantize, _ = quantizers(TensorProto.FLOAT8E4M3FN)
 

@@ -11,7 +11,12 @@ from tests.models import graph_model
 
 LAYER = """wd{n} = DequantizeLinear(w, ws{n}) bd{n} = DequantizeLinear(b, bs{n})
     {y} = Gemm<transB = 1>(xd, wd{n}, {b})"""
-CONSTANTS = {"xs": np.float32(0.05), "xz": np.int8(0), "w": np.int8([[1, 2, 3], [-4, 5, -127]]), "b": np.int32([9, -7])}
+CONSTANTS = {
+    "xs": np.asarray(0.05, np.float32),
+    "xz": np.asarray(0, np.int8),
+    "w": np.asarray([[1, 2, 3], [-4, 5, -127]], np.int8),
+    "b": np.asarray([9, -7], np.int32),
+}
 
 
 def learnt(layers: str, *, ws: str = "", **scales: float) -> set[str]:
@@ -19,8 +24,7 @@ def learnt(layers: str, *, ws: str = "", **scales: float) -> set[str]:
     text = f"""g (float[N, 3] x) => (float[N, 2] y0)
         {{ {ws} q = QuantizeLinear(x, xs, xz) xd = DequantizeLinear(q, xs, xz) {layers} }}"""
     floats = {name: np.asarray(value, np.float32) for name, value in scales.items()}
-    constants = {name: np.asarray(value) for name, value in CONSTANTS.items()}
-    module = load(Model.load(graph_model(text, constants | floats)), learn_scales=True)
+    module = load(Model.load(graph_model(text, CONSTANTS | floats)), learn_scales=True)
     return {*module.scale_names, *module._products}
 
 
@@ -50,8 +54,8 @@ def test_scales_stay_where_a_bias_would_have_to_follow_two_layers(shared):
 
 def test_scales_stay_where_another_that_stays_is_a_part_of_the_same_bias():
     chain = f"""{layer(0)} {layer(1)} vd = DequantizeLinear(w, ws1) vb = DequantizeLinear(b, bs2)
-        ud = DequantizeLinear(u, us) y2 = Gemm<transB = 1>(ud, vd, vb)
+        ud = DequantizeLinear(w, us) y2 = Gemm<transB = 1>(ud, vd, vb)
         td = DequantizeLinear(w, ws3) y3 = Gemm<transB = 1>(xd, td, bd1)"""
-    found = learnt(chain, ws0=0.1, ws1=0.1, ws3=0.1, bs0=0.005, bs1=0.005, bs2=0.005, us=0.1, u=[[0.0] * 3])
+    found = learnt(chain, ws0=0.1, ws1=0.1, ws3=0.1, bs0=0.005, bs1=0.005, bs2=0.005, us=0.1)
 
     assert found == set()

@@ -130,9 +130,9 @@ def test_scores_are_shares_of_what_is_no_smaller():
     np.testing.assert_allclose(lamp_scores(torch.tensor([3.0, 1.0, 2.0])), [9 / 9, 1 / 14, 4 / 13])
 
 
-def ramp(how: str, total: int = 100) -> list[float]:
+def ramp(how: str, total: int = 100, end: float = 0.5) -> list[float]:
     fixed = Fixed([("a", parameter(20, 30)), ("b", parameter(30, 10, seed=1))])
-    pruner = Pruner(fixed, Pruning(sparsity=0.9, how=how, end=0.5, steps=10), total)
+    pruner = Pruner(fixed, Pruning(sparsity=0.9, how=how, end=end, steps=10), total)
     found = []
     for number in range(total):
         pruner.before_step(number)
@@ -152,6 +152,12 @@ def test_the_ramp_is_cubic_and_ends_at_the_target():
 
 def test_once_is_before_the_first_step():
     assert ramp("once")[0] == pytest.approx(0.9, abs=0.002)
+
+
+@pytest.mark.parametrize("how", ["gradual", "penalty"])
+@pytest.mark.parametrize("total", [1, 2, 40])
+def test_the_target_is_reached_within_the_training(how: str, total: int):
+    assert ramp(how, total, end=1.0)[-1] == pytest.approx(0.9, abs=0.002)
 
 
 def test_with_a_penalty_weights_go_at_the_end_of_the_ramp():

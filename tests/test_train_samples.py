@@ -49,6 +49,21 @@ def test_processes_divide_each_step():
     assert [one + other for one, other in zip(*parts, strict=True)] == whole
 
 
+def test_each_sample_counts_the_same_in_whatever_process_it_is():
+    steps = [list(Samples(dataset(20), batch_size=5, rank=rank, world=2).epoch(0)) for rank in range(2)]
+
+    for parts in zip(*steps, strict=True):
+        one, other = (part for each in parts for part in each)
+        assert (len(one.indices), len(other.indices)) == (3, 2)
+        assert one.share / 3 == pytest.approx(other.share / 2)
+        assert (one.share + other.share) / 2 == pytest.approx(1)
+
+
+def test_steps_of_fewer_samples_than_processes_are_refused():
+    with pytest.raises(OptionError, match="a step of 1 samples cannot be divided among 2 processes"):
+        Samples(dataset(20), batch_size=1, world=2)
+
+
 def test_inputs_belong_to_their_indices():
     data = dataset(40)
     images = next(iter(data.batches(40))).inputs["image"]

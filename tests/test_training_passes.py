@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onnxcomp import Budget, optimize
+from onnxcomp.data import input_specs, open_data
 from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
 from onnxcomp.packed import unpack
@@ -17,7 +18,7 @@ from onnxcomp.runtime import Runtime
 from onnxcomp.stages import joined
 from onnxcomp.torch_bridge import load
 from onnxcomp_passes import Distill, FineTune, Pack, Prune, PruneChannels, Qat, Quantize, Simplify
-from tests.models import graph_model
+from tests.models import graph_model, random_weights
 from tests.training import LENET, WEIGHTS, arrays, dataset
 
 
@@ -223,3 +224,15 @@ def test_the_table_has_no_loss_before_training():
 
     first = result.report.stages[0].attempts[-1].passes[1].tables[0]["rows"][0]
     assert tuple(first[:2]) == (0, None)
+
+
+def test_what_is_excluded_is_found_behind_many_branches():
+    steps = " ".join(f"r{number} = Relu(h{number}) h{number + 1} = Add(r{number}, h{number})" for number in range(60))
+    text = f"g (float[N, 4] x) => (float[N, 4] y) {{ h0 = MatMul(x, W) {steps} s = Sigmoid(h60) y = MatMul(s, V) }}"
+    model = Model.load(graph_model(text, W=random_weights(4, 4), V=random_weights(4, 4)))
+    data = open_data({"x": random_weights(32, 4)}, input_specs(model.proto()))
+
+    changes = Distill(epochs=1).rewrite(model, Context(data=data, exclude=("s", "y")))
+
+    assert changes.tables
+    np.testing.assert_array_equal(model.weight("V"), random_weights(4, 4))

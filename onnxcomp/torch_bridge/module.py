@@ -25,11 +25,14 @@ from onnxcomp.torch_bridge.operators.quantization import dequantize_linear, quan
 from onnxcomp.torch_bridge.plan import Plan, Step, Values, compile_graph, missing_operators, run_plan, with_frees
 from onnxcomp.torch_bridge.registry import NodeCall
 from onnxcomp.torch_bridge.scales import find_scales, following
-from onnxcomp.torch_bridge.weights import FLOATS, Held, find_constants, is_trainable, kind_of
+from onnxcomp.torch_bridge.weights import FLOATS, Held, find_constants, is_matrix, is_trainable, kind_of
 
 __all__ = ["GraphModule", "load"]
 
 Array = np.ndarray[Any, Any]
+
+WIDE = (TensorProto.FLOAT, TensorProto.DOUBLE)
+"""Types that are trained as they are."""
 
 RANDOM = {
     "Bernoulli",
@@ -87,7 +90,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         scale_names: Of the Parameters that are scales.
         code_names: Of the Parameters that are the numbers behind integer codes.
         rounded_names: Of those whose zeros are numbers that were rounded, not weights that were pruned.
-        plan: The steps that run.
+        matrix_names: Of those that are matrices, kernels or tables of layers.
         plan: The steps, one a node; what runs is the same with some of them put together.
     """
 
@@ -116,6 +119,7 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         # What stands in a function has no tensor of its own to be written back to.
         inside = () if own is None else [held.name for held in constants if held.name not in own]
         self._place(constants, [*freeze, *map(glob.escape, inside)], scales)
+        self.matrix_names = frozenset(held.name for held in constants if is_matrix(held)) & self._parameters.keys()
         self.scale_names = frozenset(scales & self._parameters.keys())
         self._products = {
             name: each for name, each in self._products.items() if {each.first, each.second} & self.scale_names
@@ -133,6 +137,8 @@ class GraphModule(nn.Module):  # type: ignore[misc] # torch has no type informat
         """Make a Parameter or a buffer of each constant. Names with dots are theirs, so torch's check is passed by."""
         for held in constants:
             wanted = is_trainable(held) or held.name in scales
+            # What an output shows is to be of the graph's type, not the numbers behind it.
+            wanted = wanted and (held.name not in self.output_names or kind_of(held) in WIDE)
             if wanted and not any(fnmatch.fnmatchcase(held.name, pattern) for pattern in freeze):
                 kind = kind_of(held)
                 if kind in INTEGER_RANGES:

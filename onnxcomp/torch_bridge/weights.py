@@ -13,7 +13,17 @@ from onnxcomp.graph_io import walk
 from onnxcomp.model import value_of
 from onnxcomp.torch_bridge.dtypes import INTEGER_RANGES, onnx_type
 
-__all__ = ["SCALES", "Held", "Reading", "find_constants", "is_trainable", "kind_of", "trainable_names", "value_of_node"]
+__all__ = [
+    "SCALES",
+    "Held",
+    "Reading",
+    "find_constants",
+    "is_matrix",
+    "is_trainable",
+    "kind_of",
+    "trainable_names",
+    "value_of_node",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -44,6 +54,15 @@ FIXED = {
     "Where": {0, 1, 2},
 }
 """Operator -> inputs that set what it does rather than being learnt: statistics, limits, masks, scales."""
+
+MATRICES = {
+    **{op: {0, 1} for op in ("Einsum", "FusedGemm", "FusedMatMul", "Gemm", "MatMul")},
+    **{op: {1} for op in ("Attention", "Conv", "ConvInteger", "ConvTranspose", "FusedConv", "MatMulInteger")},
+    **{op: {1, 2} for op in ("GRU", "LSTM", "RNN")},
+    **{op: {3} for op in ("QLinearConv", "QLinearMatMul")},
+    "Gather": {0},
+}
+"""Operator -> inputs that are matrices, kernels and tables, which may have zeros in many places."""
 
 SCALES = {"DequantizeLinear": 1, "MatMulNBits": 2, "QuantizeLinear": 1}
 """Operator -> the input that is its scale, which is trained where that is asked for."""
@@ -119,6 +138,29 @@ def value_of_node(tensor: gs.Tensor) -> gs.Constant | None:
 def kind_of(held: Held) -> int:
     """The ONNX element type of a constant."""
     return onnx_type(held.constant.dtype)
+
+
+def is_matrix(held: Held) -> bool:
+    """Whether a constant is the matrix, kernel or table of a layer, as it is or decoded from constants.
+
+    Not: biases, scales of normalization, masks and tables that are added, however many axes they have.
+    """
+    return any(map(_is_of_layer, held.readers))
+
+
+def _is_of_layer(reading: Reading) -> bool:
+    node = reading.node
+    if reading.index in MATRICES.get(node.op, ()):
+        return True
+    if not all(_is_fixed(tensor) for place, tensor in enumerate(node.inputs) if place != reading.index):
+        return False
+    return any(
+        _is_of_layer(Reading(reader, index))
+        for result in node.outputs
+        for reader in result.outputs
+        for index, tensor in enumerate(reader.inputs)
+        if tensor is result
+    )
 
 
 def is_trainable(held: Held) -> bool:

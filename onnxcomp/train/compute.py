@@ -8,11 +8,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onnxcomp.train.options import TrainOptions
 
-__all__ = ["autocast", "find_device", "learning_rate", "make_optimizer"]
+__all__ = ["as_arrays", "autocast", "find_device", "learning_rate", "make_optimizer"]
+
+
+def as_arrays(value: Any) -> Any:
+    """A tensor's values, or those of each in a sequence."""
+    if isinstance(value, list | tuple):
+        return [as_arrays(each) for each in value]
+    return value.cpu().numpy() if isinstance(value, Tensor) else value
 
 
 def find_device(name: str) -> Any:

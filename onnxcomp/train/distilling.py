@@ -152,6 +152,7 @@ def distill(
             loss = replace(loss, classes=loss.classes or labelled or looks)
             key = run_key(
                 *(model.digest for model in (original, start)), samples.digest, options.described(),
+                judged.name if judged else None,
                 dataclasses.asdict(pruning) if pruning else None, repr(loss), [*freeze], learn_scales, latents,
                 *(version(package) for package in ("onnxcomp", "torch", "onnxruntime")), processes.world,
             )  # fmt: skip

@@ -43,7 +43,7 @@ class Ties:
         """Whether the values are few: those of the weight, or those of each of its channels."""
         few = MOST_VALUES * self._codes.numel()
         if self.count <= LARGEST or self.count > few:
-            return self.count <= few
+            return bool(self.count <= few)
         for axis, size in enumerate(self._shape):
             channel = torch.arange(size, device=self._codes.device).reshape(-1, *[1] * (len(self._shape) - axis - 1))
             found = torch.unique(self._codes.reshape(self._shape) + self.count * channel) // self.count
@@ -66,6 +66,7 @@ class Fixed:
         codebooks: Whether few values are taken for a codebook.
         codes: Names of those that are behind integer codes: their few values are a grid, not a codebook.
         rounded: Names of those whose zeros come from rounding, and may become other codes.
+        matrices: Names of those that more zeros may be made in; None: all.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Fixed:
         codebooks: bool = True,
         codes: Container[str] = (),
         rounded: Container[str] = (),
+        matrices: Container[str] | None = None,
     ) -> None:
         self.parameters = {name: each for name, each in parameters if each.requires_grad and each.ndim >= 2}
+        self.prunable = {name: each for name, each in self.parameters.items() if matrices is None or name in matrices}
         self.masks: dict[str, Tensor] = {}
         self.ties: dict[str, Ties] = {}
         for name, parameter in self.parameters.items():
@@ -115,6 +118,6 @@ class Fixed:
 
     def sparsity(self) -> float:
         """The share of zeros in all that could have some."""
-        total = sum(each.numel() for each in self.parameters.values())
-        zeros = sum(int((each == 0).sum()) for each in self.parameters.values())
+        total = sum(each.numel() for each in self.prunable.values())
+        zeros = sum(int((each == 0).sum()) for each in self.prunable.values())
         return float(zeros / max(1, total))

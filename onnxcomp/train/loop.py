@@ -20,7 +20,7 @@ from onnxcomp.errors import OptionError
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.torch_bridge import GraphModule
 from onnxcomp.train.checkpoint import load_checkpoint, save_checkpoint
-from onnxcomp.train.compute import autocast, find_device, learning_rate, make_optimizer
+from onnxcomp.train.compute import as_arrays, autocast, find_device, learning_rate, make_optimizer
 from onnxcomp.train.fixed import Fixed, masked
 from onnxcomp.train.history import Evaluation, History
 from onnxcomp.train.options import Pruning, TrainOptions
@@ -109,7 +109,12 @@ class Trainer:
         )
         self.total_steps = max(1, round(options.epochs * self._samples.steps))
         self._parameters = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
-        self.fixed = Fixed(self._parameters, codes=module.code_names, rounded=module.rounded_names)
+        self.fixed = Fixed(
+            self._parameters,
+            codes=module.code_names,
+            rounded=module.rounded_names,
+            matrices=module.matrix_names,
+        )
         self._pruner = Pruner(self.fixed, pruning, self.total_steps) if pruning else None
         self._max_drop = pruning.max_drop if pruning else 0.0
         self._optimizer = make_optimizer(self._parameters, options, module.scale_names)
@@ -197,6 +202,8 @@ class Trainer:
 
     def _refuse(self, step: int) -> None:
         message = f"the loss is no number any more at step {step + 1}; give a smaller learning rate"
+        if not step:
+            message = "the loss is no number from the start: look for outputs that are not finite"
         raise OptionError(message)
 
     def _loss_of(self, part: Part) -> Tensor:
@@ -214,7 +221,7 @@ class Trainer:
         if self._use_labels and batch.labels is not None:
             labels = torch.from_numpy(np.array(batch.labels)).to(self.device)
         found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-        wanted = {name: value for name, value in wanted.items() if value.dtype.kind not in STRINGS}
+        wanted = {name: value for name, value in wanted.items() if _is_of_numbers(value)}
         return self._loss(real_rows(found, batch.inputs, batch.count), self._tensors(wanted), labels)
 
     def _tensors(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,7 +295,7 @@ class Trainer:
             wanted = self._teacher.recall(indices, batch.inputs, batch.count)
             losses.append((float(self._compared(found, wanted, batch)), batch.count))
             first += batch.count
-            yield [_array(found[name]) for name in self.module.output_names]
+            yield [as_arrays(found[name]) for name in self.module.output_names]
 
     def _go_back_if_lost(self) -> None:
         """Take up the best weights again, at a lower pace, where the rate was too high for this model."""
@@ -304,7 +311,9 @@ class Trainer:
                     self._average[name].copy_(self._best[name])
         self._optimizer.state.clear()
         self._pace *= SLOWER
-        self._progress(f"training: the error has grown by half, so it goes back, with {self._pace:.2g} of the learning rate")
+        self._progress(
+            f"training: the error has grown by half, so it goes back, with {self._pace:.2g} of the learning rate"
+        )
 
     def _is_stuck(self) -> bool:
         best, patience = self.history.best, self.options.patience
@@ -383,8 +392,8 @@ class Trainer:
         self._before, self._pace = state["seconds"], state["pace"]
 
 
-def _array(value: Any) -> Any:
-    return value.cpu().numpy() if isinstance(value, Tensor) else value
+def _is_of_numbers(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind not in STRINGS
 
 
 class _Runner(nn.Module):  # type: ignore[misc] # torch has no type information here

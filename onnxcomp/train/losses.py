@@ -143,7 +143,7 @@ class Loss:
         Raises:
             OptionError: A term needs inner tensors, and the two have none in common.
         """
-        outputs = self.outputs or tuple(tensor.name for tensor in student.graph.outputs if _may_be_float(tensor.dtype))
+        outputs = self.outputs or tuple(tensor.name for tensor in student.graph.outputs if _may_be_float(tensor))
         if self.tensors != "auto":
             return replace(self, outputs=outputs)
         inner = self._inner()
@@ -247,8 +247,12 @@ class Loss:
         return getattr(self, term) * torch.stack(values).mean()
 
 
-def _may_be_float(dtype: Any) -> bool:
-    return dtype is None or np.dtype(dtype).kind not in "OUSbiu"
+def _may_be_float(tensor: Any) -> bool:
+    """Whether an output may be a tensor of floats; sequences, which have no type of elements here, are none."""
+    info = getattr(tensor, "info", None)
+    if info is not None and info.type.WhichOneof("value") not in {None, "tensor_type"}:
+        return False
+    return tensor.dtype is None or np.dtype(tensor.dtype).kind not in "OUSbiu"
 
 
 def user_loss(reference: str, allow_code: bool) -> UserLoss:

@@ -21,7 +21,7 @@ class Pruning:
     """How weights become zeros during training.
 
     Attributes:
-        sparsity: The share of zeros in the end, over all weight matrices and kernels.
+        sparsity: The share of zeros in the end, over all weight matrices, kernels and tables.
         how: "gradual": more and more, along a cubic ramp (Zhu & Gupta 2017, "To prune, or not to prune", section 3),
             the weights that stay chosen anew at each of its steps; "once": all of them before the first step;
             "penalty": a penalty draws weights to zero, and the smallest go at the end of the ramp.

@@ -45,9 +45,9 @@ class Pruner:
     def __init__(self, fixed: Fixed, pruning: Pruning, total_steps: int) -> None:
         self._fixed = fixed
         self._pruning = pruning
-        once = pruning.how == "once"
-        self._start = 0 if once else round(pruning.start * total_steps)
-        self._end = self._start if once else max(self._start + 1, round(pruning.end * total_steps))
+        once, last = pruning.how == "once", total_steps - 1
+        self._start = 0 if once else min(last, round(pruning.start * total_steps))
+        self._end = self._start if once else min(last, max(self._start + 1, round(pruning.end * total_steps)))
         self._every = max(1, (self._end - self._start) // pruning.steps)
         self.position = 0
         self.waits = False
@@ -77,8 +77,9 @@ class Pruner:
 
     def _choose(self, sparsity: float) -> None:
         """Keep the weights with the highest scores of all layers; zeros stay zeros."""
-        parameters = self._fixed.parameters
-        scores = {name: lamp_scores(parameter) for name, parameter in parameters.items()}
+        scores = {name: lamp_scores(parameter) for name, parameter in self._fixed.prunable.items()}
+        if not scores:
+            return
         flat = torch.cat([each.flatten() for each in scores.values()])
         count = min(len(flat) - 1, round(sparsity * len(flat)))
         if count < 1:
@@ -93,7 +94,7 @@ class Pruner:
         if pruning.how != "penalty" or step < self._start or self.is_done:
             return 0.0
         total: Tensor | float = 0.0
-        for parameter in self._fixed.parameters.values():
+        for parameter in self._fixed.prunable.values():
             sizes = parameter.abs() / parameter.detach().square().mean().sqrt().clamp_min(1e-12)
             total = total + (sizes if pruning.norm == "l1" else 1 - torch.exp(-sizes / SMALL)).mean()
-        return pruning.penalty * total / max(1, len(self._fixed.parameters))
+        return pruning.penalty * total / max(1, len(self._fixed.prunable))

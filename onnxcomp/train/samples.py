@@ -28,7 +28,7 @@ class Part:
     Attributes:
         indices: Of its samples.
         batch: Inputs and labels.
-        share: Of the samples of its step.
+        share: Of the samples of its step, times the count of processes, whose gradients are averaged.
     """
 
     indices: Array
@@ -50,6 +50,7 @@ class Samples:
 
     Raises:
         DataError: There are fewer samples than processes.
+        OptionError: A step has fewer samples than there are processes.
     """
 
     def __init__(
@@ -63,6 +64,9 @@ class Samples:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        if batch_size < world:
+            message = f"a step of {batch_size} samples cannot be divided among {world} processes; give larger batches"
+            raise OptionError(message)
         self._data, self._seed, self._augment = data, seed, augment
         self._accumulate, self._rank, self._world = accumulate, rank, world
         self._groups = data.groups()
@@ -96,7 +100,7 @@ class Samples:
             for batch in self._data.subset(chunk).batches(len(chunk)):
                 if self._augment is not None:
                     batch = Batch(self._augment(dict(batch.inputs), generator), batch.labels, batch.count)
-                parts.append(Part(chunk[first : first + batch.count], batch, batch.count / len(mine)))
+                parts.append(Part(chunk[first : first + batch.count], batch, batch.count * self._world / len(indices)))
                 first += batch.count
         return parts
 

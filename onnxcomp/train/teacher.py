@@ -16,7 +16,7 @@ from onnxcomp.runtime import Runtime
 __all__ = ["Teacher", "real_rows"]
 
 Array = np.ndarray[Any, Any]
-Outputs = dict[str, Array]
+Outputs = dict[str, Any]
 
 
 class Teacher:
@@ -53,13 +53,15 @@ class Teacher:
         self._known: dict[bytes, Outputs] = {}
 
     def run(self, inputs: Mapping[str, Array]) -> Outputs:
-        """The outputs and what is watched, by name."""
+        """The outputs and what is watched, by name; sequences are lists."""
         try:
             found = next(iter(self._runtime.run(self._path, [inputs])))
         except RuntimeFailure as error:
             message = f"the teacher cannot be run: {str(error).removeprefix(f'{self._path}: ')}"
             raise RuntimeFailure(message) from error
-        return dict(zip(self.names, (np.asarray(each) for each in found), strict=True))
+        return dict(
+            zip(self.names, (each if isinstance(each, list) else np.asarray(each) for each in found), strict=True)
+        )
 
     def recall(self, indices: Array, inputs: Mapping[str, Array], count: int) -> Outputs:
         """The same for samples that were perhaps run before.
@@ -113,11 +115,15 @@ def real_rows(values: Mapping[str, Any], inputs: Mapping[str, Array], count: int
     rows = max((len(each) for each in inputs.values() if each.ndim), default=0)
     if rows <= count:
         return dict(values)
-    return {name: each[:count] if each.ndim and len(each) == rows else each for name, each in values.items()}
+    return {name: each[:count] if _counts(each, rows) else each for name, each in values.items()}
 
 
 def _have_rows(values: Outputs, count: int) -> bool:
-    return all(each.ndim and len(each) == count for each in values.values())
+    return all(_counts(each, count) for each in values.values())
+
+
+def _counts(value: Any, count: int) -> bool:
+    return bool(getattr(value, "ndim", 0)) and len(value) == count
 
 
 def _show(model: Model, names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_graphsurgeon as gs
 
 from onnxcomp.errors import OptionError, RequirementError
+from onnxcomp.graph_io import sorted_nodes
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, Table, option
 
@@ -109,19 +110,28 @@ class Training(Pass):
 
 def _weights_of_excluded(model: Model, context: Context) -> set[str]:
     """The names of the constants that excluded nodes read, whatever form they are held in."""
+    behind: dict[int, frozenset[str]] = {}
+    for graph in model.graphs():
+        _find_constants_behind(graph, behind)
     nodes = [node for graph in model.graphs() for node in graph.nodes if context.excludes(node)]
-    return {name for node in nodes for tensor in node.inputs for name in _constants_behind(tensor) or ()}
+    return {name for node in nodes for tensor in node.inputs for name in behind.get(id(tensor), ())}
 
 
-def _constants_behind(tensor: gs.Tensor) -> set[str] | None:
-    """The names of the constants that a tensor is decoded from; None where it depends on more than constants."""
-    maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-    if isinstance(tensor, gs.Constant) or (maker is not None and maker.op == "Constant"):
-        return {tensor.name}
-    if maker is None:
-        return None
-    parts = [_constants_behind(each) for each in maker.inputs if each.name]
-    return None if None in parts or not parts else {name for part in parts for name in part or ()}
+def _find_constants_behind(graph: gs.Graph, behind: dict[int, frozenset[str]]) -> None:
+    """Note the names of the constants that tensors are decoded from; not of those that depend on more than constants.
+
+    Args:
+        graph: The graph.
+        behind: Names by the id of the tensor; those of the enclosing graphs are there.
+    """
+    for node in sorted_nodes(graph):
+        read = [tensor for tensor in node.inputs if tensor.name]
+        behind.update((id(tensor), frozenset({tensor.name})) for tensor in read if isinstance(tensor, gs.Constant))
+        if node.op == "Constant":
+            behind.update((id(tensor), frozenset({tensor.name})) for tensor in node.outputs)
+        elif read and all(id(tensor) in behind for tensor in read):
+            names = frozenset[str]().union(*(behind[id(tensor)] for tensor in read))
+            behind.update((id(tensor), names) for tensor in node.outputs)
 
 
 def _table(found: Trained) -> Table:

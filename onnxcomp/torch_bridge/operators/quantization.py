@@ -45,6 +45,7 @@ def spread(parameter: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
 
 
 @operator("QuantizeLinear")
+@operator("QuantizeLinear", domain="com.microsoft")  # of 16 bits, before opset 21
 def quantize_linear(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """clamp(round(x / scale) + zero point), as floats that hold whole numbers."""
     return _Quantize.apply(x, *_prepared(call, x, scale, zero_point), False)
@@ -52,7 +53,8 @@ def quantize_linear(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor
 
 def quantize_and_back(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """What a DequantizeLinear makes of the codes of a QuantizeLinear, of which `call` tells."""
-    return _Quantize.apply(x, *_prepared(call, x, scale, zero_point), True)
+    found = _Quantize.apply(x, *_prepared(call, x, scale, zero_point), True)
+    return found if found.dtype == scale.dtype else found.to(scale.dtype)  # numbers behind codes are wider
 
 
 def _prepared(
@@ -114,6 +116,7 @@ class _Quantize(torch.autograd.Function):  # type: ignore[misc] # torch has no t
 
 
 @operator("DequantizeLinear")
+@operator("DequantizeLinear", domain="com.microsoft")  # of 16 bits, before opset 21
 def dequantize_linear(call: NodeCall, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """(x - zero point) * scale."""
     axis, block = call.get("axis", 1), call.get("block_size", 0)
