@@ -186,7 +186,7 @@ class Context:
     statistics: dict[Any, Any] = field(default_factory=dict)
     activations: dict[Any, Any] = field(default_factory=dict)
     exact: Model | None = None
-    share: float = _Watched()  # type: ignore[assignment]
+    share: float = _Watched()  # type: ignore[assignment] # a float to all who read it
     was_asked: bool = field(default=False, init=False)
 
     def excludes(self, node: gs.Node) -> bool:

@@ -25,7 +25,7 @@ class Convolutional(nn.Module):  # type: ignore[misc] # torch has no type inform
         return self.head((inner + self.second(inner)).mean((2, 3)))
 
 
-class Transformer(nn.Module):  # type: ignore[misc]
+class Transformer(nn.Module):  # type: ignore[misc] # torch has no type information here
     """An encoder of token ids with a mask."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Transformer(nn.Module):  # type: ignore[misc]
         return {"hidden": hidden, "pooled": hidden.mean(1)}
 
 
-class Recurrent(nn.Module):  # type: ignore[misc]
+class Recurrent(nn.Module):  # type: ignore[misc] # torch has no type information here
     """Two directions of LSTM and a GRU; gives a sequence and a state."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Recurrent(nn.Module):  # type: ignore[misc]
         return self.gru(sequence)[0], state
 
 
-class Lambda(nn.Module):  # type: ignore[misc]
+class Lambda(nn.Module):  # type: ignore[misc] # torch has no type information here
     """A function of one input."""
 
     def __init__(self, function: Any) -> None:
@@ -63,7 +63,7 @@ class Lambda(nn.Module):  # type: ignore[misc]
         return self.function(x)
 
 
-class Optional(nn.Module):  # type: ignore[misc]
+class Optional(nn.Module):  # type: ignore[misc] # torch has no type information here
     """Takes a further input by name, behind one that may be left out."""
 
     def forward(self, ids: Any, types: Any = None, mask: Any = None) -> Any:

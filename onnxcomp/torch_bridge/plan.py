@@ -114,7 +114,6 @@ def _step(node: gs.Node, opsets: Mapping[str, int]) -> Step:
         attrs=attrs,
         wanted=tuple(bool(tensor.name) for tensor in node.outputs),
         input_types=tuple(map(_type_of, node.inputs)),
-        output_types=tuple(map(_type_of, node.outputs)),
     )
     bodies = {key: compile_graph(value, opsets) for key, value in node.attrs.items() if isinstance(value, gs.Graph)}
     return Step(function, call, _names(node.inputs), _names(node.outputs), bodies)

@@ -33,7 +33,6 @@ class NodeCall:
         attrs: Plain values; tensors as torch tensors. Subgraphs are not among them.
         wanted: For each output whether anything reads it.
         input_types: The ONNX element type of each input, 0 where it is not known.
-        output_types: The same of the outputs.
     """
 
     name: str
@@ -43,7 +42,6 @@ class NodeCall:
     attrs: dict[str, Any] = field(default_factory=dict)
     wanted: tuple[bool, ...] = (True,)
     input_types: tuple[int, ...] = ()
-    output_types: tuple[int, ...] = ()
 
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute, or the default where the node has none."""

@@ -182,7 +182,7 @@ def distill(
         if checkpoint is not None and processes.rank == 0:
             checkpoint.unlink(missing_ok=True)
         processes.close()
-    learnt = history.best is not history.evaluations[0] and _lost(after) <= _lost(before)
+    learnt = history.best is not None and history.best.step > 0 and _lost(after) <= _lost(before)
     kept = pruning is not None or (bool(changed) and learnt)
     return Trained(result if kept else start, history, before, after, changed if kept else [], kept, processes.rank)
 
