@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from onnxcomp import errors
 from onnxcomp.errors import OptionError, RuntimeFailure, WorkerDied
 from onnxcomp.runtime.census import Census
-from onnxcomp.runtime.results import Alive, Feed, Observer, PairObserver, Refusal, Request, SessionInfo, Timing
+from onnxcomp.runtime.process import SilentWorker, WorkerProcess
+from onnxcomp.runtime.results import Feed, Observer, PairObserver, Refusal, Request, SessionInfo, Timing
 
 O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
 P = TypeVar("P", bound=PairObserver)
-
-_LAST_WORDS_BYTES = 2000
-_LAST_WORDS_SHOWN = 300  # characters
-_EXIT_WAIT_S = 5.0  # a worker that has closed its connection ends well within this
 
 
 class Runtime:
@@ -42,13 +31,19 @@ class Runtime:
         threads: Threads that one operator may use.
         timeout_s: The longest that one load or one run may take, in seconds.
         session_config: Extra session configuration entries, such as ``{"session.qdqisint8allowed": "1"}``.
+        disabled_optimizers: Names of ONNX Runtime's graph optimizers to leave out, such as ``NchwcTransformer``.
 
     Raises:
         OptionError: `threads` or `timeout_s` is not positive.
     """
 
     def __init__(
-        self, *, threads: int = 1, timeout_s: float = 600.0, session_config: Mapping[str, str] | None = None
+        self,
+        *,
+        threads: int = 1,
+        timeout_s: float = 600.0,
+        session_config: Mapping[str, str] | None = None,
+        disabled_optimizers: Sequence[str] = (),
     ) -> None:
         if threads < 1:
             message = f"threads must be at least 1, got {threads}"
@@ -59,7 +54,8 @@ class Runtime:
         self._threads = threads
         self._timeout_s = timeout_s
         self._config = dict(session_config or {})
-        self._worker: _Worker | None = None
+        self._disabled = tuple(disabled_optimizers)
+        self._worker: WorkerProcess | None = None
         self._lock = threading.Lock()
         self._observations = 0
 
@@ -306,6 +302,19 @@ class Runtime:
         assert isinstance(census, Census)
         return census
 
+    def convert(self, path: Path, output: Path) -> None:
+        """Write a model in ONNX Runtime's own format, with the graph as it was optimized for this runtime's sessions.
+
+        Args:
+            path: The model file.
+            output: The .ort file to write.
+
+        Raises:
+            RuntimeFailure: ONNX Runtime refuses the model.
+            WorkerDied: ONNX Runtime crashed or did not end in time.
+        """
+        self._ask("convert", "converting", path, output=str(output.absolute()))
+
     def _ask(self, operation: str, doing: str, path: Path | None, **arguments: Any) -> Any:
         """Send one request and wait for its reply; `doing` and `path` are for the error messages."""
         subject = None if path is None else str(path)
@@ -314,10 +323,10 @@ class Runtime:
         message = pickle.dumps(Request(operation, arguments), protocol=pickle.HIGHEST_PROTOCOL)
         with self._lock:
             if self._worker is None:
-                self._worker = _Worker(self._threads, self._config, self._timeout_s)
+                self._worker = WorkerProcess(self._threads, self._config, self._disabled, self._timeout_s)
             try:
                 answer, subject = self._worker.exchange(message, subject)
-            except _SilentWorker as ended:
+            except SilentWorker as ended:
                 raise self._died(doing, subject, timed_out=ended.timed_out) from None
             except BaseException:
                 # Half an exchange is on the wire (Ctrl-C, say): a new worker is the only clean way on.
@@ -346,80 +355,3 @@ def _file(path: Path) -> str:
         message = f"{path}: expected a model file, found {'a folder' if Path(path).is_dir() else 'nothing'}"
         raise RuntimeFailure(message)
     return str(Path(path).absolute())
-
-
-class _SilentWorker(Exception):  # noqa: N818 - never leaves this module
-    """The worker closed its connection, or said nothing for too long."""
-
-    def __init__(self, *, timed_out: bool) -> None:
-        super().__init__()
-        self.timed_out = timed_out
-
-
-class _Worker:
-    """The worker process and the connection to it."""
-
-    def __init__(self, threads: int, config: dict[str, str], timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            # A worker that has stopped reading must not block us for ever either.
-            limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6) or 1)
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            self.stderr = tempfile.TemporaryFile(prefix="onnxcomp-")  # noqa: SIM115 - lives as long as the worker
-            self.process = subprocess.Popen(
-                # -P: a file in the working directory must not pass for a module.
-                [sys.executable, "-P", "-m", "onnxcomp.runtime.worker", str(theirs.fileno()), str(threads)]
-                + [f"{key}={value}" for key, value in config.items()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path)},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self.stderr,
-                stderr=self.stderr,
-            )
-            self.connection = Connection(ours.detach())
-        self.end = weakref.finalize(self, _end, os.getpid(), self.process, self.connection, self.stderr)
-
-    def exchange(self, message: bytes, subject: str | None) -> tuple[Any, str | None]:
-        """Send a pickled request; return the reply, and the model that the worker last said it was busy with."""
-        try:
-            self.connection.send_bytes(message)
-            while True:
-                if not self.connection.poll(self.timeout_s):
-                    raise _SilentWorker(timed_out=True)
-                answer = self.connection.recv()
-                if not isinstance(answer, Alive):
-                    return answer, subject
-                subject = answer.path or subject
-        except BlockingIOError:
-            raise _SilentWorker(timed_out=True) from None
-        except (EOFError, ConnectionError):
-            raise _SilentWorker(timed_out=False) from None
-
-    def cause_of_death(self) -> str:
-        """Say how the process ended, in one line, with the end of what it printed."""
-        try:
-            code = self.process.wait(_EXIT_WAIT_S)
-        except subprocess.TimeoutExpired:
-            cause = "it closed its connection"
-        else:
-            cause = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-            if code == -signal.SIGKILL:
-                cause += ", as when memory runs out"
-        size = os.fstat(self.stderr.fileno()).st_size
-        # pread: the file position is shared with the worker.
-        tail = os.pread(self.stderr.fileno(), _LAST_WORDS_BYTES, max(0, size - _LAST_WORDS_BYTES))
-        lines = tail.decode(errors="replace").split("\n")
-        words = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        self.end()
-        return f"{cause}; it last printed: {words[:_LAST_WORDS_SHOWN]}" if words else cause
-
-
-def _end(owner: int, process: subprocess.Popen[bytes], connection: Connection, stderr: IO[bytes]) -> None:
-    """Kill the worker, which has nothing to lose: files that it writes belong to the caller."""
-    if os.getpid() != owner:  # in a fork, the worker is not ours
-        return
-    connection.close()
-    process.kill()
-    process.wait()
-    stderr.close()

@@ -57,11 +57,13 @@ class Sessions:
     Args:
         threads: Threads that one operator may use.
         config: Session configuration entries for every session.
+        disabled: Names of ONNX Runtime's graph optimizers that are left out.
     """
 
-    def __init__(self, threads: int, config: Mapping[str, str]) -> None:
+    def __init__(self, threads: int, config: Mapping[str, str], disabled: Sequence[str] = ()) -> None:
         self._threads = threads
         self._config = config
+        self._disabled = list(disabled)
         self._kept: OrderedDict[tuple[Any, ...], Loaded] = OrderedDict()
 
     def options(self, *, optimize: bool = True) -> Any:
@@ -81,7 +83,9 @@ class Sessions:
 
     def make(self, model: str | bytes, options: Any) -> Any:
         """Make a session that is not kept."""
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=self._disabled
+        )
 
     def get(self, path: str, *, optimize: bool = True, observed: tuple[str, ...] = ()) -> Loaded:
         """The session of a model file; made now unless it is kept and the file has not changed.

@@ -1,4 +1,4 @@
-"""The worker's side: ``python -m onnxcomp.runtime.worker FD THREADS [KEY=VALUE ...]``.
+"""The worker's side: ``python -m onnxcomp.runtime.worker FD THREADS DISABLED [KEY=VALUE ...]``.
 
 Answers pickled requests on the socket FD, one at a time, until the other end closes or the parent is gone.
 """
@@ -133,6 +133,13 @@ class Worker:
         self._sessions.make_named(path, options)
         return read_census(optimized)
 
+    def convert(self, path: str, output: str) -> None:
+        """Write the optimized graph in ONNX Runtime's own format."""
+        options = self._sessions.options()
+        options.optimized_model_filepath = output
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        self._sessions.make(path, options)
+
     def peak_memory(self) -> int:
         """The most memory that this process has had resident, in bytes."""
         status = Path("/proc/self/status")
@@ -182,11 +189,12 @@ def main(arguments: list[str]) -> None:
     """Serve until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    descriptor, threads, *config = arguments
+    descriptor, threads, disabled, *config = arguments
     onnxruntime.set_default_logger_severity(3)
     connection = Connection(int(descriptor))
     entries: Mapping[str, str] = dict(entry.split("=", 1) for entry in config)
-    worker = Worker(Sessions(int(threads), entries), lambda path: connection.send(Alive(path)))
+    sessions = Sessions(int(threads), entries, disabled.split(",") if disabled else ())
+    worker = Worker(sessions, lambda path: connection.send(Alive(path)))
     try:
         while True:
             _answer(worker, connection)
