@@ -14,13 +14,14 @@ import numpy as np
 
 from onnxcomp import metrics
 from onnxcomp.analysis import count_parameters, deflated_bytes, mac_counts
-from onnxcomp.data import Dataset, ImageOptions, InputSpec, generate, input_specs, open_data
-from onnxcomp.errors import DataError, ModelError, OptionError
+from onnxcomp.data import Dataset, ImageOptions, generate, open_data
+from onnxcomp.errors import DataError, OptionError
 from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
 from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.ledger import Figures
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
+from onnxcomp.pairs import as_tuples, common_inputs, common_outputs, model_file, source_name, static_shapes
 from onnxcomp.quality import Array, Quality, Reference, flatten, relative_error, to_decibels, trim
 from onnxcomp.runtime import Runtime, Timing, explain
 from onnxcomp.targets import Target, find_target, host_target
@@ -114,11 +115,11 @@ def compare(
     """
     models = Model.load(original), Model.load(new)
     chosen = find_target(target) if isinstance(target, str) else target or host_target()
-    specs = _common_inputs(*models)
+    specs = common_inputs(*models)
     if data is None:
-        samples = generate(models[0].proto(), count=GENERATED_SAMPLES, seed=seed, shapes=shapes or _static(specs))
+        samples = generate(models[0].proto(), count=GENERATED_SAMPLES, seed=seed, shapes=shapes or static_shapes(specs))
     else:
-        samples = open_data(data, specs, shapes=_tuples(shapes), image=image, allow_code=allow_code)
+        samples = open_data(data, specs, shapes=as_tuples(shapes), image=image, allow_code=allow_code)
     config = {} if chosen.is_host else dict(chosen.session_config)
     with (
         samples,
@@ -126,8 +127,8 @@ def compare(
         Runtime(threads=threads, session_config=config) as runtime,
     ):
         task = _metric(metric, samples, allow_code=allow_code)
-        paths = [_file(model, Path(folder) / f"{index}.onnx") for index, model in enumerate(models)]
-        names = _common_outputs(runtime, paths)
+        paths = [model_file(model, Path(folder) / f"{index}.onnx") for index, model in enumerate(models)]
+        names = common_outputs(runtime, paths)
         reference, losses, sqnr_db = _qualities(runtime, paths, names, samples, task, seed)
         feed = next(iter(samples.subset([0]).batches(1))).inputs
         timings: Sequence[Timing | None] = (None, None)
@@ -142,8 +143,8 @@ def compare(
         rows = _layers(runtime, models, paths, samples, shapes_run, wide) if layers else None
         description, digest_facts = samples.description, {"samples": samples.size, "labels": samples.has_labels}
     return Comparison(
-        original=_named(original),
-        new=_named(new),
+        original=source_name(original),
+        new=source_name(new),
         before=before,
         after=after,
         speed=before.latency_ms / after.latency_ms if before.latency_ms and after.latency_ms else None,
@@ -197,54 +198,6 @@ def _shortfall(comparison: Comparison, name: str, limit: float) -> str | None:
     return None if value >= limit else f"{name} is {value:.6g}, under the limit of {limit:g}"
 
 
-# --- do the models fit each other -------------------------------------------------------------------------------------
-
-
-def _common_inputs(original: Model, new: Model) -> list[InputSpec]:
-    """What both models can be fed: axes that either of them fixes are fixed."""
-    ours, theirs = ({spec.name: spec for spec in input_specs(model.proto())} for model in (original, new))
-    if ours.keys() != theirs.keys():
-        listed = [", ".join(specs) or "none" for specs in (ours, theirs)]
-        message = f"the models must take the same inputs; the original has {listed[0]}, the new one {listed[1]}"
-        raise ModelError(message)
-    return [_common(spec, theirs[name]) for name, spec in ours.items()]
-
-
-def _common(one: InputSpec, other: InputSpec) -> InputSpec:
-    pairs = list(zip(one.shape, other.shape, strict=False))
-    clash = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
-    if one.dtype != other.dtype or one.kind != other.kind or one.rank != other.rank or clash:
-        message = f"input {one.name!r} is {one} in the original and {other} in the new model; they must fit"
-        raise ModelError(message)
-    return dataclasses.replace(one, shape=tuple(b if isinstance(b, int) else a for a, b in pairs))
-
-
-def _static(specs: Iterable[InputSpec]) -> dict[str, Sequence[int]] | None:
-    """The shapes that are wholly fixed, for generated inputs."""
-    fixed = {spec.name: spec.shape for spec in specs if spec.kind == "tensor"}
-    return {name: [int(dim) for dim in dims if isinstance(dim, int)] for name, dims in fixed.items() if _known(dims)}
-
-
-def _known(dims: Sequence[object]) -> bool:
-    return all(isinstance(dim, int) for dim in dims)
-
-
-def _tuples(shapes: Mapping[str, Sequence[int]] | None) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, shape in (shapes or {}).items()}
-
-
-def _common_outputs(runtime: Runtime, paths: Sequence[Path]) -> list[list[str]]:
-    """The outputs of each model, those that belong together at the same place."""
-    ours, theirs = ([info.name for info in runtime.check(path).outputs] for path in paths)
-    if sorted(ours) == sorted(theirs):
-        return [ours, ours]
-    if len(ours) != len(theirs):
-        listed = [", ".join(names) for names in (ours, theirs)]
-        message = f"the models must have the same outputs; the original has {listed[0]}, the new one {listed[1]}"
-        raise ModelError(message)
-    return [ours, theirs]
-
-
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -257,20 +210,6 @@ def _metric(asked: str | Callable[..., Any] | Metric | None, samples: Dataset, *
             raise DataError(message)
         return metric
     return metrics.metric_for_labels(labels)
-
-
-def _file(model: Model, beside: Path) -> Path:
-    """The model's own file, or one made of it."""
-    if model.path is not None:
-        return model.path
-    model.save(beside)
-    return beside
-
-
-def _named(source: ModelSource) -> str:
-    if isinstance(source, str | Path):
-        return str(source)
-    return str(source.path) if isinstance(source, Model) and source.path else "model"
 
 
 def _qualities(

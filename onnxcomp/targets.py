@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxcomp.errors import OptionError
 
-__all__ = ["TARGETS", "QuantizationRules", "Target", "cpu_features", "find_target", "host_target"]
+__all__ = ["ARM_FUSION", "TARGETS", "QuantizationRules", "Target", "cpu_features", "find_target", "host_target"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Target:
         return self.rules is not None and not self.rules.reduce_range and host_target().name == "x86"
 
 
-_ARM_FUSION = (("session.qdqisint8allowed", "1"),)
+ARM_FUSION = (("session.qdqisint8allowed", "1"),)
 
 _NNAPI_OPERATORS = frozenset(
     {"Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "AveragePool", "MaxPool", "Resize", "Transpose", "Reshape"}
@@ -139,7 +139,7 @@ TARGETS: dict[str, Target] = {
             QuantizationRules(activations="int8"),
             artifact="ort",
             verify_layers=("cpu", "ort", "arm64"),
-            session_config=_ARM_FUSION,
+            session_config=ARM_FUSION,
         ),
         Target(
             "xnnpack",
@@ -148,7 +148,7 @@ TARGETS: dict[str, Target] = {
             verify_layers=("cpu", "android"),
             static_shapes=True,
             dynamic_batch=True,
-            session_config=_ARM_FUSION,
+            session_config=ARM_FUSION,
         ),
         Target(
             "nnapi",

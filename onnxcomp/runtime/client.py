@@ -302,18 +302,19 @@ class Runtime:
         assert isinstance(census, Census)
         return census
 
-    def convert(self, path: Path, output: Path) -> None:
-        """Write a model in ONNX Runtime's own format, with the graph as it was optimized for this runtime's sessions.
+    def convert(self, path: Path, output: Path, *, basic: bool = False) -> None:
+        """Write a model as this runtime's sessions optimize it.
 
         Args:
             path: The model file.
-            output: The .ort file to write.
+            output: The file to write: .ort is ONNX Runtime's own format, .onnx has its weights in a file beside it.
+            basic: Only the optimizations that come before execution providers choose their nodes.
 
         Raises:
             RuntimeFailure: ONNX Runtime refuses the model.
             WorkerDied: ONNX Runtime crashed or did not end in time.
         """
-        self._ask("convert", "converting", path, output=str(output.absolute()))
+        self._ask("convert", "converting", path, output=str(output.absolute()), basic=basic)
 
     def _ask(self, operation: str, doing: str, path: Path | None, **arguments: Any) -> Any:
         """Send one request and wait for its reply; `doing` and `path` are for the error messages."""

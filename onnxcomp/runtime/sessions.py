@@ -118,6 +118,25 @@ class Sessions:
             node.name = name
         return self.make_edited(model, path, options) if renamed else self.make(path, options)
 
+    def write(self, path: str, output: Path, options: Any) -> None:
+        """Write the optimized graph of a model, whose nodes all have the names of `node_names`.
+
+        Args:
+            path: The model file.
+            output: An .ort file (ONNX Runtime's own format), or an .onnx file whose weights come to lie beside it.
+            options: The session's.
+        """
+        options.optimized_model_filepath = str(output)
+        if output.suffix == ".ort":
+            options.add_session_config_entry("session.save_model_format", "ORT")
+            self.make(path, options)
+            return
+        # In a file of their own, so that a model beyond protobuf's 2 GB can be written.
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{output.stem}.bin"
+        )
+        self.make_named(path, options)
+
     def make_edited(self, model: onnx.ModelProto, path: str, options: Any) -> Any:
         """Make a session of an edited model, whose external weights stay in the folder of `path`, its file."""
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent))

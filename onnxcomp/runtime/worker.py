@@ -126,19 +126,15 @@ class Worker:
     def census(self, path: str, optimize: bool, folder: str) -> Census:
         """Read the optimized graph, which ONNX Runtime writes into `folder`."""
         optimized = Path(folder) / "optimized.onnx"
-        options = self._sessions.options(optimize=optimize)
-        options.optimized_model_filepath = str(optimized)
-        # In a file of their own, so that a model beyond protobuf's 2 GB can be written.
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.bin")
-        self._sessions.make_named(path, options)
+        self._sessions.write(path, optimized, self._sessions.options(optimize=optimize))
         return read_census(optimized)
 
-    def convert(self, path: str, output: str) -> None:
-        """Write the optimized graph in ONNX Runtime's own format."""
+    def convert(self, path: str, output: str, basic: bool) -> None:
+        """Write the optimized graph, in ONNX Runtime's own format or as ONNX, as the file's suffix says."""
         options = self._sessions.options()
-        options.optimized_model_filepath = output
-        options.add_session_config_entry("session.save_model_format", "ORT")
-        self._sessions.make(path, options)
+        if basic:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        self._sessions.write(path, Path(output), options)
 
     def peak_memory(self) -> int:
         """The most memory that this process has had resident, in bytes."""

@@ -1,0 +1,90 @@
+"""How outputs differ, and when a difference is too large to be the same model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.quality import flatten, relative_error, to_decibels
+from onnxcomp.verification.results import Difference
+
+__all__ = ["allowed_error", "difference"]
+
+Array = np.ndarray[Any, Any]
+
+FLOAT_ERROR = 1e-3
+"""Other processors and builds add float32 up in other orders: networks differ by 1e-6 to 1e-4 then."""
+
+WORST_ERROR = 0.1
+"""20 dB: what differs by more is another answer, however far the model was from the original before."""
+
+
+def difference(reference: Sequence[list[Any]], outputs: Sequence[list[Any]]) -> Difference:
+    """Compare runs on the same samples.
+
+    Args:
+        reference: For each run its outputs.
+        outputs: The others, in the same order.
+
+    Example:
+        >>> one = [[np.array([[1.0, 3.0]], np.float32)]]
+        >>> other = [[np.array([[1.0, 4.0]], np.float32)]]
+        >>> difference(one, one).equal, difference(one, other).max_abs
+        (True, 1.0)
+    """
+    pairs = [
+        list(zip(flatten(one), flatten(other), strict=True)) for one, other in zip(reference, outputs, strict=True)
+    ]
+    by_output = [list(column) for column in zip(*pairs, strict=True)]
+    equal = all(_same(a, b) for column in by_output for a, b in column)
+    error = max((_error(column) for column in by_output), default=0.0)
+    agreements = [found for column in by_output if (found := _agreement(column)) is not None]
+    return Difference(
+        samples=sum(len(a) if a.ndim else 1 for a, _ in by_output[0]) if by_output else 0,
+        equal=equal,
+        error=error,
+        sqnr_db=math.inf if equal else to_decibels(error),
+        max_abs=0.0 if equal else max((_furthest(a, b) for column in by_output for a, b in column), default=0.0),
+        agreement=min(agreements, default=None),
+    )
+
+
+def allowed_error(original: Difference | None) -> float:
+    """How far outputs may be from those of the same model on this host's CPU, relative.
+
+    As far as rounding may take a float model; of a lossy one, as far as it is from the original anyway, so that the
+    loss at most doubles; never so far that the answers are others.
+    """
+    lost = 0.0 if original is None or not math.isfinite(original.error) else original.error
+    return min(max(lost, FLOAT_ERROR), WORST_ERROR)
+
+
+def _same(a: Array, b: Array) -> bool:
+    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
+
+
+def _error(column: Sequence[tuple[Array, Array]]) -> float:
+    if any(a.shape != b.shape for a, b in column):
+        return math.inf
+    if column[0][0].dtype.kind not in "fiub":
+        return 0.0 if all(_same(a, b) for a, b in column) else math.inf
+    return relative_error([(a.astype(np.float64), b.astype(np.float64)) for a, b in column], centred=False)
+
+
+def _furthest(a: Array, b: Array) -> float:
+    if a.shape != b.shape or a.dtype.kind not in "fiub":
+        return 0.0 if _same(a, b) else math.inf
+    gaps = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    gaps[np.isnan(a.astype(np.float64)) & np.isnan(b.astype(np.float64))] = 0.0
+    return float(np.max(gaps, initial=0.0))
+
+
+def _agreement(column: Sequence[tuple[Array, Array]]) -> float | None:
+    """How often two outputs of class scores choose the same; None if they are no rows of scores."""
+    if any(a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2 or a.dtype.kind != "f" for a, b in column):
+        return None
+    same = np.concatenate([a.argmax(1) == b.argmax(1) for a, b in column])
+    return float(same.mean())

@@ -1,0 +1,63 @@
+"""A few samples, and what models give on them: computed when they are asked for, and kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnxcomp.data import Dataset
+from onnxcomp.runtime import Feed, Runtime
+
+__all__ = ["FewSamples"]
+
+
+class FewSamples:
+    """The first samples of the data one by one, and the outputs of two models on them.
+
+    Args:
+        data: The samples.
+        count: How many of them.
+        runtime: This host's CPU provider, set to fuse as the target does.
+        paths: The original and the model to verify.
+        names: The outputs of each, those that belong together at the same place.
+    """
+
+    def __init__(
+        self, data: Dataset, count: int, runtime: Runtime, paths: Sequence[Path], names: Sequence[list[str]]
+    ) -> None:
+        few = data.subset(range(min(count, data.size)))
+        self.feeds: list[Feed] = list(few.feeds(1))
+        self._runtime, self._paths, self._names = runtime, paths, names
+        self._known: tuple[list[list[Any]], list[list[Any]]] = ([], [])
+
+    @property
+    def names(self) -> list[str]:
+        """The outputs of the model that is verified."""
+        return self._names[1]
+
+    def original(self, count: int) -> list[list[Any]]:
+        """The original's outputs on the first samples."""
+        return self._outputs(0, count)
+
+    def new(self, count: int) -> list[list[Any]]:
+        """What this host's CPU provider gives of the model that is verified."""
+        return self._outputs(1, count)
+
+    def _outputs(self, which: int, count: int) -> list[list[Any]]:
+        known = self._known[which]
+        known += self._runtime.run(self._paths[which], self.feeds[len(known) : count], outputs=self._names[which])
+        return known[:count]
+
+    def run(self, runtime: Runtime, path: Path, seconds: float, *, optimize: bool = True) -> list[list[Any]]:
+        """Run a model on samples until the time is up, but on one at least."""
+        return list(_until(runtime.run(path, self.feeds, outputs=self.names, optimize=optimize), seconds))
+
+
+def _until(runs: Iterator[list[Any]], seconds: float) -> Iterator[list[Any]]:
+    started = time.monotonic()
+    for run in runs:
+        yield run
+        if time.monotonic() - started > seconds:
+            return

@@ -1,0 +1,103 @@
+"""Where two runs of a quantized model part: the nodes whose codes differ though their inputs are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcomp.model import Model, value_of
+from onnxcomp.runtime.census import node_names
+from onnxcomp.verification.results import NodeDifference
+
+__all__ = ["Codes", "expose_codes", "parting_nodes"]
+
+Array = np.ndarray[Any, Any]
+
+Codes = Mapping[str, Sequence[Array]]
+"""Tensor name -> its values in each run."""
+
+
+def expose_codes(model: Model) -> tuple[Model, list[str]]:
+    """A model that also gives what its quantized activations stand for.
+
+    The DequantizeLinear is made an output, not the codes: the int8 kernels stay, since ONNX Runtime gives the output a
+    DequantizeLinear of its own.
+
+    Args:
+        model: The model; it is not changed.
+
+    Returns:
+        The other model, and the names of the new outputs in the order of the graph; none where nothing is quantized.
+    """
+    fork = model.fork()
+    outputs = {id(tensor) for tensor in fork.graph.outputs}
+    exposed = [
+        node.outputs[0]
+        for node in fork.graph.nodes
+        if node.op == "DequantizeLinear" and _quantizer(node) is not None and id(node.outputs[0]) not in outputs
+    ]
+    for tensor in exposed:
+        tensor.dtype = tensor.dtype or np.float32
+        fork.graph.outputs.append(tensor)
+    return fork, [str(tensor.name) for tensor in exposed]
+
+
+def parting_nodes(model: Model, ours: Codes, theirs: Codes) -> tuple[NodeDifference, ...]:
+    """The nodes where a difference begins: their quantized inputs are equal, their outputs are not.
+
+    Args:
+        model: The model that `expose_codes` was given.
+        ours: Values of the exposed tensors here.
+        theirs: The same elsewhere.
+    """
+    names = dict(zip(map(id, model.graph.nodes), node_names(model.proto().graph), strict=False))
+    differ = {name for name, values in ours.items() if not _equal(values, theirs[name])}
+    found = []
+    for decode in model.graph.nodes:
+        if decode.op != "DequantizeLinear" or decode.outputs[0].name not in differ:
+            continue
+        quantizer = _quantizer(decode)
+        assert quantizer is not None
+        if _codes_read(quantizer.inputs[0], ours.keys()) & differ:
+            continue
+        source = next(iter(quantizer.inputs[0].inputs), quantizer)
+        name = decode.outputs[0].name
+        gaps = [np.abs(a.astype(np.float64) - b) for a, b in zip(ours[name], theirs[name], strict=True)]
+        steps = max(float(np.max(gap, initial=0.0)) for gap in gaps) / _scale(decode)
+        share = float(np.mean(np.concatenate([(gap > 0).ravel() for gap in gaps])))
+        found.append(NodeDifference(names[id(source)], source.op, round(steps), share))
+    return tuple(found)
+
+
+def _quantizer(decode: gs.Node) -> gs.Node | None:
+    """The QuantizeLinear whose codes a DequantizeLinear reads."""
+    maker = next(iter(decode.inputs[0].inputs), None)
+    return maker if maker is not None and maker.op == "QuantizeLinear" else None
+
+
+def _equal(values: Sequence[Array], others: Sequence[Array]) -> bool:
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(values, others, strict=True))
+
+
+def _codes_read(tensor: gs.Tensor, exposed: Container[str]) -> set[str]:
+    """The exposed tensors that a tensor is computed of; not those behind them."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    waiting = [tensor]
+    while waiting:
+        present = waiting.pop()
+        if id(present) in seen:
+            continue
+        seen.add(id(present))
+        if present.name in exposed:
+            found.add(str(present.name))
+        else:
+            waiting.extend(source for maker in present.inputs for source in maker.inputs)
+    return found
+
+
+def _scale(decode: gs.Node) -> float:
+    return float(np.ravel(value_of(decode.inputs[1]))[0])
