@@ -348,8 +348,8 @@ class Judge:
     def macs(self, model: Model, census: Census) -> tuple[int, int]:
         """Multiply-accumulates of one run, and how many run in int8 kernels."""
         counts = self.layer_macs(model)
-        wide = self.target.rules.wide if self.target.rules else None
-        int8 = set(explain(model.proto(), census, wide=wide).int8)
+        rules = self.target.rules
+        int8 = set() if rules is None else set(explain(model.proto(), census, wide=rules.wide).int8)
         return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
 
     def _run(self, path: Path, data: Dataset) -> Iterator[list[Any]]:

@@ -212,6 +212,7 @@ class Pass(ABC):
         idempotent: Running it a second time changes nothing.
         seals: Later passes cannot look into the weights that it has written, so lossy ones must come before it.
         grows: It makes the file larger on purpose.
+        required: The model does not run on its target without it, so it is kept whatever it costs; all is measured.
         mends: It makes up for what earlier passes lost, so it is judged together with those since the last that did.
         pays_with: The name of a later pass without which it cannot pay. Given one by one, the two and what is between
             them are one stage.
@@ -224,6 +225,7 @@ class Pass(ABC):
     idempotent: ClassVar[bool] = True
     seals: ClassVar[bool] = False
     grows: ClassVar[bool] = False
+    required: ClassVar[bool] = False
     mends: ClassVar[bool] = False
     pays_with: ClassVar[str] = ""
 

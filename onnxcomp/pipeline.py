@@ -16,9 +16,10 @@ import numpy as np
 from onnxcomp import metrics, resume
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
 from onnxcomp.errors import DataError, OptionError, RequirementError, RuntimeFailure
-from onnxcomp.fixed_shapes import fix_shapes
+from onnxcomp.fixed_shapes import dynamic_inputs, fix_shapes
 from onnxcomp.judge import Budget, Judge
 from onnxcomp.ledger import Report
+from onnxcomp.lints import lint_model, mended_by
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.passes import Context, Pass
@@ -181,14 +182,15 @@ def optimize(
         **({"progress": progress} if progress else {}),
     )
     loaded = Model.load(source)
-    original = _with_static_shapes(loaded, options)
+    original = _with_static_shapes(loaded, data, options, image)
     samples = _samples(original, data, options, image)
-    stages = _stages(passes, replay, has_data=not samples.generated)
+    stages = _stages(passes, replay, has_data=not samples.generated, fit=_needs_fit(original, options.target))
     _check_order(stages)
     _check_requirements(stages, samples)
     chosen_metric, classifier, notes = _metric(options, samples)
     if original is not loaded:
-        notes.append(f"the inputs' axes are fixed by --shape, since {options.target.name} wants static shapes")
+        fixed = "; ".join(f"{spec.name} {spec}" for spec in input_specs(original.proto()))
+        notes.append(f"the inputs' axes are fixed, since {options.target.name} wants static shapes: {fixed}")
     workdir = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
     config = {} if options.target.is_host else dict(options.target.session_config)
     try:
@@ -237,12 +239,37 @@ def _target(target: str | Target | None) -> Target:
     return find_target(target) if isinstance(target, str) else target
 
 
-def _with_static_shapes(model: Model, options: Options) -> Model:
-    """The model with the given shapes fixed, where the target wants that; else the model itself."""
-    if not (options.target.static_shapes and options.shapes):
+def _with_static_shapes(model: Model, data: Any, options: Options, image: ImageOptions | None) -> Model:
+    """The model with fixed inputs, where the target wants that; else the model itself.
+
+    What --shape leaves open is taken from the data, where these can be read twice; a batch is 1.
+    """
+    if not options.target.static_shapes:
         return model
-    fixed = fix_shapes(model, options.shapes)
+    fixed = fix_shapes(model, options.shapes) if options.shapes else model
+    if dynamic_inputs(fixed, options.target):
+        fixed = fix_shapes(fixed, _sample_shapes(fixed, data, options, image))
     return model if fixed.digest == model.digest else fixed
+
+
+def _sample_shapes(model: Model, data: Any, options: Options, image: ImageOptions | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of one sample, by input; of those alone that are known wholly."""
+    if isinstance(data, str | Path | Mapping):
+        with _samples(model, data, options, image) as samples:
+            if len(samples.groups()) == 1:
+                return {name: np.shape(value) for name, value in next(samples.feeds(1)).items()}
+    known = {spec.name: (1, *spec.shape[1:]) for spec in input_specs(model.proto()) if spec.rank}
+    return {
+        name: tuple(int(dim) for dim in shape if isinstance(dim, int))
+        for name, shape in known.items()
+        if all(isinstance(dim, int) for dim in shape)
+    }
+
+
+def _needs_fit(model: Model, target: Target) -> bool:
+    """Whether a model has what its target does not take, and `fit-target` mends."""
+    mended = mended_by("fit-target")
+    return any(finding.id in mended for finding in lint_model(model, target))
 
 
 def _samples(model: Model, data: Any, options: Options, image: ImageOptions | None) -> Dataset:
@@ -253,14 +280,16 @@ def _samples(model: Model, data: Any, options: Options, image: ImageOptions | No
     return open_data(data, input_specs(proto), shapes=options.shapes, image=image, allow_code=options.allow_code)
 
 
-def _stages(passes: Sequence[Pass | Stage] | None, replay: str | Path | None, *, has_data: bool) -> list[Stage]:
+def _stages(
+    passes: Sequence[Pass | Stage] | None, replay: str | Path | None, *, has_data: bool, fit: bool
+) -> list[Stage]:
     if replay is not None:
         if passes is not None:
             message = "replay takes its passes from the report; leave out the passes"
             raise OptionError(message)
         return replayed_stages(Path(replay))
     if passes is None:
-        return default_stages(data=has_data)
+        return default_stages(data=has_data, fit=fit)
     return joined(passes)
 
 

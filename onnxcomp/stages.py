@@ -57,6 +57,11 @@ class Stage:
         return tuple(item for item in self.passes if item.lossless)
 
     @property
+    def required(self) -> bool:
+        """Whether the model does not run on its target without it."""
+        return any(item.required for item in self.passes)
+
+    @property
     def rounds(self) -> bool:
         """Whether its passes change nothing in weights but how they are rounded."""
         return all(item.lossless or item.rounds for item in self.passes)
@@ -110,16 +115,19 @@ and the last of the budget is not risked for bytes. Of 0.6, 0.8 and 1.0 the larg
 benchmarks/README.md held their budgets on test data."""
 
 
-def default_stages(*, data: bool) -> list[Stage]:
+def default_stages(*, data: bool, fit: bool = False) -> list[Stage]:
     """The stages that run when the user names none, in order.
 
     Args:
         data: Whether there are samples to calibrate with.
+        fit: Whether the model has what its target does not take, as lints found.
     """
     stages: list[tuple[tuple[str, dict[str, bool]], ...]] = [
         # First, since every pass after it then sees the real graph: constants where they count, BatchNormalization
         # gone into the weights, no dead nodes.
         (("simplify", {}),),
+        # Whatever else is done is worth nothing where the model does not run.
+        *([(("fit-target", {}),)] if fit else []),
         # The floor under every result: a quarter of the bytes at unchanged speed and next to no loss, without data.
         (("quantize-weights", {}),),
     ]

@@ -57,7 +57,7 @@ class Kept:
     def after(self, model: Model, entry: StageEntry, stage: Stage) -> Kept:
         """A stage was kept."""
         stages = (*self.stages, entry)
-        if stage.lossless:
+        if stage.lossless or stage.required:
             return replace(self, model=model, stages=stages)
         return Kept(model, stages, before=self, exact=(self.exact or self.model) if stage.rounds else None)
 
@@ -148,7 +148,7 @@ class StageRunner:
                 if form.lossless and not stage.lossless:
                     reason = f"{form.name} alone ({_last_dropped(attempts).reason}): {reason}"
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
-                if not form.lossless:
+                if not (form.lossless or form.required):
                     self._last = form, trial.chose
                 return kept.after(trial.model, entry, form)
             if verdict == "dropped":
@@ -291,6 +291,8 @@ class StageRunner:
         against = self._against(trial, base, stage)
         if against is None:
             return "kept", _gain(trial)
+        if stage.required:
+            return "kept", f"the target needs it, although: {against}"
         return ("forced", f"{self._forced}, although: {against}") if self._force else ("dropped", against)
 
     def _against(self, trial: Trial, base: Model, stage: Stage) -> str | None:

@@ -12,7 +12,7 @@ from onnxcomp.ort_format import read_ort
 from onnxcomp.runtime import Census
 from onnxcomp.targets import Target
 
-__all__ = ["LINTS", "Finding", "Lint", "Subject", "lint_file", "lint_model"]
+__all__ = ["LINTS", "Finding", "Lint", "Subject", "lint_file", "lint_model", "mended_by"]
 
 
 def lint_model(model: Model, target: Target, census: Census | None = None) -> tuple[Finding, ...]:
@@ -50,7 +50,12 @@ def _found(subject: Subject) -> Iterator[Finding]:
     lints = [lint for lint in LINTS.values() if not lint.on or subject.target.name in lint.on]
     for lint in sorted(lints, key=lambda lint: lint.severity):
         fix = lint.fix
-        if lint.mended:
+        if lint.mended_by in {"fit-target", "shapes"}:
             fix += f"; `onnxcomp optimize --target {subject.target.name}` does"
         for where, what in lint.look(subject):
             yield Finding(lint.id, lint.severity, where, what, lint.why, fix)
+
+
+def mended_by(step: str) -> frozenset[str]:
+    """The identifiers of the lints whose traps a pass or a step takes out."""
+    return frozenset(lint.id for lint in LINTS.values() if lint.mended_by == step)

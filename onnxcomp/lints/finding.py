@@ -46,7 +46,7 @@ class Lint:
         severity: How bad it is.
         why: What comes of it.
         fix: What to do about it.
-        mended: Whether `optimize --target` does that.
+        mended_by: What does that: a pass, or a step of `optimize` or `deploy`; empty: the user has to.
         look: Finds it.
         on: The targets that it is about; empty: all.
     """
@@ -55,7 +55,7 @@ class Lint:
     severity: Severity
     why: str
     fix: str
-    mended: bool
+    mended_by: str
     look: Callable[[Subject], Seen]
     on: frozenset[str]
 
@@ -85,13 +85,13 @@ LINTS: dict[str, Lint] = {}
 
 
 def lint(
-    identifier: str, severity: Severity, *, why: str, fix: str, mended: bool = False, on: tuple[str, ...] = ()
+    identifier: str, severity: Severity, *, why: str, fix: str, mended_by: str = "", on: tuple[str, ...] = ()
 ) -> Callable[[Callable[[Subject], Seen]], Callable[[Subject], Seen]]:
     """Register a function that finds a trap; see `Lint`."""
 
     def register(look: Callable[[Subject], Seen]) -> Callable[[Subject], Seen]:
         assert identifier not in LINTS, identifier
-        LINTS[identifier] = Lint(identifier, severity, why, fix, mended, look, frozenset(on))
+        LINTS[identifier] = Lint(identifier, severity, why, fix, mended_by, look, frozenset(on))
         return look
 
     return register

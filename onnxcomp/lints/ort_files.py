@@ -15,7 +15,7 @@ REMAKE = "make the file anew: `onnxcomp deploy MODEL.onnx --target ...`"
     why="a file in the 'Runtime' style leaves the int8 fusions to the device, which replays them only on request; for "
     "quantized models that is broken",
     fix=f"use the 'Fixed' style; {REMAKE}",
-    mended=True,
+    mended_by="deploy",
 )
 def ort_runtime_style(subject: Subject) -> Seen:
     """Optimizations that are saved to be replayed."""
@@ -28,7 +28,7 @@ def ort_runtime_style(subject: Subject) -> Seen:
     "warning",
     why="layers run in float with conversions on top: the file was not made for ARM, which allows int8 activations",
     fix=f"optimize for the platform 'arm'; {REMAKE}",
-    mended=True,
+    mended_by="deploy",
 )
 def ort_unfused(subject: Subject) -> Seen:
     """Float layers between DequantizeLinear and QuantizeLinear."""
@@ -46,7 +46,7 @@ def ort_unfused(subject: Subject) -> Seen:
     on=("xnnpack", "nnapi", "coreml", "qnn"),
     why="its nodes are fused for the CPU provider already: no quantized node of it goes to another provider",
     fix=f"ship the .onnx file; {REMAKE}",
-    mended=True,
+    mended_by="deploy",
 )
 def ort_for_provider(subject: Subject) -> Seen:
     """The ORT format for a target that wants ONNX."""

@@ -61,7 +61,7 @@ def made_by(quantizer: gs.Node, op: str) -> bool:
     why="XNNPACK has no other uint8 Softmax, and then refuses the whole session (xnn_create_softmax_nc_qu8 failed); "
     "no run on a CPU shows it",
     fix="give the output of the Softmax the scale 1/256 and the zero point 0",
-    mended=True,
+    mended_by="fit-target",
 )
 def softmax_scale(subject: Subject) -> Seen:
     """A uint8 Softmax with another scale than 1/256."""
@@ -78,7 +78,7 @@ def softmax_scale(subject: Subject) -> Seen:
     "warning",
     why="larger probabilities are cut off: the range was taken from few samples, though it is known",
     fix="give the output of the Softmax the scale 1/256",
-    mended=True,
+    mended_by="fit-target",
 )
 def softmax_range(subject: Subject) -> Seen:
     """A Softmax whose codes do not reach 1."""
@@ -97,7 +97,7 @@ def softmax_range(subject: Subject) -> Seen:
     on=("xnnpack",),
     why="XNNPACK takes int8 activations with int8 weights, or uint8 with uint8; of others no node runs on it",
     fix="make the activations int8: the same scales, zero points less 128",
-    mended=True,
+    mended_by="fit-target",
 )
 def uint8_int8(subject: Subject) -> Seen:
     """Activations and weights of unlike types."""
@@ -113,7 +113,7 @@ def uint8_int8(subject: Subject) -> Seen:
     on=("nnapi", "qnn"),
     why="the provider has no kernel for it, so the node falls back to the CPU, or the model is refused",
     fix="make the activations uint8: the same scales, zero points plus 128",
-    mended=True,
+    mended_by="fit-target",
 )
 def activation_type(subject: Subject) -> Seen:
     """Activations of a type that the target does not take."""
@@ -133,7 +133,7 @@ def activation_type(subject: Subject) -> Seen:
     on=("xnnpack",),
     why="XNNPACK looks for the zero point and refuses the model without one",
     fix="write the zero point 0 out",
-    mended=True,
+    mended_by="fit-target",
 )
 def weight_zero_point(subject: Subject) -> Seen:
     """A weight whose zero point is left out."""
@@ -148,7 +148,7 @@ def weight_zero_point(subject: Subject) -> Seen:
     on=("xnnpack", "qnn"),
     why="the kernels want symmetric int8 weights",
     fix="round the weight anew with the zero point 0",
-    mended=True,
+    mended_by="fit-target",
 )
 def weight_offset(subject: Subject) -> Seen:
     """An int8 weight whose zero point is not 0."""
@@ -164,7 +164,7 @@ def weight_offset(subject: Subject) -> Seen:
     on=("qnn", "nnapi"),
     why="the provider has one scale for the weight of a matrix product, and refuses or mistakes more",
     fix="round the weight anew with one scale",
-    mended=True,
+    mended_by="fit-target",
 )
 def per_channel_matmul(subject: Subject) -> Seen:
     """A matrix product with a scale for each channel."""
@@ -181,7 +181,7 @@ def per_channel_matmul(subject: Subject) -> Seen:
     on=("x86",),
     why="without VNNI the kernel adds pairs of products in 16 bits, which overflow: outputs are wrong, and only there",
     fix="round the weights anew to 7 bits (reduce_range)",
-    mended=True,
+    mended_by="fit-target",
 )
 def saturation(subject: Subject) -> Seen:
     """Weights of 8 bits beside 8-bit activations, which x86 makes uint8 where they are int8."""
@@ -202,7 +202,7 @@ def saturation(subject: Subject) -> Seen:
     on=("coreml",),
     why="CoreML has no QuantizeLinear and DequantizeLinear: each is a way out of it and back",
     fix="take the pairs out, and keep weights small in a form that is decoded at load",
-    mended=True,
+    mended_by="fit-target",
 )
 def qdq_unsupported(subject: Subject) -> Seen:
     """Quantized nodes for a target that has none."""
@@ -217,7 +217,7 @@ def qdq_unsupported(subject: Subject) -> Seen:
     "error",
     why="DequantizeLinear has an axis from opset 13 on: the model does not load",
     fix="raise the opset to 13",
-    mended=True,
+    mended_by="fit-target",
 )
 def per_channel_opset(subject: Subject) -> Seen:
     """A scale for each channel below opset 13."""
@@ -248,7 +248,7 @@ def unlike_scales(quantizer: gs.Node) -> float:
     "warning",
     why="one scale for unlike parts leaves the finer ones next to no steps: scores beside boxes are lost",
     fix="leave the result of the Concat in float",
-    mended=True,
+    mended_by="fit-target",
 )
 def concat_scales(subject: Subject) -> Seen:
     """A Concat of parts with unlike scales, and one scale behind it."""
@@ -285,7 +285,7 @@ def _softmax_follows(node: gs.Node) -> bool:
     "warning",
     why="a mask of -1e4 or -inf takes the whole range, and the logits beside it become one code: attention is lost",
     fix="leave what the Softmax reads in float",
-    mended=True,
+    mended_by="fit-target",
 )
 def mask_scale(subject: Subject) -> Seen:
     """Codes in front of a Softmax with a step that is too coarse for it."""
@@ -320,7 +320,7 @@ def depthwise_per_tensor(subject: Subject) -> Seen:
     why="ONNX Runtime rounds it to int32 with the scale of the products when it loads the model, other runtimes may "
     "not: what is verified here is not what runs there; where that scale is tiny, it overflows",
     fix="write the bias as int32 with a DequantizeLinear of that scale",
-    mended=True,
+    mended_by="fit-target",
 )
 def float_bias(subject: Subject) -> Seen:
     """A float bias in a quantized layer."""

@@ -15,7 +15,7 @@ __all__: list[str] = []
     on=("xnnpack", "nnapi", "coreml", "qnn"),
     why="the provider compiles for one shape: nodes of unknown shape fall back to the CPU, or the model is refused",
     fix="fix the axes: `--shape NAME=1,3,224,224`",
-    mended=True,
+    mended_by="shapes",
 )
 def dynamic_shape(subject: Subject) -> Seen:
     """Inputs with axes of unknown size."""

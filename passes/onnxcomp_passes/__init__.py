@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxcomp_passes.cluster import Cluster
 from onnxcomp_passes.distill import Distill
 from onnxcomp_passes.fine_tune import FineTune
+from onnxcomp_passes.fit_target import FitTarget
 from onnxcomp_passes.float16 import Float16
 from onnxcomp_passes.low_rank import LowRank
 from onnxcomp_passes.pack import Pack
@@ -21,6 +22,7 @@ __all__ = [
     "Cluster",
     "Distill",
     "FineTune",
+    "FitTarget",
     "Float16",
     "LowRank",
     "Pack",

@@ -1,0 +1,67 @@
+"""Bring a quantized model to what the kernels of a target take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxcomp.lints import lint_model, mended_by
+from onnxcomp.model import Model
+from onnxcomp.packed import unpack
+from onnxcomp.passes import Changes, Context, Pass, register
+from onnxcomp.targets import host_target
+from onnxcomp_passes._refit_activations import decode_at_load, drop_ruinous, shift, widen_softmax
+from onnxcomp_passes._refit_weights import refit_biases, refit_weights
+from onnxcomp_passes._stored import lift_constants
+
+__all__ = ["FitTarget"]
+
+PER_CHANNEL_OPSET = 13
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FitTarget(Pass):
+    """Bring a model that is quantized already to what the target's kernels take.
+
+    ::
+
+        before   DQ(uint8) -> Conv(DQ(int8 weight)) -> Q(uint8)        refused by XNNPACK
+        after    DQ(int8) -> Conv(DQ(int8 weight)) -> Q(int8)          the same values
+
+    What `onnxcomp verify` finds with its lints is mended: types of activations, weights with too many bits or scales or
+    an offset, missing zero points, the scale of a Softmax, float biases, what one scale ruins; for a target without
+    QuantizeLinear and DequantizeLinear they are taken out. Types and zero points change nothing in the results, what
+    is rounded anew does.
+
+    Left alone: models in which no lint finds anything that it mends.
+    """
+
+    name: ClassVar[str] = "fit-target"
+    required: ClassVar[bool] = True
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        """See the class."""
+        changes = Changes()
+        target = context.target or host_target()
+        found = {finding.id for finding in lint_model(model, target)}
+        if not found & mended_by(self.name):
+            return changes
+        candidate = model.fork()
+        unpack(candidate)
+        if "per-channel-opset" in found:
+            candidate.raise_opset(PER_CHANNEL_OPSET)
+            changes.add("the model", f"opset {PER_CHANNEL_OPSET}")
+        lift_constants(candidate.graph)
+        drop_ruinous(candidate, changes)
+        if target.rules is None:
+            decode_at_load(candidate, changes)
+        else:
+            if found & {"uint8-int8", "activation-type"}:
+                shift(candidate, target.rules.activations, changes)
+            widen_softmax(candidate, changes, exactly="softmax-scale" in found)
+            refit_weights(candidate, target.rules, context, changes)
+            refit_biases(candidate, context, changes, round_float="float-bias" in found)
+        if changes.count:
+            model.become(candidate)
+        return changes
