@@ -10,6 +10,7 @@ from onnxcomp.commands.export import export_command
 from onnxcomp.commands.inspect import inspect_command
 from onnxcomp.commands.optimize import optimize_command
 from onnxcomp.commands.passes import passes_command
+from onnxcomp.commands.verify import verify_command
 
 __all__ = ["main"]
 
@@ -20,5 +21,13 @@ def main() -> None:
     """Make ONNX models smaller and faster, never worse, with the proof."""
 
 
-for _command in (optimize_command, inspect_command, compare_command, distill_command, export_command, passes_command):
+for _command in (
+    optimize_command,
+    inspect_command,
+    compare_command,
+    verify_command,
+    distill_command,
+    export_command,
+    passes_command,
+):
     main.add_command(_command)

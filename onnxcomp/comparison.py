@@ -12,16 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import metrics
 from onnxcomp.analysis import count_parameters, deflated_bytes, mac_counts
 from onnxcomp.data import Dataset, ImageOptions, generate, open_data
-from onnxcomp.errors import DataError, OptionError
+from onnxcomp.errors import OptionError
 from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
 from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.ledger import Figures
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
-from onnxcomp.pairs import as_tuples, common_inputs, common_outputs, model_file, source_name, static_shapes
+from onnxcomp.pairs import (
+    as_tuples,
+    chosen_metric,
+    common_inputs,
+    common_outputs,
+    model_file,
+    source_name,
+    static_shapes,
+)
 from onnxcomp.quality import Array, Quality, Reference, flatten, relative_error, to_decibels, trim
 from onnxcomp.runtime import Runtime, Timing, explain
 from onnxcomp.targets import Target, find_target, host_target
@@ -126,7 +133,7 @@ def compare(
         tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder,
         Runtime(threads=threads, session_config=config) as runtime,
     ):
-        task = _metric(metric, samples, allow_code=allow_code)
+        task = chosen_metric(metric, samples, allow_code=allow_code)
         paths = [model_file(model, Path(folder) / f"{index}.onnx") for index, model in enumerate(models)]
         names = common_outputs(runtime, paths)
         reference, losses, sqnr_db = _qualities(runtime, paths, names, samples, task, seed)
@@ -199,17 +206,6 @@ def _shortfall(comparison: Comparison, name: str, limit: float) -> str | None:
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
-
-
-def _metric(asked: str | Callable[..., Any] | Metric | None, samples: Dataset, *, allow_code: bool) -> Metric | None:
-    labels = samples.labels() if samples.has_labels else None
-    if asked is not None:
-        metric = metrics.get_metric(asked, allow_code=allow_code)
-        if labels is None:
-            message = f"metric {metric.name!r} needs labels; give data that have them under 'label'"
-            raise DataError(message)
-        return metric
-    return metrics.metric_for_labels(labels)
 
 
 def _qualities(

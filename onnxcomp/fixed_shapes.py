@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from onnxcomp.data import apply_shapes, input_specs
 from onnxcomp.model import Model
 from onnxcomp.shapes import Shape, traced_nodes
 from onnxcomp.targets import Target
 
-__all__ = ["dynamic_inputs", "fix_shapes"]
+__all__ = ["dynamic_inputs", "fix_shapes", "made_static"]
 
 
 def fix_shapes(model: Model, shapes: Mapping[str, Sequence[int]]) -> Model:
@@ -81,3 +83,34 @@ def dynamic_inputs(model: Model, target: Target) -> list[str]:
         for spec in input_specs(model.proto())
         if spec.kind == "tensor" and any(not isinstance(dim, int) for dim in spec.shape[first:])
     ]
+
+
+def made_static(
+    model: Model,
+    target: Target,
+    shapes: Mapping[str, Sequence[int]],
+    one_sample: Callable[[Model], Mapping[str, Any] | None],
+) -> Model:
+    """A model as a target wants it that takes no dynamic axes; the model itself where there is nothing to fix.
+
+    Args:
+        model: The model; it is not changed.
+        target: The target.
+        shapes: Sizes of inputs that the user gave.
+        one_sample: Gives one sample to take open sizes from, for a model that is in part fixed; None where there is
+            none. Without it a first axis is 1, and inputs with other dynamic axes stay as they are.
+    """
+    if not target.static_shapes:
+        return model
+    fixed = fix_shapes(model, shapes) if shapes else model
+    if dynamic_inputs(fixed, target):
+        sample = one_sample(fixed)
+        specs = [spec for spec in input_specs(fixed.proto()) if spec.rank]
+        sizes = (
+            {spec.name: (1, *spec.shape[1:]) for spec in specs}
+            if sample is None
+            else {name: np.shape(value) for name, value in sample.items()}
+        )
+        known = {name: shape for name, shape in sizes.items() if all(isinstance(dim, int) for dim in shape)}
+        fixed = fix_shapes(fixed, known)  # type: ignore[arg-type]  # all of them are whole numbers
+    return model if fixed.digest == model.digest else fixed

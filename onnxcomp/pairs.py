@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from onnxcomp.data import InputSpec, input_specs
-from onnxcomp.errors import ModelError
+from onnxcomp import metrics
+from onnxcomp.data import Dataset, InputSpec, input_specs
+from onnxcomp.errors import DataError, ModelError
+from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.runtime import Runtime
 
-__all__ = ["as_tuples", "common_inputs", "common_outputs", "model_file", "source_name", "static_shapes"]
+__all__ = [
+    "as_tuples",
+    "chosen_metric",
+    "common_inputs",
+    "common_outputs",
+    "model_file",
+    "source_name",
+    "static_shapes",
+]
 
 
 def common_inputs(original: Model, new: Model) -> list[InputSpec]:
@@ -73,3 +84,17 @@ def source_name(source: ModelSource) -> str:
     if isinstance(source, str | Path):
         return str(source)
     return str(source.path) if isinstance(source, Model) and source.path else "model"
+
+
+def chosen_metric(
+    asked: str | Callable[..., Any] | Metric | None, samples: Dataset, *, allow_code: bool
+) -> Metric | None:
+    """The metric that was asked for, or that the labels suggest; None without labels."""
+    labels = samples.labels() if samples.has_labels else None
+    if asked is not None:
+        metric = metrics.get_metric(asked, allow_code=allow_code)
+        if labels is None:
+            message = f"metric {metric.name!r} needs labels; give data that have them under 'label'"
+            raise DataError(message)
+        return metric
+    return metrics.metric_for_labels(labels)

@@ -16,7 +16,7 @@ import numpy as np
 from onnxcomp import metrics, resume
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
 from onnxcomp.errors import DataError, OptionError, RequirementError, RuntimeFailure
-from onnxcomp.fixed_shapes import dynamic_inputs, fix_shapes
+from onnxcomp.fixed_shapes import made_static
 from onnxcomp.judge import Budget, Judge
 from onnxcomp.ledger import Report
 from onnxcomp.lints import lint_model, mended_by
@@ -244,26 +244,14 @@ def _with_static_shapes(model: Model, data: Any, options: Options, image: ImageO
 
     What --shape leaves open is taken from the data, where these can be read twice; a batch is 1.
     """
-    if not options.target.static_shapes:
-        return model
-    fixed = fix_shapes(model, options.shapes) if options.shapes else model
-    if dynamic_inputs(fixed, options.target):
-        fixed = fix_shapes(fixed, _sample_shapes(fixed, data, options, image))
-    return model if fixed.digest == model.digest else fixed
 
+    def one_sample(fixed: Model) -> Mapping[str, Any] | None:
+        if not isinstance(data, str | Path | Mapping):
+            return None
+        with _samples(fixed, data, options, image) as samples:
+            return next(samples.feeds(1)) if len(samples.groups()) == 1 else None
 
-def _sample_shapes(model: Model, data: Any, options: Options, image: ImageOptions | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of one sample, by input; of those alone that are known wholly."""
-    if isinstance(data, str | Path | Mapping):
-        with _samples(model, data, options, image) as samples:
-            if len(samples.groups()) == 1:
-                return {name: np.shape(value) for name, value in next(samples.feeds(1)).items()}
-    known = {spec.name: (1, *spec.shape[1:]) for spec in input_specs(model.proto()) if spec.rank}
-    return {
-        name: tuple(int(dim) for dim in shape if isinstance(dim, int))
-        for name, shape in known.items()
-        if all(isinstance(dim, int) for dim in shape)
-    }
+    return made_static(model, options.target, options.shapes, one_sample)
 
 
 def _needs_fit(model: Model, target: Target) -> bool:

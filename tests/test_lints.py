@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper
 
@@ -136,7 +137,6 @@ def test_a_layer_that_stays_float_between_codes_is_told_with_its_rule(runtime, t
 
 def test_external_data_are_told_where_a_model_is_loaded_from_memory(tmp_path):
     model = mlp_model((64, 64, 64))
-    import onnx
 
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
     assert "external-data" in traps.found(Model.load(tmp_path / "m.onnx"), "web")
@@ -170,7 +170,7 @@ def test_a_file_that_was_not_made_for_arm_is_told(tmp_path):
     assert found == [{"ort-unfused"}, set()]
 
 
-def two_int8_convs():
+def two_int8_convs() -> onnx.ModelProto:
     """A residual block: what is read twice cannot be made uint8 on x86."""
     rng = np.random.default_rng(2)
     return graph_model(

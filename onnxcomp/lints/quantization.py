@@ -37,6 +37,12 @@ def _layers(subject: Subject) -> Iterator[QuantizedLayer]:
         yield from quantized_layers(subject.model.graph)
 
 
+def _own_layers(subject: Subject) -> Iterator[QuantizedLayer]:
+    """Those that the target has 8-bit kernels for; others run on the CPU provider."""
+    rules = subject.target.rules
+    return (layer for layer in _layers(subject) if rules is None or rules.supports(layer.node.op))
+
+
 def _nodes(subject: Subject, op: str) -> Iterator[gs.Node]:
     if subject.model is not None:
         yield from (node for node in subject.model.graph.nodes if node.op == op)
@@ -101,7 +107,7 @@ def softmax_range(subject: Subject) -> Seen:
 )
 def uint8_int8(subject: Subject) -> Seen:
     """Activations and weights of unlike types."""
-    for layer in _layers(subject):
+    for layer in _own_layers(subject):
         data, weight = codes_dtype(layer.data), codes_dtype(layer.weight)
         if data != weight and {data, weight} <= {"uint8", "int8"}:
             yield layer.name, f"its input is {data} and its weight {weight}"
@@ -120,7 +126,7 @@ def activation_type(subject: Subject) -> Seen:
     rules = subject.target.rules
     if rules is None:
         return
-    for layer in _layers(subject):
+    for layer in _own_layers(subject):
         dtype = codes_dtype(layer.data)
         if dtype not in {rules.activations, rules.wide}:
             wide = f" or {rules.wide}" if rules.wide else ""
@@ -137,7 +143,7 @@ def activation_type(subject: Subject) -> Seen:
 )
 def weight_zero_point(subject: Subject) -> Seen:
     """A weight whose zero point is left out."""
-    for layer in _layers(subject):
+    for layer in _own_layers(subject):
         if len(layer.weight.inputs) < 3 or not layer.weight.inputs[2].name:
             yield layer.name, "its weight's zero point is left out"
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from onnxcomp import errors
 from onnxcomp.errors import OptionError, RuntimeFailure, WorkerDied
@@ -302,19 +302,19 @@ class Runtime:
         assert isinstance(census, Census)
         return census
 
-    def convert(self, path: Path, output: Path, *, basic: bool = False) -> None:
+    def convert(self, path: Path, output: Path, *, level: Literal["all", "basic", "none"] = "all") -> None:
         """Write a model as this runtime's sessions optimize it.
 
         Args:
             path: The model file.
             output: The file to write: .ort is ONNX Runtime's own format, .onnx has its weights in a file beside it.
-            basic: Only the optimizations that come before execution providers choose their nodes.
+            level: Which optimizations: "basic" are those that come before execution providers choose their nodes.
 
         Raises:
             RuntimeFailure: ONNX Runtime refuses the model.
             WorkerDied: ONNX Runtime crashed or did not end in time.
         """
-        self._ask("convert", "converting", path, output=str(output.absolute()), basic=basic)
+        self._ask("convert", "converting", path, output=str(output.absolute()), level=level)
 
     def _ask(self, operation: str, doing: str, path: Path | None, **arguments: Any) -> Any:
         """Send one request and wait for its reply; `doing` and `path` are for the error messages."""

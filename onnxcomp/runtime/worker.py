@@ -129,10 +129,10 @@ class Worker:
         self._sessions.write(path, optimized, self._sessions.options(optimize=optimize))
         return read_census(optimized)
 
-    def convert(self, path: str, output: str, basic: bool) -> None:
+    def convert(self, path: str, output: str, level: str) -> None:
         """Write the optimized graph, in ONNX Runtime's own format or as ONNX, as the file's suffix says."""
-        options = self._sessions.options()
-        if basic:
+        options = self._sessions.options(optimize=level != "none")
+        if level == "basic":
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self._sessions.write(path, Path(output), options)
 

@@ -36,7 +36,7 @@ def coverages(runtime: Runtime, path: Path) -> tuple[Coverage, ...]:
 
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         seen = Path(folder) / "seen.onnx"
-        runtime.convert(path, seen, basic=True)
+        runtime.convert(path, seen, level="basic")
         proto = _with_shapes(onnx.load(seen, load_external_data=False))
     return (
         _coverage("NNAPI", proto, lambda: checker.check_nnapi_partitions(proto, True)),

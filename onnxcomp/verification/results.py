@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from onnxcomp.lints import Finding
+
 __all__ = ["Coverage", "Difference", "LayerResult", "NodeDifference", "Verification"]
 
 
@@ -109,7 +111,7 @@ class Verification:
         quality: How its outputs differ from the original's on all samples: {kind, drop, interval, error, ...}.
         layers: A result for each layer that was asked for, or that the target has.
         coverage: What NNAPI and CoreML have operators for.
-        findings: What the lints found: {id, severity, where, what, fix}.
+        findings: What the lints found.
         unverified: What cannot be verified off the device, in words.
         warnings: What to know before trusting a figure.
         seconds: How long all of it took.
@@ -122,7 +124,7 @@ class Verification:
     quality: dict[str, Any]
     layers: tuple[LayerResult, ...]
     coverage: tuple[Coverage, ...]
-    findings: tuple[Any, ...]
+    findings: tuple[Finding, ...]
     unverified: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0

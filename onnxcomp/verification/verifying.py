@@ -13,9 +13,19 @@ from typing import Any
 from onnxcomp.comparison import GENERATED_SAMPLES
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
 from onnxcomp.errors import OptionError
+from onnxcomp.lints import Finding, lint_file, lint_model
+from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.ort_format import is_ort
-from onnxcomp.pairs import as_tuples, common_inputs, common_outputs, model_file, source_name, static_shapes
+from onnxcomp.pairs import (
+    as_tuples,
+    chosen_metric,
+    common_inputs,
+    common_outputs,
+    model_file,
+    source_name,
+    static_shapes,
+)
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import Target, find_target, host_target
@@ -61,6 +71,7 @@ def verify(
     threads: int = 1,
     image: ImageOptions | None = None,
     allow_code: bool = False,
+    metric: str | Callable[..., Any] | Metric | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Verify that a model does on its target what it does here, and here what the original does.
@@ -78,6 +89,7 @@ def verify(
         threads: Threads that ONNX Runtime runs with on this host.
         image: How to read a folder of images.
         allow_code: Whether "module:function" may be imported and called.
+        metric: "top1", "top5", "mse", "auc", "module:function" or a function of (outputs, labels).
         progress: Called with a short line on what is going on.
 
     Returns:
@@ -109,12 +121,15 @@ def verify(
             tell("running both models")
             outputs = common_outputs(runtime, pair.paths)
             before = time.monotonic()
-            quality = _quality(runtime, pair.paths, outputs, dataset, seed)
+            task = chosen_metric(metric, dataset, allow_code=allow_code)
+            quality = _quality(runtime, pair.paths, outputs, dataset, task, seed)
             seconds = SHARE * (time.monotonic() - before)
             few = FewSamples(dataset, samples, runtime, pair.paths, outputs)
             always = Always(runtime, few, pair.paths[1], chosen, seconds, folder)
             results = list(_run_layers(asked, always, pair, install=install, progress=tell))
             covered = coverages(runtime, pair.paths[1]) if pair.new is not None else ()
+            tell("looking for traps")
+            findings = _findings(pair, chosen, runtime)
             described = {"description": dataset.description, "samples": dataset.size, "generated": data is None}
     return Verification(
         original=source_name(original),
@@ -124,7 +139,7 @@ def verify(
         quality=dataclasses.asdict(quality),
         layers=tuple(results),
         coverage=covered,
-        findings=(),
+        findings=findings,
         unverified=tuple(_unverified(chosen)),
         warnings=tuple(_warnings(data)),
         seconds=time.monotonic() - started,
@@ -183,11 +198,22 @@ def _samples(
 
 
 def _quality(
-    runtime: Runtime, paths: Sequence[Path], outputs: Sequence[list[str]], samples: Dataset, seed: int
+    runtime: Runtime,
+    paths: Sequence[Path],
+    outputs: Sequence[list[str]],
+    samples: Dataset,
+    metric: Metric | None,
+    seed: int,
 ) -> Quality:
     """What the model loses against the original on all samples."""
-    reference = Reference(samples, runtime.run(paths[0], samples.feeds(), outputs=outputs[0]), None, None, seed)
+    reference = Reference(samples, runtime.run(paths[0], samples.feeds(), outputs=outputs[0]), metric, None, seed)
     return reference.compare(runtime.run(paths[1], samples.feeds(), outputs=outputs[1]), samples)
+
+
+def _findings(pair: _Pair, target: Target, runtime: Runtime) -> tuple[Finding, ...]:
+    if pair.new is None:
+        return lint_file(pair.paths[1], target)
+    return lint_model(pair.new, target, runtime.census(pair.paths[1]))
 
 
 def _run_layers(
