@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxcomp.advice import Advice, advise
     from onnxcomp.comparison import Comparison, compare
+    from onnxcomp.deployment import Package, deploy
     from onnxcomp.errors import (
         DataError,
         ModelError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from onnxcomp.pipeline import Budget, Result, Shared, optimize
     from onnxcomp.recipe import load_recipe
     from onnxcomp.stages import Stage
+    from onnxcomp.verification import Verification, verify
 
 __all__ = [
     "Advice",
@@ -44,6 +46,7 @@ __all__ = [
     "OnnxcompError",
     "OptionError",
     "OutputError",
+    "Package",
     "Pass",
     "Report",
     "RequirementError",
@@ -51,20 +54,24 @@ __all__ = [
     "RuntimeFailure",
     "Shared",
     "Stage",
+    "Verification",
     "WorkerDied",
     "advise",
     "compare",
+    "deploy",
     "export",
     "inspect",
     "load_recipe",
     "optimize",
     "option",
     "register",
+    "verify",
 ]
 
 _HOMES = {
     "advice": ("Advice", "advise"),
     "comparison": ("Comparison", "compare"),
+    "deployment": ("Package", "deploy"),
     "exporting": ("Exported", "export"),
     "facts": ("ModelFacts", "inspect"),
     "ledger": ("Report",),
@@ -73,6 +80,7 @@ _HOMES = {
     "pipeline": ("Budget", "Result", "Shared", "optimize"),
     "recipe": ("load_recipe",),
     "stages": ("Stage",),
+    "verification": ("Verification", "verify"),
 }
 """Module -> the public names in it; what is in none of these is an error class."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from onnxcomp.commands.compare import compare_command
+from onnxcomp.commands.deploy import deploy_command
 from onnxcomp.commands.distill import distill_command
 from onnxcomp.commands.export import export_command
 from onnxcomp.commands.inspect import inspect_command
@@ -26,6 +27,7 @@ for _command in (
     inspect_command,
     compare_command,
     verify_command,
+    deploy_command,
     distill_command,
     export_command,
     passes_command,

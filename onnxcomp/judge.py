@@ -15,7 +15,7 @@ from onnxcomp.data import Dataset
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
 from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference, flatten
-from onnxcomp.runtime import Census, Runtime, Timing, explain
+from onnxcomp.runtime import Census, Feed, Runtime, Timing, explain
 from onnxcomp.targets import Target
 
 __all__ = ["Budget", "Judge", "Score"]
@@ -255,6 +255,10 @@ class Judge:
         """
         quality = self._few_reference.compare(self._run(self.path_of(model), self._few), self._few)
         return max(quality.error, quality.score_error or 0.0)
+
+    def few_feeds(self) -> list[Feed]:
+        """A few samples, as they are fed to a model."""
+        return list(self._few.feeds())
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""

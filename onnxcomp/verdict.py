@@ -17,6 +17,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass
 from onnxcomp.quality import Quality
 from onnxcomp.stages import Stage
+from onnxcomp.verification.candidate import CandidateCheck
 
 __all__ = ["Kept", "StageRunner"]
 
@@ -119,6 +120,7 @@ class StageRunner:
         self._context = context
         self._force = force or replay
         self._forced = "the decision of the earlier run" if replay else "kept by --force"
+        self._check = CandidateCheck(judge, original)
         self._share = 1.0
         """The part of the budget to choose within, less where an earlier choice did not hold."""
         self._last: tuple[Stage, bool] | None = None
@@ -288,7 +290,7 @@ class StageRunner:
             return "unchanged", _nothing(trial, stage)
         assert trial.quality is not None
         assert trial.score is not None
-        against = self._against(trial, base, stage)
+        against = self._against(trial, base, stage) or self._check.against(trial.model, trial.quality)
         if against is None:
             return "kept", _gain(trial)
         if stage.required:

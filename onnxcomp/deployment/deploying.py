@@ -1,0 +1,151 @@
+"""`deploy`: the file that a target wants, and all that an app needs to know of it, in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
+from onnxcomp.deployment.contents import MANIFEST, SAMPLES, sha256, write_files
+from onnxcomp.deployment.folders import check_folder, replaced_folder
+from onnxcomp.deployment.readme import package_readme
+from onnxcomp.errors import ModelError
+from onnxcomp.fixed_shapes import made_static
+from onnxcomp.lints import Finding, lint_model
+from onnxcomp.model import Model, ModelSource
+from onnxcomp.ort_format import is_ort
+from onnxcomp.packed import unpack
+from onnxcomp.pairs import as_tuples
+from onnxcomp.targets import Target, find_target
+
+__all__ = ["Package", "deploy"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """What `deploy` wrote.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: What the manifest says.
+        findings: What lints found in the model: traps for this target.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    findings: tuple[Finding, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the model file."""
+        return int(self.manifest["model"]["bytes"])
+
+
+def deploy(
+    source: ModelSource,
+    target: str | Target,
+    output: str | Path,
+    *,
+    data: Any = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    image: ImageOptions | None = None,
+    allow_code: bool = False,
+    seed: int = 0,
+    force: bool = False,
+) -> Package:
+    """Write what a target needs of a model, and nothing else.
+
+    Args:
+        source: The model: a path, a ModelProto or a Model. It is not changed.
+        target: What it is for.
+        output: The folder to write; it is replaced whole if it is a package already, and must not hold anything else.
+        data: Samples of which two are shipped with the outputs that are expected of them; made up without data.
+        shapes: Sizes of dynamic inputs, where the target wants static shapes; else those of the data, and a batch of 1.
+        image: How images become inputs: written into the manifest, and used to read `data`.
+        allow_code: Whether "module:function" may be imported and called.
+        seed: Of made-up inputs.
+        force: Write the package although lints found errors.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ModelError: The model cannot be read, or has what the target does not take.
+        OutputError: The folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from onnx import parser
+        >>> graph = "g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }"
+        >>> model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
+        >>> package = deploy(model, "arm64", Path(tempfile.mkdtemp()) / "app")
+        >>> sorted(path.name for path in package.folder.iterdir())
+        ['README.md', 'manifest.json', 'model.ort', 'required_operators_and_types.config', 'samples']
+    """
+    chosen = find_target(target) if isinstance(target, str) else target
+    folder = Path(output)
+    name = _name(source)
+    check_folder(folder, source)
+    model = _fitted(source, chosen, data, as_tuples(shapes), image, allow_code=allow_code)
+    findings = lint_model(model, chosen)
+    errors = list(dict.fromkeys(finding.id for finding in findings if finding.severity == "error"))
+    if errors and not force:
+        message = (
+            f"{name}: {chosen.name} does not take it as it is ({', '.join(errors)}); make it fit with `onnxcomp "
+            f"optimize --target {chosen.name}`, see `onnxcomp verify --target {chosen.name}`, or give --force"
+        )
+        raise ModelError(message)
+    with (
+        _samples(model, data, image, seed, allow_code=allow_code) as samples,
+        replaced_folder(folder) as written,
+    ):
+        manifest = write_files(model, name, chosen, samples, written, image)
+        manifest["source"] = {"file": name, "sha256": sha256(Path(source)) if isinstance(source, str | Path) else None}
+        (written / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (written / "README.md").write_text(package_readme(manifest), encoding="utf-8")
+    return Package(folder, manifest, findings)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def _name(source: ModelSource) -> str:
+    path = source if isinstance(source, str | Path) else getattr(source, "path", None)
+    return Path(path).name if path else "model.onnx"
+
+
+def _fitted(
+    source: ModelSource,
+    target: Target,
+    data: Any,
+    shapes: dict[str, tuple[int, ...]],
+    image: ImageOptions | None,
+    *,
+    allow_code: bool,
+) -> Model:
+    """The model with static shapes and dense weights, where the target wants these."""
+    if isinstance(source, str | Path) and is_ort(Path(source)):
+        message = f"{source}: it is in ONNX Runtime's own format already; give the .onnx file that it was made of"
+        raise ModelError(message)
+
+    def one_sample(fixed: Model) -> Mapping[str, Any] | None:
+        if not isinstance(data, str | Path | Mapping):
+            return None
+        specs = input_specs(fixed.proto())
+        with open_data(data, specs, shapes=shapes, image=image, allow_code=allow_code) as samples:
+            return next(samples.feeds(1)) if len(samples.groups()) == 1 else None
+
+    model = made_static(Model.load(source), target, shapes, one_sample)
+    if not target.folds_at_load:
+        model = model.fork()
+        unpack(model)
+    return model
+
+
+def _samples(model: Model, data: Any, image: ImageOptions | None, seed: int, *, allow_code: bool) -> Dataset:
+    if data is None:
+        return generate(model.proto(), count=SAMPLES, seed=seed)
+    return open_data(data, input_specs(model.proto()), image=image, allow_code=allow_code)
