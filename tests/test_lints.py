@@ -32,6 +32,7 @@ TRAPS = {
     "per-channel MatMul for QNN": (traps.matmul(), "qnn", "per-channel-matmul"),
     "Concat of unlike scales": (traps.concat(), "x86-vnni", "concat-scales"),
     "a mask in the scale": (traps.mask(), "arm64", "mask-scale"),
+    "a bias in another scale": (traps.gemm(8.0), "x86-vnni", "bias-scale"),
     "float bias": (traps.conv(bias="float"), "arm64", "float-bias"),
 }
 
@@ -88,6 +89,7 @@ def test_what_is_exact_changes_no_value():
         (traps.softmax(1 / 256), "xnnpack"),
         (traps.softmax(1 / 255), "x86-vnni"),
         (traps.matmul(), "x86-vnni"),
+        (traps.gemm(), "x86-vnni"),
         (mlp_model(), "web"),
     ],
 )

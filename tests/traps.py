@@ -89,6 +89,27 @@ def matmul() -> onnx.ModelProto:
     )
 
 
+def gemm(bias_factor: float = 1.0) -> onnx.ModelProto:
+    """A quantized Gemm, whose bias has this times the scale of the products."""
+    rng = np.random.default_rng(0)
+    return graph_model(
+        """g (float[1, 8] x) => (float[1, 4] y) {
+            q = QuantizeLinear(x, sx, z) d = DequantizeLinear(q, sx, z)
+            w = DequantizeLinear(W, sw, zw) b = DequantizeLinear(B, sb)
+            [head] c = Gemm(d, w, b)
+            cq = QuantizeLinear(c, sy, z) y = DequantizeLinear(cq, sy, z)
+        }""",
+        sx=np.asarray(0.02, np.float32),
+        z=np.asarray(128, np.uint8),
+        W=rng.integers(-127, 128, (8, 4)).astype(np.int8),
+        sw=np.asarray(0.01, np.float32),
+        zw=np.asarray(0, np.int8),
+        B=rng.integers(-5000, 5000, 4).astype(np.int32),
+        sb=np.asarray(0.02 * 0.01 * bias_factor, np.float32),
+        sy=np.asarray(0.05, np.float32),
+    )
+
+
 def softmax(step: float = 1 / 255) -> onnx.ModelProto:
     """A Softmax between uint8 codes, whose result has this scale."""
     return graph_model(

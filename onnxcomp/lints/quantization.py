@@ -28,6 +28,9 @@ REDUCED = 64
 UNLIKE = 32.0
 """From this ratio of scales on, the finer part of a Concat keeps 3 of its 8 bits."""
 
+BIAS_TOLERANCE = 0.01
+"""Relative: ONNX Runtime takes 1.1% for equal and refuses 2%, where it looks at all."""
+
 COARSEST = 1.0
 """A Softmax whose input has this step cannot tell values apart whose results differ by e."""
 
@@ -318,6 +321,25 @@ def depthwise_per_tensor(subject: Subject) -> Seen:
             shape = layer.weight.inputs[0].shape
             if shape and shape[1] == 1 and shape[0] == group:
                 yield layer.name, f"its {group} channels share one scale"
+
+
+@lint(
+    "bias-scale",
+    "error",
+    why="int8 kernels add the bias's codes to sums of products unseen: what they compute is not what the graph says",
+    fix="hold the bias in the scale of the input times that of the weight",
+    mended_by="fit-target",
+)
+def bias_scale(subject: Subject) -> Seen:
+    """An int32 bias in another scale than that of the products."""
+    for layer in _layers(subject):
+        bias = None if layer.bias is None else scale_of(layer.bias)
+        data, weight = scale_of(layer.data), scale_of(layer.weight)
+        if bias is None or data is None or weight is None or data.size != 1:
+            continue
+        wanted = data.ravel()[0] * weight.ravel()
+        if bias.size not in (1, wanted.size) or not np.allclose(bias.ravel(), wanted, rtol=BIAS_TOLERANCE, atol=0):
+            yield layer.name, f"its bias has the scale {bias.ravel()[0]:.4g}, the products have {wanted[0]:.4g}"
 
 
 @lint(

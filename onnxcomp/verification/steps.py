@@ -30,18 +30,17 @@ def expose_codes(model: Model) -> tuple[Model, list[str]]:
         model: The model; it is not changed.
 
     Returns:
-        The other model, and the names of the new outputs in the order of the graph; none where nothing is quantized.
+        The other model, and the names of these outputs in the order of the graph; none where nothing is quantized.
     """
     fork = model.fork()
     outputs = {id(tensor) for tensor in fork.graph.outputs}
     exposed = [
-        node.outputs[0]
-        for node in fork.graph.nodes
-        if node.op == "DequantizeLinear" and _quantizer(node) is not None and id(node.outputs[0]) not in outputs
+        node.outputs[0] for node in fork.graph.nodes if node.op == "DequantizeLinear" and _quantizer(node) is not None
     ]
     for tensor in exposed:
         tensor.dtype = tensor.dtype or np.float32
-        fork.graph.outputs.append(tensor)
+        if id(tensor) not in outputs:
+            fork.graph.outputs.append(tensor)
     return fork, [str(tensor.name) for tensor in exposed]
 
 

@@ -44,7 +44,7 @@ def shift(model: Model, dtype: str, changes: Changes) -> None:
         scale = scale_of(node)
         codes = codes_of(node.inputs[0]) if node.op == "DequantizeLinear" else None
         if codes is not None:
-            node.inputs[0] = gs.Constant(model.unique_name("q.0"), (codes.astype(np.int32) + by).astype(dtype))
+            node.inputs[0] = gs.Constant(model.unique_name("q.0"), np.asarray(codes.astype(np.int32) + by, dtype))
         else:
             (node.outputs[0] if node.op == "QuantizeLinear" else node.inputs[0]).dtype = np.dtype(dtype)
         assert scale is not None

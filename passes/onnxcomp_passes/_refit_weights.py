@@ -66,7 +66,7 @@ def _round_anew(model: Model, layer: QuantizedLayer, rules: QuantizationRules) -
     if rules.channel_scales(layer.node.op) and scale is not None and scale.size > 1:
         axis = output_channel_axis(layer.node, 1, values.ndim)
     codes, steps = encode(values, axis, limit=REDUCED_MAX if rules.reduce_range else INT8_MAX)
-    steps = steps.reshape(() if axis is None else -1).astype(np.float32)
+    steps = np.asarray(steps.reshape(() if axis is None else -1), np.float32)
     inputs = [gs.Constant(model.unique_name("q.0"), codes), gs.Constant(model.unique_name("s.0"), steps)]
     if len(layer.weight.inputs) > 2 or rules.zero_points or layer.node.op == "Gemm":
         inputs.append(gs.Constant(model.unique_name("z.0"), np.zeros(steps.shape, np.int8)))
@@ -112,14 +112,14 @@ def refit_biases(model: Model, context: Context, changes: Changes, *, round_floa
         data, weight = scale_of(layer.data), scale_of(layer.weight)
         if data is None or weight is None or data.size != 1:
             continue
-        steps = (data.ravel()[0] * weight).astype(np.float32)
+        steps = np.asarray(data.ravel()[0] * weight, np.float32)  # 0-d arithmetic gives scalars
         if layer.bias is not None:
-            _rescale(model, layer, steps)
+            _rescale(model, layer, steps, changes)
         elif round_float and len(layer.node.inputs) > 2 and isinstance(layer.node.inputs[2], gs.Constant):
             _round_bias(model, layer, steps, changes)
 
 
-def _rescale(model: Model, layer: QuantizedLayer, steps: Array) -> None:
+def _rescale(model: Model, layer: QuantizedLayer, steps: Array, changes: Changes) -> None:
     assert layer.bias is not None
     scale = scale_of(layer.bias)
     if codes_dtype(layer.bias) != "int32" or scale is None or codes_of(layer.bias.inputs[0]) is None:
@@ -128,6 +128,7 @@ def _rescale(model: Model, layer: QuantizedLayer, steps: Array) -> None:
         return
     values = _decoded(layer.bias)
     layer.node.inputs[2] = _bias(model, values, steps)
+    changes.add(layer.name, "its bias is held in the scale of the products")
 
 
 def _round_bias(model: Model, layer: QuantizedLayer, steps: Array, changes: Changes) -> None:
@@ -141,7 +142,7 @@ def _round_bias(model: Model, layer: QuantizedLayer, steps: Array, changes: Chan
 
 
 def _bias(model: Model, values: Array, steps: Array) -> gs.Tensor:
-    codes = np.clip(np.rint(values.astype(np.float64) / steps), -BIAS_MAX, BIAS_MAX).astype(np.int32)
+    codes = np.asarray(np.clip(np.rint(values.astype(np.float64) / steps), -BIAS_MAX, BIAS_MAX), np.int32)
     result = Variable(model.unique_name("d.0"))
     inputs = [gs.Constant(model.unique_name("q.0"), codes), gs.Constant(model.unique_name("s.0"), steps)]
     model.graph.nodes.append(Node("DequantizeLinear", "", {"axis": 0} if steps.size > 1 else {}, inputs, [result]))
