@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,11 @@ def required_operators(paths: Sequence[Path]) -> str:
     from onnxruntime.tools.ort_format_model import create_config_from_models
 
     logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(action="ignore", category=ResourceWarning),  # it leaves its files open
+    ):
         written = Path(folder) / "config"
         create_config_from_models(list(paths), written, enable_type_reduction=True)
         lines = written.read_text(encoding="utf-8").splitlines()

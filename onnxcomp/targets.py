@@ -135,13 +135,18 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("x86-vnni", "x86-64 servers and desktops with VNNI (AVX512-VNNI or AVX-VNNI)", QuantizationRules()),
-        Target("x86", "x86-64 without VNNI: 7-bit weights, no saturation", QuantizationRules(reduce_range=True)),
+        Target(
+            "x86",
+            "x86-64 without VNNI: 7-bit weights, no saturation",
+            QuantizationRules(reduce_range=True),
+            verify_layers=("cpu", "x86"),
+        ),
         Target(
             "arm64",
             "64-bit ARM: phones, Apple silicon, Graviton",
             QuantizationRules(activations="int8"),
             artifact="ort",
-            verify_layers=("cpu", "ort", "arm64"),
+            verify_layers=("cpu", "ort", "arm64", "android"),
             session_config=ARM_FUSION,
         ),
         Target(
@@ -159,8 +164,6 @@ TARGETS: dict[str, Target] = {
             QuantizationRules(
                 per_tensor=frozenset({"Gemm", "MatMul"}), operators=_NNAPI_OPERATORS, cpu=False, quantized_outputs=True
             ),
-            artifact="ort",
-            verify_layers=("cpu", "ort"),
             static_shapes=True,
         ),
         Target("coreml", "Apple's CoreML: no Q/DQ operators, weights stored small", None, static_shapes=True),

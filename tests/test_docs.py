@@ -17,9 +17,11 @@ from click.testing import CliRunner
 
 from onnxcomp import judge, passes, quality, resume, verdict
 from onnxcomp.cli import main
+from onnxcomp.lints import LINTS
 from onnxcomp.report import schema
 from onnxcomp.stages import default_stages
 from onnxcomp.targets import TARGETS
+from onnxcomp.verification import LAYERS
 from tests.markdown import DOCUMENTS, ROOT, anchors, blocks, commands, links, read, section, shell_commands, table
 
 SAMPLES = ROOT / "sample_models"
@@ -210,6 +212,24 @@ def test_every_module_of_the_layout_is_there():
         for word in line[:35].replace(",", " ").split():
             if word.endswith((".py", "/")):
                 assert (ROOT / "onnxcomp" / word).exists() or (ROOT / word).exists(), word
+
+
+# --- deploying --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_lints_is_that_of_the_code():
+    steps = {"fit-target": "`fit-target`", "shapes": "fixed shapes", "deploy": "`deploy`", "": ""}
+    rows = {row["lint"].strip("`"): row for row in table(section("docs/deploy.md", "Lints"))}
+    assert rows.keys() == LINTS.keys()
+    for name, lint in LINTS.items():
+        told = [rows[name][column] for column in ("severity", "targets", "taken out by")]
+        assert told == [lint.severity, ", ".join(sorted(lint.on)) or "all", steps[lint.mended_by]], name
+
+
+def test_the_table_of_layers_is_that_of_the_code():
+    rows = table(section("docs/deploy.md", "Layers of verification"))
+    assert [row["layer"].strip("`") for row in rows] == list(LAYERS)
+    assert all(set(target.verify_layers) <= set(LAYERS) for target in TARGETS.values())
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,13 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
+from rich.console import Console
 
 import onnxcomp
 from onnxcomp.cli import main
 from onnxcomp.errors import ModelError, OptionError, RequirementError, RuntimeFailure
 from onnxcomp.model import Model
+from onnxcomp.report.verification import print_verification
 from onnxcomp.runtime import Feed, Runtime
 from onnxcomp.verification import Verification, elsewhere, verify
 from onnxcomp.verification.always import ort_runtime
@@ -356,15 +359,9 @@ def test_what_only_follows_from_an_earlier_difference_is_not_named():
 
 
 def printed(found: Verification) -> str:
-    import io
-
-    from rich.console import Console
-
-    from onnxcomp.report.verification import print_verification
-
-    console = Console(file=io.StringIO(), width=200)
-    print_verification(found, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    written = io.StringIO()
+    print_verification(found, Console(file=written, width=200))
+    return written.getvalue()
 
 
 def test_the_command_tells_layers_lints_and_what_cannot_be_verified(pair):

@@ -10,9 +10,9 @@ import click
 from onnxcomp.commands.guard import GuardedCommand, progress_to, stdout_console
 from onnxcomp.commands.options import (
     check_code,
-    data_options,
     image_from,
     output_options,
+    sample_options,
     shape_option,
     shapes_from,
 )
@@ -24,7 +24,7 @@ __all__ = ["deploy_command"]
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--target", required=True, metavar="NAME", help="What the model is for: arm64, xnnpack, nnapi, ...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@data_options
+@sample_options
 @shape_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of made-up sample inputs.")
 @click.option("--force", is_flag=True, help="Write it although lints found errors.")

@@ -13,7 +13,16 @@ from onnxcomp.errors import OptionError
 if TYPE_CHECKING:
     from onnxcomp.data import ImageOptions
 
-__all__ = ["check_code", "data_options", "image_from", "json_option", "output_options", "shape_option", "shapes_from"]
+__all__ = [
+    "check_code",
+    "data_options",
+    "image_from",
+    "json_option",
+    "output_options",
+    "sample_options",
+    "shape_option",
+    "shapes_from",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -39,7 +48,6 @@ _DATA = (
     click.option(
         "--data", metavar="PATH", help="Samples: an .npz, a folder of .npz, .npy or images, or module:function."
     ),
-    click.option("--metric", metavar="NAME", help="top1, top5, mse, auc, or module:function(outputs, labels)."),
     click.option("--allow-code", is_flag=True, help="Let --data, --metric and recipes name module:function to run."),
     click.option(
         "--image-size", callback=parsed(_size), metavar="HxW", help="Resize images to this; else the model's."
@@ -52,6 +60,7 @@ _DATA = (
     click.option("--image-scale", type=float, metavar="X", help="Factor for pixels of 0 to 255; 1/255 unless given."),
     click.option("--image-color", type=click.Choice(["rgb", "bgr", "gray"]), help="Order of the channels; else rgb."),
 )
+_METRIC = click.option("--metric", metavar="NAME", help="top1, top5, mse, auc, or module:function(outputs, labels).")
 _SHAPE = click.option(
     "--shape",
     "shape",
@@ -66,11 +75,16 @@ _OUTPUT = (
 _JSON = click.option("--json", "json_path", metavar="PATH", help="Write all of it as JSON too; - is stdout.")
 
 
-def data_options(command: Command) -> Command:
-    """Add what says which data there are, and how to read them."""
+def sample_options(command: Command) -> Command:
+    """Add what says which samples there are, and how to read them."""
     for option in reversed(_DATA):
         command = option(command)
     return command
+
+
+def data_options(command: Command) -> Command:
+    """Add what says which samples there are, how to read them, and what they are judged by."""
+    return sample_options(_METRIC(command))
 
 
 def shape_option(command: Command) -> Command:

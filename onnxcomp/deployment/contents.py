@@ -74,7 +74,7 @@ def write_files(
         if image
         else {},
         "metadata": dict(model.metadata),
-        "runtime": {"minimum": _minimum(target), "written_with": version("onnxruntime")},
+        "runtime": {"minimum": _minimum(model, target), "written_with": version("onnxruntime")},
         "onnxcomp": version("onnxcomp"),
         "session": dict(target.session_config if target.session_config != ARM_FUSION else {}),
         "samples": shipped,
@@ -106,9 +106,10 @@ def _write_samples(runtime: Runtime, file: Path, samples: Dataset, folder: Path)
     return shipped
 
 
-def _minimum(target: Target) -> str:
-    """The oldest ONNX Runtime that is sure to read the file: older ones need not read its own format."""
-    return version("onnxruntime") if target.artifact == "ort" else target.min_runtime
+def _minimum(model: Model, target: Target) -> str:
+    """The oldest ONNX Runtime that is sure to read the file: older ones need not read its own format, or a new opset."""
+    newer = model.opset > target.max_opset or model.ir_version > target.max_ir_version
+    return version("onnxruntime") if newer or target.artifact == "ort" else target.min_runtime
 
 
 def _dtype(text: str) -> str:
