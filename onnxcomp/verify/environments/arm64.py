@@ -14,11 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from onnxcomp.errors import RequirementError
-from onnxcomp.runtime import Feed
 from onnxcomp.verify.environments import debian
-from onnxcomp.verify.environments.base import Environment, Execution
-from onnxcomp.verify.environments.foreign import ForeignPython, present_python, run_foreign
-from onnxcomp.verify.environments.installation import Installation, check_hash, run_tool
+from onnxcomp.verify.environments.emulated import QEMU_PACKAGE, EmulatedProcessor, unpack_qemu
+from onnxcomp.verify.environments.foreign import ForeignPython, present_python
+from onnxcomp.verify.environments.installation import check_hash, run_tool
 
 __all__ = ["Arm64"]
 
@@ -26,7 +25,6 @@ CPU = "cortex-a76"
 """A processor as in phones of 2019: dot products, no matrix products of int8. Others were seen to give the same."""
 
 _PYTHON = "3.13"  # Debian's own in that suite
-_QEMU = "qemu-user:amd64"
 _PACKAGES = (
     f"python{_PYTHON}-minimal:arm64",
     f"libpython{_PYTHON}-minimal:arm64",
@@ -54,89 +52,61 @@ print(json.dumps({"python": platform.python_version(), "numpy": numpy.__version_
 """
 
 
-class Arm64(Environment):
+class Arm64(EmulatedProcessor):
     """ONNX Runtime's CPU provider on 64-bit ARM.
 
-    Its kernels differ from x86's: int8 activations stay int8, and no product saturates.
+    Its kernels are not x86's: int8 activations stay int8, and no product saturates. 137 MB are fetched, 182 MB stay.
     """
 
     name = "arm64"
     description = "ONNX Runtime for 64-bit ARM on Linux; emulated by qemu where this machine is another"
 
     def __init__(self) -> None:
-        recipe = {"suite": debian.SUITE, "python": _PYTHON, "numpy": _NUMPY, "onnxruntime": version("onnxruntime")}
-        self._installation = Installation(self.name, recipe)
+        super().__init__({"python": _PYTHON, "numpy": _NUMPY, "onnxruntime": version("onnxruntime")})
 
-    def missing(self) -> str | None:
-        """Why it cannot run now; None: it can, and on a 64-bit ARM it always can."""
-        if _native():
+    def _present(self) -> ForeignPython | None:
+        native = platform.machine().lower() in {"aarch64", "arm64"}
+        return present_python("CPU, this 64-bit ARM") if native else None
+
+    def _wrong_host(self) -> str | None:
+        if sys.platform == "linux" and platform.machine() == "x86_64":
             return None
-        if sys.platform != "linux" or platform.machine() != "x86_64":
-            return f"it is emulated on Linux on x86-64 only, and this is {sys.platform} on {platform.machine()}"
-        problem = self._installation.problem()
-        if problem is None:
-            return None
+        return (
+            f"it needs a 64-bit ARM, or Linux on x86-64 to emulate one, and this is {sys.platform} on "
+            f"{platform.machine()}; use such a machine"
+        )
+
+    def _lacking_tools(self) -> str | None:
         if importlib.util.find_spec("pip") is None:
             return "there is no pip in this Python to fetch ONNX Runtime with; run `python -m ensurepip`"
-        return debian.lacking_tools() or problem
+        return debian.lacking_tools()
 
-    def install(self, progress: Callable[[str], None]) -> None:
-        """Install qemu, a Python for ARM and ONNX Runtime's wheel for it: about 120 MB to fetch, 190 MB on disk."""
-        if _native() or self._installation.problem() is None:
-            return
-        if (lacking := debian.lacking_tools()) is not None:
-            message = f"{self.name}: {lacking}"
-            raise RequirementError(message)
-        self._installation.make(lambda folder: _fill(folder, progress))
-
-    def run(
-        self,
-        model: Path,
-        feeds: Sequence[Feed],
-        *,
-        outputs: Sequence[str] | None = None,
-        plain: bool = False,
-        config: Mapping[str, str] | None = None,
-        timeout_s: float = 600.0,
-    ) -> Execution:
-        """Run a model; `plain` changes nothing, as there is only the CPU provider."""
-        if _native():
-            python = present_python("CPU, this 64-bit ARM")
-        else:
-            versions = self._installation.versions()
-            python = _emulated(self._installation.folder, versions)
-        return run_foreign(python, model, feeds, outputs=outputs, config=config, timeout_s=timeout_s)
-
-
-def _native() -> bool:
-    return platform.machine().lower() in {"aarch64", "arm64"}
-
-
-def _emulated(folder: Path, versions: Mapping[str, str]) -> ForeignPython:
-    root = folder / "root"
-    command = (str(folder / "qemu-aarch64"), "-cpu", CPU, "-L", str(root), str(root / f"usr/bin/python{_PYTHON}"))
-    # Nothing of this process's environment: a setting of its Python or its libraries would reach the other one.
-    variables = {"PYTHONPATH": str(folder / "site"), "LC_ALL": "C.UTF-8"}
-    return ForeignPython(command, variables, f"CPU, Linux arm64 ({CPU} by qemu {versions['qemu']})", versions)
-
-
-def _fill(folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        downloads = Path(name)
-        progress("arm64: fetching qemu and a Python for ARM (Debian packages, 100 MB)")
-        packages = debian.packages(downloads, [_QEMU, *_PACKAGES])
+    def _emulated(self, folder: Path, versions: Mapping[str, str]) -> ForeignPython:
         root = folder / "root"
-        root.mkdir()
-        for package in _PACKAGES:
-            debian.unpack(packages[package], root)
-        (root / "lib").symlink_to("usr/lib")  # where programs look for the loader; a package of its own has the link
-        shutil.rmtree(root / "usr/share")  # documentation
-        debian.unpack_file(packages[_QEMU], "usr/bin/qemu-aarch64", folder / "qemu-aarch64")
-        progress("arm64: fetching ONNX Runtime and numpy for ARM (40 MB)")
-        _unpack_wheels(downloads / "wheels", folder / "site")
-        qemu = debian.package_version(packages[_QEMU])
-    progress("arm64: starting it for the first time")
-    return {"qemu": qemu, **_first_start(_emulated(folder, {"qemu": qemu}))}
+        command = (str(folder / "qemu-aarch64"), "-cpu", CPU, "-L", str(root), str(root / f"usr/bin/python{_PYTHON}"))
+        # Nothing of this process's environment: a setting of its Python or its libraries would reach the other one.
+        variables = {"PYTHONPATH": str(folder / "site"), "LC_ALL": "C.UTF-8"}
+        return ForeignPython(command, variables, f"CPU, Linux arm64 ({CPU} by qemu {versions['qemu']})", versions)
+
+    def _fill(self, folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            downloads = Path(name)
+            progress("arm64: fetching qemu and a Python for ARM (Debian packages, 98 MB)")
+            packages = debian.packages(downloads / "debian", [QEMU_PACKAGE, *_PACKAGES])
+            _unpack_root([packages[package] for package in _PACKAGES], folder / "root")
+            qemu = unpack_qemu(packages[QEMU_PACKAGE], folder / "qemu-aarch64")
+            progress("arm64: fetching ONNX Runtime and numpy for ARM (39 MB)")
+            _unpack_wheels(downloads / "wheels", folder / "site")
+        progress("arm64: starting it for the first time")
+        return {"qemu": qemu, **_first_start(self._emulated(folder, {"qemu": qemu}))}
+
+
+def _unpack_root(packages: Sequence[Path], root: Path) -> None:
+    """Unpack a system's programs and libraries."""
+    for package in packages:
+        debian.unpack(package, root)
+    (root / "lib").symlink_to("usr/lib")  # where programs look for the loader; a package of its own has the link
+    shutil.rmtree(root / "usr/share")  # documentation
 
 
 def _unpack_wheels(downloads: Path, site: Path) -> None:

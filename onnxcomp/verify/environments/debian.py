@@ -52,7 +52,7 @@ def packages(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     SHA-256 in there. The versions are not pinned, because each point release of Debian replaces them.
 
     Args:
-        folder: Where apt may write; the files stay there.
+        folder: A new folder, where apt may write; the files stay there.
         names: Packages with their architectures, such as ``libc6:arm64``.
 
     Returns:
@@ -61,6 +61,7 @@ def packages(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     Raises:
         RequirementError: A package cannot be had, or is not signed by Debian.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     architectures = sorted({name.partition(":")[2] for name in names})
     settings = _settings(folder, architectures)
     source = f"deb [arch={','.join(architectures)} signed-by={_KEYRING}] {_source()} {SUITE} main\n"
@@ -82,6 +83,7 @@ def _source() -> str:
 
 
 def _settings(folder: Path, architectures: Sequence[str]) -> Path:
+    """Write apt's settings that keep it out of the system; the rest of the system's own (a proxy, say) hold."""
     for name in ("state/lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)
     (folder / "status").touch()
@@ -145,6 +147,7 @@ def unpack_file(package: Path, member: str, target: Path) -> None:
             source = None
         process.kill()  # what comes after the file is not wanted
     if source is None:
+        target.unlink(missing_ok=True)
         message = f"{package.name}: there is no {member} in it, or it is broken; try again"
         raise RequirementError(message)
     target.chmod(0o755)
