@@ -6,6 +6,8 @@ On ARM and on an x86-64 with VNNI no int8 product saturates, so that int8 kernel
 from __future__ import annotations
 
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.targets import host_target
 from onnxcomp.verify.environments.arm64 import Arm64
+from onnxcomp.verify.environments.foreign import run_foreign
 from onnxcomp.verify.environments.installation import run_tool
 from tests.emulation import (
     ARM_FUSION,
@@ -118,6 +121,15 @@ def test_what_onnx_runtime_refuses_there_is_told_in_one_line(environment, mobile
 def test_it_is_stopped_when_the_time_is_over(environment, mobilenet):
     with pytest.raises(WorkerDied, match=r"longer than the limit of 0\.3 s; run fewer samples"):
         environment.run(mobilenet, sample_feeds(4), timeout_s=0.3)
+
+
+def test_a_crash_there_is_told_and_leaves_nothing(environment, mobilenet, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    python = environment._emulated(environment._installation.folder, environment._installation.versions())
+    crashing = replace(python, command=(*python.command, "-c", "import ctypes; ctypes.string_at(0)"))
+    with pytest.raises(WorkerDied, match=r"died \(SIGSEGV after .* it last printed: qemu: uncaught target signal 11"):
+        run_foreign(crashing, mobilenet, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_library_is_told_and_installed_again(environment):

@@ -59,6 +59,12 @@ def test_gives_the_outputs_of_every_feed_and_the_nodes_that_ran(model, temporary
     assert list(temporary.iterdir()) == []
 
 
+def test_without_feeds_the_model_is_only_loaded(model):
+    execution = run_foreign(HERE, model, [])
+    assert execution.outputs == []
+    assert execution.nodes == {}
+
+
 def test_gives_only_the_outputs_that_are_asked_for(tmp_path):
     path = tmp_path / "two.onnx"
     onnx.save(graph_model("g (float[2] x) => (float[2] y, float[2] z) { y = Neg(x) z = Abs(x) }"), path)

@@ -83,6 +83,7 @@ def test_an_interruption_leaves_nothing(cache):
         (lambda folder: (folder / "installed.json").unlink(), "not a whole installation; install it again"),
         (lambda folder: (folder / "installed.json").write_text('{"recipe'), "not a whole installation"),
         (lambda folder: (folder / "installed.json").write_text("[]"), "not a whole installation"),
+        (lambda folder: (folder / "installed.json").write_text('{"recipe": [1]}'), "not a whole installation"),
         (file_instead, "not a whole installation"),
     ],
 )

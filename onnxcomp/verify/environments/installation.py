@@ -45,16 +45,13 @@ class Installation:
             return f"not installed yet; install it into {self.folder}"
         try:
             manifest = self._manifest()
-            recipe, files = manifest["recipe"], manifest["files"].items()
-            versions_known = isinstance(manifest["versions"], dict)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            versions_known = False
-        if not versions_known:
+            recipe, files, _ = (dict(manifest[part]) for part in ("recipe", "files", "versions"))
+        except (OSError, ValueError, KeyError, TypeError):
             return f"{self.folder} is not a whole installation; install it again"
         for part, wanted in self._recipe.items():
             if recipe.get(part) != wanted:
                 return f"installed for {part} {recipe.get(part)}, and {wanted} is wanted; install it again"
-        for name, size in files:
+        for name, size in files.items():
             found = _size(self.folder / name)
             if found != size:
                 came = "is missing" if found is None else f"has {found:,} bytes"
