@@ -149,8 +149,15 @@ def test_a_program_that_is_not_there_is_told(model):
         run_foreign(ForeignPython(("/no-such-qemu",), {}, TITLE), model, [])
 
 
-def test_the_other_python_gets_its_own_environment_and_one_thread(model):
+def test_onnx_runtime_writes_no_telemetry_into_the_user_s_cache(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run_foreign(present_python(TITLE), model, [])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_other_python_gets_its_own_environment_one_thread_and_no_telemetry(model):
     code = "import os, sys; sys.exit(' '.join(f'{k}={v}' for k, v in sorted(os.environ.items()) if k != 'LC_CTYPE'))"
     python = ForeignPython((sys.executable, "-c", code), {"MINE": "1"}, TITLE)
-    with pytest.raises(WorkerDied, match=r"it last printed: MINE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1\)"):
+    settings = "MINE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 ORT_DISABLE_TELEMETRY=1"
+    with pytest.raises(WorkerDied, match=rf"it last printed: {settings}\)"):
         run_foreign(python, model, [])

@@ -139,7 +139,7 @@ def _wheel(downloads: Path, package: str, wanted: str) -> Path:
 
 def _first_start(python: ForeignPython) -> dict[str, str]:
     """The versions as they tell themselves; so the installation is known to run before it takes its place."""
-    printed = run_tool([*python.command, "-c", _ASK_VERSIONS], variables=python.variables)
+    printed = run_tool([*python.command, "-c", _ASK_VERSIONS], variables=python.environment)
     versions: dict[str, str] = json.loads(printed.splitlines()[-1])
     if versions.pop("machine") != "aarch64":
         message = "arm64: the Python that was installed does not run as 64-bit ARM; report this"

@@ -28,6 +28,11 @@ _SCRIPTS = ("run_model.py", "tensor_files.py")
 _LAST_WORDS_BYTES = 2000
 _LAST_WORDS_SHOWN = 300  # characters
 _THREADS = 1  # so that sums are made in one order
+_SETTINGS = {
+    "OMP_NUM_THREADS": str(_THREADS),
+    "OPENBLAS_NUM_THREADS": str(_THREADS),
+    "ORT_DISABLE_TELEMETRY": "1",  # it would write into the user's cache folder, also from an emulated system
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class ForeignPython:
 
     Attributes:
         command: What starts it, such as ``(qemu, "-L", root, python)``.
-        variables: All its environment variables.
+        variables: Its environment variables, beside those that `environment` adds.
         title: Where it runs, such as "Linux arm64, emulated".
         versions: Name -> version of its parts, for the report.
     """
@@ -45,6 +50,11 @@ class ForeignPython:
     variables: Mapping[str, str]
     title: str
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """All environment variables that it gets."""
+        return {**self.variables, **_SETTINGS}
 
 
 def present_python(title: str) -> ForeignPython:
@@ -138,7 +148,7 @@ def _call(
         try:
             code = subprocess.run(
                 command,
-                env={**python.variables, "OMP_NUM_THREADS": str(_THREADS), "OPENBLAS_NUM_THREADS": str(_THREADS)},
+                env=python.environment,
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,

@@ -58,7 +58,7 @@ class X86(EmulatedProcessor):
             qemu = unpack_qemu(package, folder / "qemu-x86_64")
         progress("x86: starting it for the first time")
         python = self._emulated(folder, {"qemu": qemu})
-        run_tool([*python.command, "-c", "import numpy, onnxruntime"], variables=python.variables)
+        run_tool([*python.command, "-c", "import numpy, onnxruntime"], variables=python.environment)
         return {"qemu": qemu}
 
 
