@@ -1,0 +1,68 @@
+"""The layer `x86`: an x86-64 without VNNI, whose sums of products of uint8 and int8 saturate."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from onnxcomp.targets import cpu_features
+from onnxcomp.verify.environments import debian
+from onnxcomp.verify.environments.emulated import QEMU_PACKAGE, EmulatedProcessor, unpack_qemu
+from onnxcomp.verify.environments.foreign import ForeignPython, present_python
+from onnxcomp.verify.environments.installation import run_tool
+
+__all__ = ["X86"]
+
+CPU = "Haswell-v4"
+"""AVX2 and no more, as in most processors up to 2018; v4 leaves out what qemu cannot emulate."""
+
+_VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+
+
+class X86(EmulatedProcessor):
+    """ONNX Runtime's CPU provider on an x86-64 with AVX2 and without VNNI.
+
+    Its kernels add two products of uint8 and int8 in 16 bits, which is too narrow for weights that use all 8 bits. A
+    machine with VNNI never shows it. 80 MB are fetched, 14 MB stay.
+    """
+
+    name = "x86"
+    description = "an x86-64 without VNNI, where uint8 x int8 saturates; emulated by qemu where this machine has VNNI"
+
+    def __init__(self) -> None:
+        super().__init__({"processor": CPU})
+
+    def _present(self) -> ForeignPython | None:
+        features = cpu_features()
+        without = _wrong_host() is None and bool(features) and _VNNI.isdisjoint(features)
+        return present_python("CPU, this x86-64 without VNNI") if without else None
+
+    def _wrong_host(self) -> str | None:
+        return _wrong_host()
+
+    def _emulated(self, folder: Path, versions: Mapping[str, str]) -> ForeignPython:
+        """This very Python with its ONNX Runtime, on another processor."""
+        python = present_python(f"CPU, x86-64 without VNNI ({CPU} by qemu {versions['qemu']})")
+        # What a library was told about this machine's processor is wrong there, and would crash it.
+        variables = {name: value for name, value in python.variables.items() if name != "OPENBLAS_CORETYPE"}
+        command = (str(folder / "qemu-x86_64"), "-cpu", CPU, *python.command)
+        return ForeignPython(command, variables, python.title, {**python.versions, **versions})
+
+    def _fill(self, folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
+        with tempfile.TemporaryDirectory(dir=folder) as downloads:
+            progress("x86: fetching qemu (a Debian package, 80 MB)")
+            package = debian.packages(Path(downloads), [QEMU_PACKAGE])[QEMU_PACKAGE]
+            qemu = unpack_qemu(package, folder / "qemu-x86_64")
+        progress("x86: starting it for the first time")
+        python = self._emulated(folder, {"qemu": qemu})
+        run_tool([*python.command, "-c", "import numpy, onnxruntime"], variables=python.environment)
+        return {"qemu": qemu}
+
+
+def _wrong_host() -> str | None:
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        return None
+    return f"it needs Linux on x86-64, and this is {sys.platform} on {platform.machine()}; use such a machine"

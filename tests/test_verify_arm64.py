@@ -1,0 +1,210 @@
+"""The layer `arm64`: where it runs, what it installs, and how it calls the emulator."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import platform
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnxcomp.errors import RequirementError
+from onnxcomp.verify.environments import arm64, debian, emulated
+from onnxcomp.verify.environments.arm64 import Arm64
+from onnxcomp.verify.environments.base import Execution
+from onnxcomp.verify.environments.foreign import ForeignPython
+
+VERSIONS = {"python": "3.13.5", "numpy": "2.4.6", "onnxruntime": "1.32.0", "machine": "aarch64"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The folder that environments are installed into, on Linux on x86-64."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(debian, "lacking_tools", lambda: None)
+    return tmp_path / "onnxcomp" / "environments"
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Debian's and Python's packages without a network; what was asked of them, and what the first start prints."""
+    asked: dict[str, Any] = {"packages": [], "wheels": [], "starts": [], "versions": dict(VERSIONS)}
+
+    def packages(folder, names):
+        asked["packages"] += names
+        return {name: folder / name for name in names}
+
+    def unpack(package, root):
+        for name in ("usr/lib/libc.so.6", "usr/share/doc/copyright", "usr/bin/python3.13"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(package.name)
+
+    def run_tool(command, **_):
+        if "download" not in command:
+            asked["starts"].append(command)
+            return f"some noise\n{json.dumps(asked['versions'])}\n"
+        asked["wheels"].append(command[-1])
+        package, _, wanted = command[-1].partition("==")
+        if wanted == "9.9.9":
+            message = "pip download failed with exit code 1: ERROR: No matching distribution found"
+            raise RequirementError(message)
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / f"{package}-{wanted}-cp313.whl", "w") as archive:
+            archive.writestr(zipfile.ZipInfo(f"{package}/__init__.py"), wanted)
+        return ""
+
+    monkeypatch.setattr(debian, "packages", packages)
+    monkeypatch.setattr(debian, "unpack", unpack)
+    monkeypatch.setattr(debian, "unpack_file", lambda package, member, target: target.write_text(member))
+    monkeypatch.setattr(debian, "package_version", lambda package: "10.0.13")
+    monkeypatch.setattr(arm64, "run_tool", run_tool)
+    monkeypatch.setattr(arm64, "_HASHES", {})
+    return asked
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The Pythons that are asked to run a model, and how."""
+    called: list[tuple[ForeignPython, dict[str, Any]]] = []
+
+    def run_foreign(python, model, feeds, **more):
+        called.append((python, more))
+        return Execution([], {}, "", {})
+
+    monkeypatch.setattr(emulated, "run_foreign", run_foreign)
+    return called
+
+
+def test_is_installed_whole_with_the_installed_version_of_onnx_runtime(cache, registries):
+    environment = Arm64()
+    assert environment.missing() == f"not installed yet; install it into {cache / 'arm64'}"
+    said: list[str] = []
+    environment.install(said.append)
+    assert environment.missing() is None
+    assert all(line.startswith("arm64: ") for line in said)
+    assert registries["wheels"] == [f"onnxruntime=={version('onnxruntime')}", "numpy==2.4.6"]
+    names = sorted(str(path.relative_to(cache / "arm64")) for path in (cache / "arm64").rglob("*") if path.is_file())
+    assert names == [
+        "installed.json",
+        "qemu-aarch64",
+        "root/usr/bin/python3.13",
+        "root/usr/lib/libc.so.6",
+        "site/numpy/__init__.py",
+        "site/onnxruntime/__init__.py",
+    ]
+    assert (cache / "arm64/root/lib/libc.so.6").exists()
+
+
+def test_a_second_installation_fetches_nothing(registries):
+    Arm64().install(lambda _: None)
+    registries["packages"].clear()
+    Arm64().install(lambda line: pytest.fail(line))
+    assert registries["packages"] == []
+
+
+def test_another_version_of_onnx_runtime_makes_it_anew(registries, monkeypatch):
+    Arm64().install(lambda _: None)
+    monkeypatch.setattr(arm64, "version", lambda package: "1.31.0")
+    assert Arm64().missing() == (f"installed for onnxruntime {arm64._TESTED}, and 1.31.0 is wanted; install it again")
+    Arm64().install(lambda _: None)
+    assert Arm64().missing() is None
+
+
+def test_the_tested_version_is_taken_where_the_installed_one_has_no_wheel_for_arm(registries, monkeypatch):
+    monkeypatch.setattr(arm64, "version", lambda package: "9.9.9")
+    Arm64().install(lambda _: None)
+    assert registries["wheels"] == ["onnxruntime==9.9.9", f"onnxruntime=={arm64._TESTED}", "numpy==2.4.6"]
+    assert Arm64().missing() is None
+
+
+@pytest.mark.parametrize("package", ["numpy-2.4.6", f"onnxruntime-{arm64._TESTED}"])
+def test_a_wheel_with_another_hash_is_refused_and_nothing_is_installed(cache, registries, monkeypatch, package):
+    monkeypatch.setattr(arm64, "_HASHES", {package: hashlib.sha256(b"another").hexdigest()})
+    with pytest.raises(RequirementError, match=f"{package}-cp313.whl: its SHA-256 is "):
+        Arm64().install(lambda _: None)
+    assert list(cache.iterdir()) == []
+
+
+def test_the_tested_wheels_are_pinned():
+    assert set(arm64._HASHES) == {f"numpy-{arm64._NUMPY}", f"onnxruntime-{arm64._TESTED}"}
+    assert all(len(bytes.fromhex(digest)) == hashlib.sha256().digest_size for digest in arm64._HASHES.values())
+
+
+def test_what_does_not_run_as_arm_does_not_take_its_place(cache, registries):
+    registries["versions"]["machine"] = "x86_64"
+    with pytest.raises(RequirementError, match="does not run as 64-bit ARM"):
+        Arm64().install(lambda _: None)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_broken_installation_is_told_and_made_anew(cache, registries):
+    Arm64().install(lambda _: None)
+    (cache / "arm64/qemu-aarch64").write_text("cut")
+    assert "qemu-aarch64 has 3 bytes, expected 20 bytes; install it again" in (Arm64().missing() or "")
+    Arm64().install(lambda _: None)
+    assert Arm64().missing() is None
+
+
+def test_the_emulator_runs_a_phone_s_processor_in_the_installed_tree(cache, registries, calls, monkeypatch, tmp_path):
+    Arm64().install(lambda _: None)
+    monkeypatch.setenv("PYTHONHOME", "/wrong")
+    Arm64().run(tmp_path / "m.onnx", [], outputs=["y"], config={"a": "1"}, timeout_s=5)
+    [(python, more)] = calls
+    folder = cache / "arm64"
+    assert python.command == (
+        f"{folder}/qemu-aarch64", "-cpu", "cortex-a76", "-L", f"{folder}/root", f"{folder}/root/usr/bin/python3.13",
+    )  # fmt: skip
+    assert python.variables == {"PYTHONPATH": f"{folder}/site", "LC_ALL": "C.UTF-8"}
+    assert python.versions == {"qemu": "10.0.13", "python": "3.13.5", "numpy": "2.4.6", "onnxruntime": "1.32.0"}
+    assert more == {"outputs": ["y"], "config": {"a": "1"}, "timeout_s": 5}
+
+
+def test_the_first_start_is_of_the_same_processor(registries):
+    Arm64().install(lambda _: None)
+    [command] = registries["starts"]
+    assert command[1:4] == ["-cpu", "cortex-a76", "-L"]
+
+
+def test_a_64_bit_arm_needs_nothing_and_runs_itself(cache, calls, monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert Arm64().missing() is None
+    Arm64().install(lambda line: pytest.fail(line))
+    Arm64().run(tmp_path / "m.onnx", [])
+    assert calls[0][0].command == (sys.executable,)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(("system", "machine"), [("win32", "AMD64"), ("darwin", "x86_64"), ("linux", "riscv64")])
+def test_a_host_that_cannot_emulate_is_told(monkeypatch, system, machine):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    reason = Arm64().missing() or ""
+    assert f"this is {system} on {machine}" in reason
+    with pytest.raises(RequirementError, match=f"arm64: .*this is {system} on {machine}"):
+        Arm64().install(lambda line: pytest.fail(line))
+
+
+def test_what_lacks_for_an_installation_is_told_before_one(monkeypatch):
+    monkeypatch.setattr(debian, "lacking_tools", lambda: "there is no apt-get")
+    assert Arm64().missing() == "there is no apt-get"
+    with pytest.raises(RequirementError, match="arm64: there is no apt-get"):
+        Arm64().install(lambda line: pytest.fail(line))
+
+
+def test_a_python_without_pip_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "there is no pip in this Python" in (Arm64().missing() or "")
+
+
+def test_it_does_not_run_before_it_is_installed(tmp_path):
+    with pytest.raises(RequirementError, match="arm64: not installed yet"):
+        Arm64().run(tmp_path / "m.onnx", [])
