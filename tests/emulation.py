@@ -11,8 +11,8 @@ import numpy as np
 import onnxcomp
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import find_target
-from onnxcomp.verify.environments.base import Execution
-from onnxcomp.verify.environments.foreign import present_python, run_foreign
+from onnxcomp.verification.environments.base import Execution
+from onnxcomp.verification.environments.foreign import present_python, run_foreign
 from onnxcomp_passes.quantize import Quantize
 from onnxcomp_passes.simplify import Simplify
 from tests.markdown import ROOT

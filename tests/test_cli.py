@@ -74,7 +74,8 @@ def commands() -> list[tuple[str, click.Command]]:
 
 
 def test_has_the_commands_that_the_docs_name():
-    assert sorted(main.commands) == ["compare", "distill", "export", "inspect", "optimize", "passes"]
+    names = ["compare", "deploy", "distill", "export", "inspect", "optimize", "passes", "verify"]
+    assert sorted(main.commands) == names
 
 
 @pytest.mark.parametrize(("name", "command"), commands())

@@ -27,7 +27,7 @@ from onnxcomp.verification.always import ort_runtime
 from onnxcomp.verification.coverage import coverages
 from onnxcomp.verification.differences import allowed_error, difference
 from onnxcomp.verification.environments import Environment, Execution
-from onnxcomp.verification.results import Difference
+from onnxcomp.verification.results import Difference, LayerResult
 from onnxcomp.verification.steps import expose_codes, parting_nodes
 from tests import traps
 from tests.models import graph_model, mlp_model, random_weights
@@ -244,7 +244,7 @@ def fake(monkeypatch):
     return put
 
 
-def elsewhere_on(pair, data, **options):
+def elsewhere_on(pair: Any, data: Any, **options: Any) -> tuple[Verification, LayerResult]:
     found = verify(*pair, data=data, target="xnnpack", layers=["android"], **options)
     return found, found.layers[0]
 
@@ -253,6 +253,7 @@ def test_a_layer_that_gives_the_same_bits_ran(fake, pair, data):
     fake()
     found, layer = elsewhere_on(pair, data)
     assert (layer.status, layer.reason, layer.runtime) == ("ran", "", "a fake runtime")
+    assert layer.versus_cpu is not None
     assert layer.versus_cpu.equal
     assert layer.differing == ()
     assert found.passed

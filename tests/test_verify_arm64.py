@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from onnxcomp.errors import RequirementError
-from onnxcomp.verify.environments import arm64, debian, emulated
-from onnxcomp.verify.environments.arm64 import Arm64
-from onnxcomp.verify.environments.base import Execution
-from onnxcomp.verify.environments.foreign import ForeignPython
+from onnxcomp.verification.environments import arm64, debian, emulated
+from onnxcomp.verification.environments.arm64 import Arm64
+from onnxcomp.verification.environments.base import Execution
+from onnxcomp.verification.environments.foreign import ForeignPython
 
 VERSIONS = {"python": "3.13.5", "numpy": "2.4.6", "onnxruntime": "1.32.0", "machine": "aarch64"}
 

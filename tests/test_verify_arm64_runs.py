@@ -15,9 +15,9 @@ import pytest
 
 from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.targets import host_target
-from onnxcomp.verify.environments.arm64 import Arm64
-from onnxcomp.verify.environments.foreign import run_foreign
-from onnxcomp.verify.environments.installation import run_tool
+from onnxcomp.verification.environments.arm64 import Arm64
+from onnxcomp.verification.environments.foreign import run_foreign
+from onnxcomp.verification.environments.installation import run_tool
 from tests.emulation import (
     ARM_FUSION,
     SAMPLE_MODELS,

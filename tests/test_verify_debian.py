@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onnxcomp.errors import RequirementError
-from onnxcomp.verify.environments import debian
+from onnxcomp.verification.environments import debian
 
 URIS = """\
 'https://third.example/tools/dists/bookworm/main/binary-amd64/Packages.gz' third_Packages 0

@@ -14,7 +14,7 @@ import pytest
 
 from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.runtime import Feed
-from onnxcomp.verify.environments.foreign import ForeignPython, Plugin, present_python, run_foreign
+from onnxcomp.verification.environments.foreign import ForeignPython, Plugin, present_python, run_foreign
 from tests.models import Array, graph_model, mlp_model, random_inputs, run
 
 TITLE = "the other Python"

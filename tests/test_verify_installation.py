@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onnxcomp.errors import RequirementError
-from onnxcomp.verify.environments.installation import Installation, check_hash, run_tool
+from onnxcomp.verification.environments.installation import Installation, check_hash, run_tool
 
 RECIPE = {"suite": "one"}
 
@@ -172,6 +172,6 @@ def test_a_tool_that_is_not_there_is_told():
 
 
 def test_a_tool_that_takes_too_long_is_stopped(monkeypatch):
-    monkeypatch.setattr("onnxcomp.verify.environments.installation._TOOL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("onnxcomp.verification.environments.installation._TOOL_TIMEOUT_S", 0.1)
     with pytest.raises(RequirementError, match=r"sleep was stopped: it took longer than 0\.1 s"):
         run_tool(["sleep", "60"])

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from onnxcomp.errors import RequirementError
-from onnxcomp.verify.environments import debian, emulated, x86
-from onnxcomp.verify.environments.base import Execution
-from onnxcomp.verify.environments.foreign import ForeignPython
-from onnxcomp.verify.environments.x86 import X86
+from onnxcomp.verification.environments import debian, emulated, x86
+from onnxcomp.verification.environments.base import Execution
+from onnxcomp.verification.environments.foreign import ForeignPython
+from onnxcomp.verification.environments.x86 import X86
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 
 from onnxcomp.errors import RuntimeFailure
 from onnxcomp.targets import host_target
-from onnxcomp.verify.environments.x86 import X86
+from onnxcomp.verification.environments.x86 import X86
 from tests.emulation import (
     ARM_FUSION,
     SAMPLE_MODELS,

@@ -107,7 +107,7 @@ def _write_samples(runtime: Runtime, file: Path, samples: Dataset, folder: Path)
 
 
 def _minimum(model: Model, target: Target) -> str:
-    """The oldest ONNX Runtime that is sure to read the file: older ones need not read its own format, or a new opset."""
+    """The oldest ONNX Runtime that is sure to read the file: older ones need not know its format or its opset."""
     newer = model.opset > target.max_opset or model.ir_version > target.max_ir_version
     return version("onnxruntime") if newer or target.artifact == "ort" else target.min_runtime
 

@@ -20,6 +20,12 @@ _LAST_WORDS_SHOWN = 300  # characters
 _EXIT_WAIT_S = 5.0  # a worker that has closed its connection ends well within this
 
 
+def _environment() -> dict[str, str]:
+    """The worker's: the same modules, and no telemetry, which some builds of ONNX Runtime write at import."""
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    return {**os.environ, "PYTHONPATH": path, "ORT_DISABLE_TELEMETRY": "1"}
+
+
 class SilentWorker(Exception):  # noqa: N818 - never leaves this package
     """The worker closed its connection, or said nothing for too long."""
 
@@ -44,7 +50,7 @@ class WorkerProcess:
             self.process = subprocess.Popen(
                 # -P: a file in the working directory must not pass for a module.
                 [sys.executable, "-P", "-m", "onnxcomp.runtime.worker", *arguments],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path)},
+                env=_environment(),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self.stderr,

@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from onnxcomp.errors import RequirementError
-from onnxcomp.verify.environments import debian
-from onnxcomp.verify.environments.emulated import QEMU_PACKAGE, EmulatedProcessor, unpack_qemu
-from onnxcomp.verify.environments.foreign import ForeignPython, present_python
-from onnxcomp.verify.environments.installation import check_hash, run_tool
+from onnxcomp.verification.environments import debian
+from onnxcomp.verification.environments.emulated import QEMU_PACKAGE, EmulatedProcessor, unpack_qemu
+from onnxcomp.verification.environments.foreign import ForeignPython, present_python
+from onnxcomp.verification.environments.installation import check_hash, run_tool
 
 __all__ = ["Arm64"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from onnxcomp.errors import RequirementError
 from onnxcomp.runtime import Feed
-from onnxcomp.verify.environments import debian
-from onnxcomp.verify.environments.base import Environment, Execution
-from onnxcomp.verify.environments.foreign import ForeignPython, run_foreign
-from onnxcomp.verify.environments.installation import Installation
+from onnxcomp.verification.environments import debian
+from onnxcomp.verification.environments.base import Environment, Execution
+from onnxcomp.verification.environments.foreign import ForeignPython, run_foreign
+from onnxcomp.verification.environments.installation import Installation
 
 __all__ = ["QEMU_PACKAGE", "EmulatedProcessor", "unpack_qemu"]
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.runtime import Feed
-from onnxcomp.verify.environments.base import Execution, executed_nodes
-from onnxcomp.verify.environments.tensor_files import read_tensors, write_tensors
+from onnxcomp.verification.environments.base import Execution, executed_nodes
+from onnxcomp.verification.environments.tensor_files import read_tensors, write_tensors
 
 __all__ = ["ForeignPython", "Plugin", "present_python", "run_foreign"]
 

@@ -26,7 +26,7 @@ from typing import Any
 try:
     from tensor_files import read_tensors, write_tensors  # type: ignore[import-not-found,unused-ignore] # the copy
 except ImportError:
-    from onnxcomp.verify.environments.tensor_files import read_tensors, write_tensors
+    from onnxcomp.verification.environments.tensor_files import read_tensors, write_tensors
 
 __all__ = ["run_request"]
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from onnxcomp.targets import cpu_features
-from onnxcomp.verify.environments import debian
-from onnxcomp.verify.environments.emulated import QEMU_PACKAGE, EmulatedProcessor, unpack_qemu
-from onnxcomp.verify.environments.foreign import ForeignPython, present_python
-from onnxcomp.verify.environments.installation import run_tool
+from onnxcomp.verification.environments import debian
+from onnxcomp.verification.environments.emulated import QEMU_PACKAGE, EmulatedProcessor, unpack_qemu
+from onnxcomp.verification.environments.foreign import ForeignPython, present_python
+from onnxcomp.verification.environments.installation import run_tool
 
 __all__ = ["X86"]
 
