@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
+import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +23,7 @@ __all__ = ["Android"]
 _OLDEST_GLIBC = (2, 34)  # with stat and the functions of threads in the one library
 _REFUSED = 3  # runner.c
 _SHOWN_CHARACTERS = 500
+_NOISE = r"Load model from .*? failed:\s*|\S+\.(?:cc|h):\d+ [^()]*\([^()]*\)(?: const)? "
 
 
 class Android(Environment):
@@ -97,22 +98,12 @@ class Android(Environment):
             raise RequirementError(message)
         with tempfile.TemporaryDirectory(prefix="onnxcomp-android-") as temporary:
             work = Path(temporary)
-            with _refusing(model):
-                write_tensors(work / "feeds", feeds)
-            options = _options(None if plain else "XNNPACK", outputs, config or {})
-            files = [
-                self.folder / installing.LIBRARY,
-                model.absolute(),
-                work / "feeds",
-                work / "answer",
-                work / "profile",
-            ]
-            version = _call([str(self.folder / installing.RUNNER), *options, *map(str, files)], model, work, timeout_s)
+            _write_feeds(work / "feeds", feeds, model)
+            command = _command(self.folder, model, work, "" if plain else "XNNPACK", outputs or (), config or {})
+            version = _call(command, model, work, timeout_s)
             profiles = list(work.glob("profile*.json"))
-            with _refusing(model):
-                answers = read_tensors(work / "answer")
             return Execution(
-                outputs=answers,
+                outputs=read_tensors(work / "answer"),
                 nodes=executed_nodes(profiles[0]) if feeds else {},
                 runtime=f"ONNX Runtime {version}, Android, x86-64",
                 versions={"onnxruntime": version, installing.PACKAGE: installing.PACKAGE_VERSION},
@@ -132,24 +123,25 @@ def _unfit() -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _refusing(model: Path) -> Iterator[None]:
-    """A tensor that the file of tensors cannot hold is a refusal."""
+def _write_feeds(path: Path, feeds: Sequence[Feed], model: Path) -> None:
     try:
-        yield
+        write_tensors(path, feeds)
     except ValueError as error:
         message = f"{model}: {error}"
         raise RuntimeFailure(message) from error
 
 
-def _options(provider: str | None, outputs: Sequence[str] | None, config: Mapping[str, str]) -> list[str]:
-    """The options of the runner's command line."""
+def _command(
+    folder: Path, model: Path, work: Path, provider: str, outputs: Sequence[str], config: Mapping[str, str]
+) -> list[str]:
+    """The runner's command line."""
     options = ["-p", provider] if provider else []
     for key, value in config.items():
         options += ["-c", f"{key}={value}"]
-    for output in outputs or ():
+    for output in outputs:
         options += ["-o", output]
-    return [*options, "--"]
+    files = [folder / installing.LIBRARY, model.absolute(), work / "feeds", work / "answer", work / "profile"]
+    return [str(folder / installing.RUNNER), *options, "--", *map(str, files)]
 
 
 def _call(command: Sequence[str], model: Path, work: Path, timeout_s: float) -> str:
@@ -188,10 +180,10 @@ def _ended(code: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    r"""A message of any shape in one line that is not too long.
+    r"""What ONNX Runtime or a process said, in one line, without places in ONNX Runtime's source.
 
-    >>> _one_line("Load failed:\n  broken. ")
-    'Load failed: broken.'
+    >>> _one_line("Load model from m.onnx failed:/src/core/model.cc:193 onnxruntime::Model::Model(Proto &&)\n Too new")
+    'Too new'
     """
-    line = " ".join(text.split())
+    line = re.sub(_NOISE, "", " ".join(text.split()))
     return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"

@@ -25,6 +25,7 @@ enum { BROKEN = 2, REFUSED = 3, MOST_NAMES = 4096, MOST_DIMENSIONS = 64 };
 static const OrtApi *api;
 static OrtAllocator *allocator;
 static const char *answer_path;
+static FILE *answer;
 
 /* --- ends -------------------------------------------------------------------------------------------------------- */
 
@@ -43,12 +44,13 @@ static _Noreturn void broken(const char *format, ...) {
   end(BROKEN);
 }
 
+/* The message takes the place of outputs that were already written. */
 static _Noreturn void refused(const char *format, ...) {
-  FILE *file = fopen(answer_path, "wb");
-  if (!file) broken("%s: cannot be written", answer_path);
+  answer = answer ? freopen(answer_path, "wb", answer) : fopen(answer_path, "wb");
+  if (!answer) broken("%s: cannot be written", answer_path);
   va_list arguments;
   va_start(arguments, format);
-  vfprintf(file, format, arguments);
+  vfprintf(answer, format, arguments);
   va_end(arguments);
   end(REFUSED);
 }
@@ -111,16 +113,16 @@ static OrtValue *take_tensor(Reader *reader, OrtMemoryInfo *memory) {
   return value;
 }
 
-static void put(FILE *file, const void *data, size_t size) {
-  if (fwrite(data, 1, size, file) != size) broken("%s: cannot be written", answer_path);
+static void put(const void *data, size_t size) {
+  if (fwrite(data, 1, size, answer) != size) broken("%s: cannot be written", answer_path);
 }
 
-static void put_u32(FILE *file, size_t value) {
+static void put_u32(size_t value) {
   uint32_t narrow = (uint32_t)value;
-  put(file, &narrow, sizeof narrow);
+  put(&narrow, sizeof narrow);
 }
 
-static void put_tensor(FILE *file, const char *name, const OrtValue *value) {
+static void put_tensor(const char *name, const OrtValue *value) {
   int is_tensor = 0;
   if (value) check(api->IsTensor(value, &is_tensor));
   if (!is_tensor) refused("the output %s is no tensor", name);
@@ -128,7 +130,8 @@ static void put_tensor(FILE *file, const char *name, const OrtValue *value) {
   check(api->GetTensorTypeAndShape(value, &info));
   ONNXTensorElementDataType type;
   check(api->GetTensorElementType(info, &type));
-  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_STRING) refused("the output %s is a tensor of texts", name);
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_STRING || type > ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT64)
+    refused("the output %s has the element type %d, which cannot be handed over", name, (int)type);
   size_t rank, size;
   check(api->GetDimensionsCount(info, &rank));
   if (rank > MOST_DIMENSIONS) refused("the output %s has %zu dimensions", name, rank);
@@ -138,13 +141,13 @@ static void put_tensor(FILE *file, const char *name, const OrtValue *value) {
   const void *data;
   check(api->GetTensorData(value, &data));
   uint64_t bytes = size;
-  put_u32(file, strlen(name));
-  put(file, name, strlen(name));
-  put_u32(file, type);
-  put_u32(file, rank);
-  put(file, shape, rank * sizeof *shape);
-  put(file, &bytes, sizeof bytes);
-  put(file, data, size);
+  put_u32(strlen(name));
+  put(name, strlen(name));
+  put_u32(type);
+  put_u32(rank);
+  put(shape, rank * sizeof *shape);
+  put(&bytes, sizeof bytes);
+  put(data, size);
   api->ReleaseTensorTypeAndShapeInfo(info);
 }
 
@@ -224,7 +227,7 @@ static void name_all_outputs(Order *order, const OrtSession *session) {
   }
 }
 
-static void run_once(const Order *order, OrtSession *session, OrtMemoryInfo *memory, Reader *feeds, FILE *answer) {
+static void run_once(const Order *order, OrtSession *session, OrtMemoryInfo *memory, Reader *feeds) {
   static const char *names[MOST_NAMES];
   static OrtValue *inputs[MOST_NAMES], *outputs[MOST_NAMES];
   uint32_t count = take_u32(feeds);
@@ -236,9 +239,9 @@ static void run_once(const Order *order, OrtSession *session, OrtMemoryInfo *mem
   memset(outputs, 0, sizeof outputs);
   check(api->Run(session, NULL, names, (const OrtValue *const *)inputs, count,
                  (const char *const *)order->outputs, order->output_count, outputs));
-  put_u32(answer, order->output_count);
+  put_u32(order->output_count);
   for (size_t index = 0; index < order->output_count; index++) {
-    put_tensor(answer, order->outputs[index], outputs[index]);
+    put_tensor(order->outputs[index], outputs[index]);
     api->ReleaseValue(outputs[index]);
   }
   for (uint32_t index = 0; index < count; index++) {
@@ -265,12 +268,12 @@ int main(int count, char **words) {
   OrtMemoryInfo *memory;
   check(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
   Reader feeds = read_whole(order.feeds);
-  FILE *answer = fopen(answer_path, "wb");
+  answer = fopen(answer_path, "wb");
   if (!answer) broken("%s: cannot be written", answer_path);
   uint32_t runs = take_u32(&feeds);
-  put_u32(answer, runs);
+  put_u32(runs);
   for (uint32_t run = 0; run < runs; run++) {
-    run_once(&order, session, memory, &feeds, answer);
+    run_once(&order, session, memory, &feeds);
     if (run == 0) end_profile(session); /* the others execute the same nodes, and profiles grow large */
   }
   if (fclose(answer)) broken("%s: cannot be written", answer_path);
