@@ -300,8 +300,13 @@ def _record(folder: Path, key: str, value: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
 
 
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "is broken"),
+    "empty": (_empty, "is broken"),
     "no runner": (lambda folder: (folder / "runner").unlink(), "is broken"),
     "changed library": (
         lambda folder: (folder / "libonnxruntime.so").write_bytes(b"other"),
