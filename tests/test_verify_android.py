@@ -251,7 +251,11 @@ def test_another_package_than_the_pinned_one_is_refused_and_nothing_stays(machin
 @pytest.mark.parametrize(
     ("command", "script", "told"),
     [
-        ("npm", "echo first >&2; echo no network >&2; exit 7", r"npm pack com\S+ \.\.\. ended with 7: no network"),
+        (
+            "npm",
+            "echo error >&2; echo no network >&2; exit 7",
+            r"npm pack com\S+ \.\.\. ended with 7: error no network",
+        ),
         ("npm", "exit 7", r"npm pack com\S+ \.\.\. ended with 7: it said nothing"),
         ("npm", "exit 0", r"npm pack com\S+ gave 0 files, expected 1"),
         (
@@ -261,7 +265,7 @@ def test_another_package_than_the_pinned_one_is_refused_and_nothing_stays(machin
         ),
     ],
 )
-def test_a_command_that_fails_is_told_with_its_last_line(machine: Machine, command: str, script: str, told: str):
+def test_a_command_that_fails_is_told_with_what_it_said(machine: Machine, command: str, script: str, told: str):
     machine.command(command, script)
 
     with pytest.raises(RequirementError, match=rf"^android: \S*{told}"):
@@ -422,6 +426,13 @@ def test_a_refusal_and_an_end_are_told_in_one_line_and_leave_nothing(
 
     assert type(caught.value) is error
     assert list((machine.root / "temporary").iterdir()) == []
+
+
+def test_a_runner_that_cannot_be_started_is_told(machine: Machine):
+    Android().install(lambda _: None)
+    (machine.folder / "runner").chmod(0o644)
+    with pytest.raises(WorkerDied, match=r"^m\.onnx: \S+runner cannot be started \(Permission denied\)"):
+        Android().run(Path("m.onnx"), FEEDS)
 
 
 def test_a_long_message_is_cut(machine: Machine):

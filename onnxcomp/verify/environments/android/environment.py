@@ -154,6 +154,9 @@ def _call(command: Sequence[str], model: Path, work: Path, timeout_s: float) -> 
     except subprocess.TimeoutExpired as error:
         message = f"{model}: ONNX Runtime's Android build did not end within {timeout_s:g} s"
         raise WorkerDied(message) from error
+    except OSError as error:
+        message = f"{model}: {command[0]} cannot be started ({error.strerror}); programs must be allowed to run there"
+        raise WorkerDied(message) from error
     if done.returncode == _REFUSED:
         text = (work / "answer").read_text(encoding="utf-8", errors="replace")
         message = f"{model}: {_one_line(text)}"

