@@ -245,6 +245,23 @@ def quantized_conv(
     return quantized(body, activations, values, scale=0.05, zero_point=zero_point, output_shape="1, 8, 10, 10")
 
 
+def quantized_transposed_conv(*, per_channel: bool) -> onnx.ModelProto:
+    rng = np.random.default_rng(1)
+    scale = rng.uniform(0.004, 0.01, 8 if per_channel else ()).astype(np.float32)
+    values = {"W": rng.integers(-100, 101, (4, 8, 3, 3)).astype(np.int8), "w_scale": scale}
+    zero = np.zeros(scale.shape, np.int8)
+    axis = "<axis = 1>" if per_channel else ""
+    body = f"w = DequantizeLinear{axis}(W, w_scale, w_zero)   y = ConvTranspose(x, w)"
+    return quantized(body, "int8", {**values, "w_zero": zero}, scale=0.05, output_shape="1, 8, 14, 14")
+
+
+def quantized_gemm() -> onnx.ModelProto:
+    weights = np.random.default_rng(2).integers(-100, 101, (16, 8)).astype(np.int8)
+    values = {"W": weights, "w_scale": np.float32(0.01), "w_zero": np.int8(0)}
+    body = "w = DequantizeLinear(W, w_scale, w_zero)   y = Gemm(x, w)"
+    return quantized(body, "int8", values, scale=0.05, input_shape="4, 16", output_shape="4, 8")
+
+
 def quantized_softmax(dtype: str, scale: float) -> onnx.ModelProto:
     lowest = int(np.iinfo(dtype).min)
     return quantized("y = Softmax(x)", dtype, scale=scale, zero_point=lowest, output_shape="1, 4, 12, 12")
@@ -270,6 +287,7 @@ TAKEN = {
         quantized_conv("int8", "int8", per_channel=True, tail="y = Relu(c)", zero_point=-128),
         "QLinearConv",
     ),
+    "int8 ConvTranspose with one scale": (quantized_transposed_conv(per_channel=False), "QLinearConvTranspose"),
     "uint8 Softmax": (quantized_softmax("uint8", 1 / 256), "QLinearSoftmax"),
     "int8 MaxPool": (quantized("y = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)", "int8"), "MaxPool"),
     "uint8 MaxPool": (quantized("y = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)", "uint8"), "MaxPool"),
@@ -298,6 +316,8 @@ LEFT = {
         quantized_conv("int8", "int8", per_channel=True, tail="y = Relu(c)"),
         "FusedConv",
     ),
+    "int8 ConvTranspose by channel": (quantized_transposed_conv(per_channel=True), "ConvTranspose"),
+    "int8 Gemm": (quantized_gemm(), "QGemm"),
     "int8 Softmax": (quantized_softmax("int8", 1 / 256), "QLinearSoftmax"),
     "int8 AveragePool": (quantized(POOL, "int8"), "QLinearAveragePool"),
     "uint8 AveragePool": (quantized(POOL, "uint8"), "QLinearAveragePool"),

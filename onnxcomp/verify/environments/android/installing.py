@@ -183,8 +183,8 @@ def _compiler() -> str | None:
 
 def _made_of() -> str:
     """What decides the result: the package, and the files that patch, stand in for Android and run it."""
-    digest = hashlib.sha256(PACKAGE_SHA256.encode())
-    for name in ("elf.py", "installing.py", "runner.c", "shim.c"):
+    digest = hashlib.sha256(" ".join((PACKAGE_SHA256, *RENAMED, *_COMPILE, *_LIBRARIES)).encode())
+    for name in ("elf.py", "runner.c", "shim.c"):
         digest.update((_SOURCES / name).read_bytes())
     return digest.hexdigest()
 
