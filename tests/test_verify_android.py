@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import stat
 import struct
 import subprocess
 import tarfile
@@ -445,8 +444,3 @@ def test_feeds_that_are_no_numbers_are_refused(machine: Machine):
     machine.runner("exit 9")
     with pytest.raises(RuntimeFailure, match=r"^m.onnx: 'x' is of the type <U1; only tensors of numbers"):
         Android().run(Path("m.onnx"), [{"x": np.array(["a"])}])
-
-
-def test_the_runner_may_be_executed_by_its_owner(machine: Machine):
-    Android().install(lambda _: None)
-    assert (machine.folder / "runner").stat().st_mode & stat.S_IXUSR

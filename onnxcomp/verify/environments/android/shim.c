@@ -47,7 +47,7 @@ int __android_log_write(int priority, const char *tag, const char *text) {
 
 void android_set_abort_message(const char *message) { fprintf(stderr, "aborted: %s\n", message); }
 
-/* The one property that is asked for is the version of Android; without it the library takes it for the oldest. */
+/* The one property that the library asks for is the version of Android: this says Android 10. */
 int __system_property_get(const char *name, char *value) {
   strcpy(value, strcmp(name, "ro.build.version.sdk") == 0 ? "29" : "");
   return (int)strlen(value);
