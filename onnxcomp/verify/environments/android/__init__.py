@@ -1,0 +1,7 @@
+"""The Android build of ONNX Runtime, with XNNPACK in it, run on Linux."""
+
+from __future__ import annotations
+
+from onnxcomp.verify.environments.android.environment import Android
+
+__all__ = ["Android"]
