@@ -128,8 +128,9 @@ _NNAPI_OPERATORS = frozenset(
     {"Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "AveragePool", "MaxPool", "Resize", "Transpose", "Reshape"}
 )
 _XNNPACK_OPERATORS = frozenset({"Conv", "MaxPool", "Resize"})
-"""Also ConvTranspose, with one scale a weight: that kernel cannot be seen on a CPU, so it is not made. AveragePool and
-Softmax are uint8 only, as is every Conv around them then, with one scale a weight: int8 is worth more."""
+"""Also ConvTranspose, with one scale a weight: that kernel cannot be seen on a CPU, so it is not made. Softmax is uint8
+only, as is every Conv around it then, with one scale a weight: int8 is worth more. uint8 AveragePool, which it is said
+to take, was left to the CPU provider at every opset tried."""
 
 TARGETS: dict[str, Target] = {
     target.name: target

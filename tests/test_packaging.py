@@ -51,8 +51,8 @@ def test_holds_every_module_of_the_two_packages_and_nothing_else(wheel):
     [
         "onnxcomp/py.typed",
         "onnxcomp/report/schema.json",
-        "onnxcomp/verify/environments/android/runner.c",
-        "onnxcomp/verify/environments/android/shim.c",
+        "onnxcomp/verification/environments/android/runner.c",
+        "onnxcomp/verification/environments/android/shim.c",
     ],
 )
 def test_holds_what_is_not_python(wheel, name):

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnxcomp.verification.environments.android import Android, installing
+from onnxcomp.verification.environments.android.elf import without_android
 
 from onnxcomp.errors import RequirementError, RuntimeFailure, WorkerDied
-from onnxcomp.verify.environments.android import Android, installing
-from onnxcomp.verify.environments.android.elf import without_android
-from onnxcomp.verify.environments.tensor_files import write_tensors
+from onnxcomp.verification.environments.tensor_files import write_tensors
 
 SOURCES = Path(installing.__file__).parent
 NEEDS_GCC = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")

@@ -15,12 +15,12 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+from onnxcomp.verification.environments.android import Android, installing
 
 import onnxcomp
 from onnxcomp.errors import RuntimeFailure
 from onnxcomp.passes import Pass
-from onnxcomp.verify.environments.android import Android, installing
-from onnxcomp.verify.environments.base import Execution
+from onnxcomp.verification.environments.base import Execution
 from onnxcomp_passes import Cluster, Pack, Prune, Quantize, Simplify
 from tests.markdown import ROOT
 from tests.models import (

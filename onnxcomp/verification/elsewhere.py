@@ -51,7 +51,7 @@ def run_elsewhere(
         progress: Called with a short line on what is going on.
     """
     started = time.monotonic()
-    name, what = environment.name, environment.description
+    name, what = environment.name, environment.description.partition(";")[0]
     missing = environment.missing()
     if missing and install:
         progress(f"installing what {name} needs")
