@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnxcomp.verification.environments.android import Android, installing
-from onnxcomp.verification.environments.android.elf import without_android
 
 from onnxcomp.errors import RequirementError, RuntimeFailure, WorkerDied
+from onnxcomp.verification.environments.android import Android, installing
+from onnxcomp.verification.environments.android.elf import without_android
 from onnxcomp.verification.environments.tensor_files import write_tensors
 
 SOURCES = Path(installing.__file__).parent

@@ -15,11 +15,11 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
-from onnxcomp.verification.environments.android import Android, installing
 
 import onnxcomp
 from onnxcomp.errors import RuntimeFailure
 from onnxcomp.passes import Pass
+from onnxcomp.verification.environments.android import Android, installing
 from onnxcomp.verification.environments.base import Execution
 from onnxcomp_passes import Cluster, Pack, Prune, Quantize, Simplify
 from tests.markdown import ROOT

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from onnxcomp.errors import RequirementError
-from onnxcomp.verify.environments.android.elf import without_android
+from onnxcomp.verification.environments.android.elf import without_android
 
 __all__ = ["LIBRARY", "PACKAGE", "PACKAGE_VERSION", "RUNNER", "broken", "install", "tool_lacking"]
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from onnxcomp.verify.environments.android.environment import Android
+from onnxcomp.verification.environments.android.environment import Android
 
 __all__ = ["Android"]

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from onnxcomp.verify.environments.base import Environment, Execution, executed_nodes
-from onnxcomp.verify.environments.tensor_files import read_tensors, write_tensors
-
 from onnxcomp.errors import RequirementError, RuntimeFailure, WorkerDied
 from onnxcomp.resume import cache_folder
 from onnxcomp.runtime import Feed
-from onnxcomp.verify.environments.android import installing
+from onnxcomp.verification.environments.android import installing
+from onnxcomp.verification.environments.base import Environment, Execution, executed_nodes
+from onnxcomp.verification.environments.tensor_files import read_tensors, write_tensors
 
 __all__ = ["Android"]
 
