@@ -51,7 +51,8 @@ def run_elsewhere(
         progress: Called with a short line on what is going on.
     """
     started = time.monotonic()
-    name, what = environment.name, environment.description.partition(";")[0]
+    provider = "CPU provider" if plain or environment.provider == "CPUExecutionProvider" else environment.provider
+    name, what = environment.name, f"{environment.description}: {provider.removesuffix('ExecutionProvider')}"
     missing = environment.missing()
     if missing and install:
         progress(f"installing what {name} needs")

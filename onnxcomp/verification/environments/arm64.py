@@ -59,7 +59,7 @@ class Arm64(EmulatedProcessor):
     """
 
     name = "arm64"
-    description = "ONNX Runtime for 64-bit ARM on Linux; emulated by qemu where this machine is another"
+    description = "64-bit ARM, Linux"
 
     def __init__(self) -> None:
         super().__init__({"python": _PYTHON, "numpy": _NUMPY, "onnxruntime": version("onnxruntime")})

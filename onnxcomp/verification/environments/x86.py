@@ -30,7 +30,7 @@ class X86(EmulatedProcessor):
     """
 
     name = "x86"
-    description = "an x86-64 without VNNI, where uint8 x int8 saturates; emulated by qemu where this machine has VNNI"
+    description = "x86-64 without VNNI, Linux"
 
     def __init__(self) -> None:
         super().__init__({"processor": CPU})

@@ -35,7 +35,7 @@ class Android(Environment):
     """
 
     name: ClassVar[str] = "android"
-    description: ClassVar[str] = "ONNX Runtime's Android build for x86-64 with XNNPACK, on this machine's Linux"
+    description: ClassVar[str] = "the Android build"
     provider: ClassVar[str] = "XnnpackExecutionProvider"
 
     @property
