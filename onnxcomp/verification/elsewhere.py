@@ -9,7 +9,7 @@ from typing import Any
 
 from onnxcomp.errors import OnnxcompError, RequirementError
 from onnxcomp.model import Model
-from onnxcomp.runtime import Array, Runtime
+from onnxcomp.runtime import Array, Feed, Runtime
 from onnxcomp.verification.always import too_far
 from onnxcomp.verification.differences import allowed_error, difference
 from onnxcomp.verification.environments import Environment, Execution
@@ -20,7 +20,7 @@ from onnxcomp.verification.steps import expose_codes, parting_nodes
 __all__ = ["run_elsewhere"]
 
 TRACED_SAMPLES = 2
-"""Samples on which the nodes are looked for that differ."""
+"""Samples with different outputs on which the nodes are looked for where that begins."""
 
 
 def run_elsewhere(
@@ -74,7 +74,14 @@ def run_elsewhere(
     parting: tuple[NodeDifference, ...] = ()
     if not versus_cpu.equal and model is not None:
         progress(f"looking for the nodes that differ on {name}")
-        parting = _parting(environment, model, few, runtime, plain=plain, config=config, folder=folder)
+        feeds = [
+            feed
+            for feed, one, other in zip(few.feeds, cpu, outputs, strict=False)
+            if not difference([one], [other]).equal
+        ]
+        parting = _parting(
+            environment, model, feeds[:TRACED_SAMPLES], runtime, plain=plain, config=config, folder=folder
+        )
     status, reason = _verdict(environment, ran, versus_cpu.error, allowed_error(difference(original, cpu)), plain=plain)
     return LayerResult(
         name,
@@ -109,7 +116,7 @@ def _verdict(environment: Environment, ran: Execution, error: float, allowed: fl
 def _parting(
     environment: Environment,
     model: Model,
-    few: FewSamples,
+    feeds: Sequence[Feed],
     runtime: Runtime,
     *,
     plain: bool,
@@ -121,7 +128,6 @@ def _parting(
     if not names:
         return ()
     path = folder / "exposed.onnx"
-    feeds = few.feeds[:TRACED_SAMPLES]
     try:
         exposed.save(path)
         ours = _by_name(names, list(runtime.run(path, feeds, outputs=names)))
