@@ -20,6 +20,7 @@ from onnxcomp.passes import Changes, Context, Pass, registered_passes
 from onnxcomp.runtime import Runtime
 from onnxcomp_passes import Pack, Quantize, QuantizeWeights
 from tests.models import batch_norm_weights, graph_model, mlp_model, random_weights, run
+from tests.traps import conv
 
 Array = np.ndarray[Any, Any]
 
@@ -256,6 +257,7 @@ BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {
     "static mlp": static_mlp,
     "packed": packed,
     "silent channels": silent_channels,
+    "float bias": lambda: conv(bias="float"),
 }
 
 COMPUTES_WITH_FLOATS = [name for name in BUILDERS if name != "quantized"]

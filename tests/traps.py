@@ -25,11 +25,12 @@ def conv(
     bias: str = "int32",
     batch: str = "1",
     depthwise: bool = False,
+    channels: int = 4,
     opset: int = 17,
 ) -> onnx.ModelProto:
     """A quantized Conv with its Relu in the range of its codes."""
     rng = np.random.default_rng(0)
-    channels = 3 if depthwise else 4
+    channels = 3 if depthwise else channels
     sign = np.iinfo(activations)
     shape = (channels, 1 if depthwise else 3, 3, 3)
     codes = rng.integers(-limit, limit + 1, shape)

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnxcomp.graph_io import Node, Variable
 from onnxcomp.lints.quantization import COARSEST, SOFTMAX_STEP, UNLIKE, made_by, step_before_softmax, unlike_scales
 from onnxcomp.model import Model
-from onnxcomp.passes import Changes
+from onnxcomp.passes import Changes, Context
 from onnxcomp.qdq import codes_dtype, codes_of, encoder, quantized_layers, scale_of, zero_point_of
 from onnxcomp_passes._stored import redirect
 
@@ -24,7 +24,7 @@ BOUNDED = frozenset({"Softmax", "Sigmoid", "HardSigmoid", "Tanh"})
 """Operators whose results need no clipping once their codes are gone."""
 
 
-def shift(model: Model, dtype: str, changes: Changes) -> None:
+def shift(model: Model, dtype: str, context: Context, changes: Changes) -> None:
     """Make all 8-bit activations int8, or all uint8: the same scales, zero points moved by 128. Exact."""
     weights = {id(layer.weight) for layer in quantized_layers(model.graph)}
     nodes = [
@@ -33,6 +33,8 @@ def shift(model: Model, dtype: str, changes: Changes) -> None:
         if node.op in {"QuantizeLinear", "DequantizeLinear"} and id(node) not in weights
     ]
     moved = [node for node in nodes if codes_dtype(node) in {"int8", "uint8"} and codes_dtype(node) != dtype]
+    if _excluded(model, context, changes):
+        return
     held = next((name for node in moved if (name := _held(node, model.graph))), None)
     if held:
         changes.leave("the model", f"its activations stay as they are: {held!r} is read or made as codes elsewhere")
@@ -54,6 +56,19 @@ def shift(model: Model, dtype: str, changes: Changes) -> None:
         changes.add("the model", f"{len(moved)} QuantizeLinear and DequantizeLinear of activations are {dtype}")
 
 
+def _hands_off(quantizer: gs.Node, context: Context) -> bool:
+    """Whether the user excludes a QuantizeLinear or the node whose result it takes."""
+    return any(context.excludes(node) for node in (quantizer, *quantizer.inputs[0].inputs))
+
+
+def _excluded(model: Model, context: Context, changes: Changes) -> bool:
+    """Whether a change of the whole model would touch what the user excludes; says so."""
+    node = next((node for node in model.graph.nodes if context.excludes(node)), None)
+    if node is not None:
+        changes.leave("the model", f"its types stay as they are: {node.name or node.outputs[0].name!r} is excluded")
+    return node is not None
+
+
 def _held(node: gs.Node, graph: gs.Graph) -> str | None:
     """Codes whose type cannot change: they are an input or output, or other nodes work on them."""
     codes = node.outputs[0] if node.op == "QuantizeLinear" else node.inputs[0]
@@ -65,11 +80,12 @@ def _held(node: gs.Node, graph: gs.Graph) -> str | None:
     return None if alone and readable and id(codes) not in ends else str(codes.name)
 
 
-def widen_softmax(model: Model, changes: Changes, *, exactly: bool) -> None:
+def widen_softmax(model: Model, context: Context, changes: Changes, *, exactly: bool) -> None:
     """Give each Softmax the scale 1/256, over its whole range from 0 to 1.
 
     Args:
         model: Its graph is changed.
+        context: Which nodes are excluded.
         changes: What is said.
         exactly: Whether another scale that reaches 1, such as 1/255, must go too.
     """
@@ -77,7 +93,7 @@ def widen_softmax(model: Model, changes: Changes, *, exactly: bool) -> None:
         dtype, scale, zero = codes_dtype(node), scale_of(node) if len(node.inputs) > 1 else None, zero_point_of(node)
         if node.op != "QuantizeLinear" or dtype not in {"uint8", "int8"} or scale is None or scale.size != 1:
             continue
-        if not made_by(node, "Softmax"):
+        if not made_by(node, "Softmax") or _hands_off(node, context):
             continue
         limits = np.iinfo(dtype)
         step, point = float(scale.ravel()[0]), 0 if zero is None else int(zero.ravel()[0])
@@ -93,9 +109,11 @@ def widen_softmax(model: Model, changes: Changes, *, exactly: bool) -> None:
         changes.add(str(node.inputs[0].inputs[0].name or node.name), f"scale {step:.6g} becomes 1/256")
 
 
-def drop_ruinous(model: Model, changes: Changes) -> None:
+def drop_ruinous(model: Model, context: Context, changes: Changes) -> None:
     """Leave in float what one scale ruins: a Concat of unlike parts, a mask in front of a Softmax."""
     for node in [node for node in model.graph.nodes if node.op == "QuantizeLinear"]:
+        if _hands_off(node, context):
+            continue
         ratio, step = unlike_scales(node), step_before_softmax(node)
         if ratio >= UNLIKE:
             why = f"joins scales that differ by a factor of {ratio:.0f}"
@@ -135,13 +153,15 @@ def _sweep(model: Model) -> None:
     model.graph.nodes = [node for node in model.graph.nodes if node.outputs]
 
 
-def decode_at_load(model: Model, changes: Changes) -> None:
+def decode_at_load(model: Model, context: Context, changes: Changes) -> None:
     """Take all QuantizeLinear and DequantizeLinear out, for a target that has neither.
 
     Codes of constants are decoded by a Cast and a Mul, which ONNX Runtime computes when it loads the model: they stay
     as small as they are. Pairs around activations go; a Clip stays where the range of the codes may have stood for a
     Relu or Clip.
     """
+    if _excluded(model, context, changes):
+        return
     pairs = decoded = 0
     for node in [node for node in model.graph.nodes if node.op == "DequantizeLinear"]:
         if codes_of(node.inputs[0]) is not None and scale_of(node) is not None and not node.attrs.get("block_size"):

@@ -49,17 +49,17 @@ class FitTarget(Pass):
             return changes
         candidate = model.fork()
         unpack(candidate)
-        if "per-channel-opset" in found:
+        if "per-channel-opset" in found and not context.exclude:
             candidate.raise_opset(PER_CHANNEL_OPSET)
             changes.add("the model", f"opset {PER_CHANNEL_OPSET}")
         lift_constants(candidate.graph)
-        drop_ruinous(candidate, changes)
+        drop_ruinous(candidate, context, changes)
         if target.rules is None:
-            decode_at_load(candidate, changes)
+            decode_at_load(candidate, context, changes)
         else:
             if found & {"uint8-int8", "activation-type"}:
-                shift(candidate, target.rules.activations, changes)
-            widen_softmax(candidate, changes, exactly="softmax-scale" in found)
+                shift(candidate, target.rules.activations, context, changes)
+            widen_softmax(candidate, context, changes, exactly="softmax-scale" in found)
             refit_weights(candidate, target.rules, context, changes)
             refit_biases(candidate, context, changes, round_float="float-bias" in found)
         if changes.count:
