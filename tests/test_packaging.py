@@ -41,12 +41,14 @@ def test_holds_every_module_of_the_two_packages_and_nothing_else(wheel):
         str(path.relative_to(root))
         for root, package in ((ROOT, "onnxcomp"), (ROOT / "passes", "onnxcomp_passes"))
         for path in (root / package).rglob("*")
-        if path.is_file() and path.suffix in {".py", ".json", ".typed"}
+        if path.is_file() and path.suffix in {".py", ".json", ".mjs", ".typed"}
     }
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
-@pytest.mark.parametrize("name", ["onnxcomp/py.typed", "onnxcomp/report/schema.json"])
+@pytest.mark.parametrize(
+    "name", ["onnxcomp/py.typed", "onnxcomp/report/schema.json", "onnxcomp/verify/environments/web/run.mjs"]
+)
 def test_holds_what_is_not_python(wheel, name):
     assert name in wheel.namelist()
 

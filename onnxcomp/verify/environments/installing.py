@@ -64,8 +64,11 @@ def check_hash(path: Path, wanted: str, kind: str = "sha256") -> None:
     """Refuse a downloaded file that is not the one that is pinned.
 
     Raises:
-        RequirementError: Its hash is another.
+        RequirementError: Its hash is another, or it is not there.
     """
+    if not path.is_file():
+        message = f"{path.name}: expected it to be downloaded, found nothing; try again"
+        raise RequirementError(message)
     found = digest(path, kind)
     if found != wanted:
         message = (

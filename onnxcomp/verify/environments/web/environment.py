@@ -9,7 +9,6 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import as_file, files
 from pathlib import Path
 
 from onnxcomp.errors import ModelError, RuntimeFailure
@@ -45,6 +44,9 @@ FILES = {
 
 NODE_VERSION = 20
 """The oldest Node that this was tried with."""
+
+SCRIPT = Path(__file__).with_name("run.mjs")
+"""What Node runs."""
 
 
 class Web(Environment):
@@ -83,9 +85,7 @@ class Web(Environment):
         progress(f"downloading {PACKAGE} {VERSION} (33 MB)")
         with installed_whole(self.name) as folder, tempfile.TemporaryDirectory(prefix="onnxcomp-") as download:
             package = Path(download) / f"{PACKAGE}-{VERSION}.tgz"
-            run_client(
-                ["npm", "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--silent"], package.parent, PACKAGE
-            )
+            run_client(["npm", "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--silent"], package.parent, PACKAGE)
             check_hash(package, INTEGRITY, "sha512")
             unpack(package, folder)
 
@@ -95,12 +95,12 @@ class Web(Environment):
         feeds: Sequence[Feed],
         *,
         outputs: Sequence[str] | None = None,
-        plain: bool = False,  # noqa: ARG002 - it has the CPU provider alone
+        plain: bool = False,
         config: Mapping[str, str] | None = None,
         timeout_s: float = 600.0,
     ) -> Execution:
-        """Run a model in Node; see `Environment.run`."""
-        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as name, as_file(_script()) as script:
+        """Run a model in Node; see `Environment.run`. It has the CPU provider alone: `plain` changes nothing."""
+        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as name:
             folder = Path(name)
             job = {
                 "runtime": str(self.folder),
@@ -114,8 +114,9 @@ class Web(Environment):
             }
             _write_feeds(model, folder / "feeds", feeds)
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            command = ["node", str(script), "job.json"]
-            printed = run_worker(command, folder, subject=model, what="Node", timeout_s=timeout_s)
+            printed = run_worker(
+                ["node", str(SCRIPT), "job.json"], folder, subject=model, what="Node", timeout_s=timeout_s
+            )
             (folder / "profile").write_text(profile_in(printed), encoding="utf-8")
             return Execution(
                 outputs=read_tensors(folder / "results"),
@@ -141,20 +142,14 @@ def unpack(package: Path, folder: Path) -> None:
 
 
 def profile_in(printed: str) -> str:
-    """The profile in what onnxruntime-web printed: a JSON array, from a line "[" to a line "]".
+    r"""The profile in what onnxruntime-web printed: a JSON array, from a line "[" to a line "]".
 
     Example:
-        >>> profile_in("a warning\\n[\\n{}\\n]\\n")
-        '[\\n{}\\n]'
+        >>> profile_in("a warning\n[\n{}\n]\n")
+        '[\n{}\n]'
     """
     found = re.search(r"^\[\n.*^\]$", printed, re.MULTILINE | re.DOTALL)
     return found[0] if found else "[]"
-
-
-def _script() -> Path:
-    script = files("onnxcomp.verify.environments.web") / "run.mjs"
-    assert isinstance(script, Path)
-    return script
 
 
 def _external_data(model: Path) -> list[str]:

@@ -11,6 +11,7 @@ import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 
 const REFUSED = 3;
+const AT_ONCE = 1 << 30; // Node reads and writes less than 2 GiB at once
 
 // ONNX element type -> [onnxruntime-web's name, array class].
 const TYPES = new Map([
@@ -38,7 +39,7 @@ class Reader {
   bytes(count) {
     const buffer = Buffer.from(new ArrayBuffer(count)); // one of its own: arrays of 8 bytes must be aligned
     for (let done = 0; done < count; ) {
-      const read = readSync(this.file, buffer, done, Math.min(count - done, 1 << 30), null);
+      const read = readSync(this.file, buffer, done, Math.min(count - done, AT_ONCE), null);
       if (!read) throw new Error("the file of the feeds is cut short");
       done += read;
     }
@@ -66,7 +67,7 @@ class Reader {
 }
 
 function write(file, bytes) {
-  for (let done = 0; done < bytes.length; ) done += writeSync(file, bytes, done);
+  for (let done = 0; done < bytes.length; ) done += writeSync(file, bytes, done, Math.min(bytes.length - done, AT_ONCE));
 }
 
 function u32(...values) {
