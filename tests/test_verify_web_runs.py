@@ -12,7 +12,7 @@ from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, conv
 
 from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.verify.environments.web import Web
-from tests.deployed import cpu_outputs, optimized, sample_model, fashion_images
+from tests.deployed import cpu_outputs, fashion_images, optimized, sample_model
 from tests.models import FLOAT_ROUNDING, external_model, graph_model, random_inputs, run
 
 pytestmark = pytest.mark.slow

@@ -1,5 +1,5 @@
 """ONNX Runtime as a browser has it: WebAssembly, in Node."""
 
-from onnxcomp.verify.environments.web.environment import Web
+from onnxcomp.verify.environments.web.environment import FILES, VERSION, Web
 
-__all__ = ["Web"]
+__all__ = ["FILES", "VERSION", "Web"]
