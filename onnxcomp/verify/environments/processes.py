@@ -10,13 +10,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxcomp.errors import RuntimeFailure, WorkerDied
+from onnxcomp.runtime import Feed
+from onnxcomp.verify.environments.tensor_files import write_tensors
 
-__all__ = ["REFUSED", "run_worker"]
+__all__ = ["REFUSED", "run_worker", "write_feeds"]
 
 REFUSED = 3
 """The exit code of a script whose ONNX Runtime refused the model or a feed; the message is in the file "refusal"."""
 
 _LAST_WORDS_SHOWN = 300  # characters
+
+
+def write_feeds(model: Path, feeds: Sequence[Feed], path: Path) -> None:
+    """Hand the inputs of a model over to the process that runs it.
+
+    Args:
+        model: The model, which must be there.
+        feeds: The inputs, one mapping a run.
+        path: The file to write.
+
+    Raises:
+        RuntimeFailure: There is no such model, or an input is no tensor of numbers.
+    """
+    if not model.is_file():
+        message = f"{model}: expected a model file, found {'a folder' if model.is_dir() else 'nothing'}"
+        raise RuntimeFailure(message)
+    try:
+        write_tensors(path, feeds)
+    except ValueError as error:
+        message = f"{model}: {error}"
+        raise RuntimeFailure(message) from error
 
 
 def run_worker(

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from onnxcomp.errors import ModelError, RuntimeFailure
+from onnxcomp.errors import ModelError
 from onnxcomp.runtime import Feed
 from onnxcomp.structure import model_files
 from onnxcomp.verify.environments.base import Environment, Execution, executed_nodes
@@ -22,8 +22,8 @@ from onnxcomp.verify.environments.installing import (
     installed_whole,
     run_client,
 )
-from onnxcomp.verify.environments.processes import run_worker
-from onnxcomp.verify.environments.tensor_files import read_tensors, write_tensors
+from onnxcomp.verify.environments.processes import run_worker, write_feeds
+from onnxcomp.verify.environments.tensor_files import read_tensors
 
 __all__ = ["FILES", "PACKAGE", "VERSION", "Web"]
 
@@ -102,6 +102,7 @@ class Web(Environment):
         """Run a model in Node; see `Environment.run`. It has the CPU provider alone: `plain` changes nothing."""
         with tempfile.TemporaryDirectory(prefix="onnxcomp-") as name:
             folder = Path(name)
+            write_feeds(model, feeds, folder / "feeds")
             job = {
                 "runtime": str(self.folder),
                 "model": str(model.absolute()),
@@ -112,7 +113,6 @@ class Web(Environment):
                 "outputs": None if outputs is None else list(outputs),
                 "config": dict(config or {}),
             }
-            _write_feeds(model, folder / "feeds", feeds)
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
             printed = run_worker(
                 ["node", str(SCRIPT), "job.json"], folder, subject=model, what="Node", timeout_s=timeout_s
@@ -154,21 +154,10 @@ def profile_in(printed: str) -> str:
 
 def _external_data(model: Path) -> list[str]:
     """The files with the model's weights, relative to its folder."""
-    if not model.is_file():
-        message = f"{model}: expected a model file, found {'a folder' if model.is_dir() else 'nothing'}"
-        raise RuntimeFailure(message)
     try:
         return [str(path.relative_to(model.resolve().parent)) for path in model_files(model)[1:]]
     except ModelError:
         return []  # ONNX Runtime says itself what it thinks of the model
-
-
-def _write_feeds(model: Path, path: Path, feeds: Sequence[Feed]) -> None:
-    try:
-        write_tensors(path, feeds)
-    except ValueError as error:
-        message = f"{model}: {error}"
-        raise RuntimeFailure(message) from error
 
 
 def _node_version() -> tuple[int, ...] | None:
