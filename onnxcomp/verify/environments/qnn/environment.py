@@ -141,11 +141,12 @@ class Qnn(Environment):
                 timeout_s=timeout_s,
                 environment={"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
             )
+            runtime = version("onnxruntime")
             return Execution(
                 outputs=read_tensors(folder / "results"),
                 nodes=executed_parts(folder / "profile.json", folder / "assigned.json"),
-                runtime=f"ONNX Runtime {version('onnxruntime')}" + ("" if plain else f", QNN, HTP {ARCHITECTURE}"),
-                versions={PACKAGE: VERSION, "onnxruntime": version("onnxruntime")},
+                runtime=f"ONNX Runtime {runtime}" + ("" if plain else f", HTP {ARCHITECTURE} simulated"),
+                versions={"onnxruntime": runtime} | ({} if plain else {PACKAGE: VERSION}),
             )
 
 
