@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
 from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.verify.environments.web import Web
@@ -55,6 +54,9 @@ def compare(web: Web, model: Path) -> tuple[np.ndarray, np.ndarray, dict[str, in
 
 def as_ort(model: Path, folder: Path) -> Path:
     """The model in ONNX Runtime's own format."""
+    # A second to import, which every run of the tests would spend.
+    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
+
     convert_onnx_models_to_ort(
         model, output_dir=folder, optimization_styles=[OptimizationStyle.Fixed], target_platform="arm"
     )
@@ -182,6 +184,15 @@ def test_an_unknown_operator_is_refused_with_onnx_runtimes_words(web, tmp_path):
 
     with pytest.raises(RuntimeFailure, match=r"m\.onnx: .*No Op registered for Nope"):
         web.run(path, [])
+
+
+def test_a_process_that_fails_by_itself_is_told_with_the_error(web, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    with pytest.raises(
+        WorkerDied, match=r"died \(exit code 1; it last printed: Error .*Cannot find module .*wasm\.min"
+    ):
+        web.run(sample_model("lenet"), [])
 
 
 def test_a_run_that_does_not_end_is_stopped_and_leaves_nothing(web, tmp_path, monkeypatch):

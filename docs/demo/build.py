@@ -81,6 +81,8 @@ def main() -> None:
         build(folder)
     except OnnxcompError as error:
         sys.exit(f"Error: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # it has said why
     print(f"{folder} is ready: python -m http.server --directory {folder}")
 
 

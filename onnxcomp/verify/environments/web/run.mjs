@@ -109,6 +109,12 @@ async function runAll(ort, job) {
   session.endProfiling();
 }
 
+// Node would print where it happened and its own version after the message.
+process.on("uncaughtException", (error) => {
+  writeSync(2, `\n${error}\n`);
+  process.exit(1);
+});
+
 const job = JSON.parse(readFileSync(process.argv[2], "utf8"));
 const ort = await import(pathToFileURL(join(job.runtime, "ort.wasm.min.mjs")).href);
 ort.env.wasm.numThreads = 1;
@@ -116,8 +122,7 @@ ort.env.logLevel = "error";
 try {
   await runAll(ort, job);
 } catch (error) {
-  // A trap or an abort of WebAssembly is a crash: Node prints it and ends with another exit code.
-  if (error instanceof WebAssembly.RuntimeError || !(error instanceof Error)) throw error;
+  if (error instanceof WebAssembly.RuntimeError || !(error instanceof Error)) throw error; // a crash, no refusal
   writeFileSync("refusal", error.message);
   process.exitCode = REFUSED;
 }
