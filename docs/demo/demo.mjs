@@ -172,6 +172,8 @@ async function start() {
   element("samples").lastChild.click();
 }
 
+window.addEventListener("unhandledrejection", (event) => problem(event.reason.message));
+
 start().catch((error) => {
   element("verdict").textContent = "It does not run here.";
   problem(error.message);
