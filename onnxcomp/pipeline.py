@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from onnxcomp import metrics, resume
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
@@ -193,8 +194,14 @@ def optimize(
         notes.append(f"the inputs' axes are fixed, since {options.target.name} wants static shapes: {fixed}")
     workdir = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
     config = {} if options.target.is_host else dict(options.target.session_config)
+    # Sums of matrix products are cut into as many parts as there are threads, and round accordingly.
+    blas_threads = None if options.timing else 1
     try:
-        with samples, Runtime(threads=threads, session_config=config) as runtime:
+        with (
+            samples,
+            threadpool_limits(blas_threads, user_api="blas"),
+            Runtime(threads=threads, session_config=config, blas_threads=blas_threads) as runtime,
+        ):
             parts = samples.split(SHARES, seed) if not samples.generated else dict.fromkeys(SHARES, samples)
             options.progress("measuring the original")
             file = Path(source) if isinstance(source, str | Path) and original is loaded else None

@@ -32,6 +32,7 @@ class Runtime:
         timeout_s: The longest that one load or one run may take, in seconds.
         session_config: Extra session configuration entries, such as ``{"session.qdqisint8allowed": "1"}``.
         disabled_optimizers: Names of ONNX Runtime's graph optimizers to leave out, such as ``NchwcTransformer``.
+        blas_threads: Threads of numpy's matrix products in the worker, where observers use them; None: its default.
 
     Raises:
         OptionError: `threads` or `timeout_s` is not positive.
@@ -44,6 +45,7 @@ class Runtime:
         timeout_s: float = 600.0,
         session_config: Mapping[str, str] | None = None,
         disabled_optimizers: Sequence[str] = (),
+        blas_threads: int | None = None,
     ) -> None:
         if threads < 1:
             message = f"threads must be at least 1, got {threads}"
@@ -55,6 +57,7 @@ class Runtime:
         self._timeout_s = timeout_s
         self._config = dict(session_config or {})
         self._disabled = tuple(disabled_optimizers)
+        self._blas_threads = blas_threads
         self._worker: WorkerProcess | None = None
         self._lock = threading.Lock()
         self._observations = 0
@@ -324,7 +327,9 @@ class Runtime:
         message = pickle.dumps(Request(operation, arguments), protocol=pickle.HIGHEST_PROTOCOL)
         with self._lock:
             if self._worker is None:
-                self._worker = WorkerProcess(self._threads, self._config, self._disabled, self._timeout_s)
+                self._worker = WorkerProcess(
+                    self._threads, self._config, self._disabled, self._timeout_s, self._blas_threads
+                )
             try:
                 answer, subject = self._worker.exchange(message, subject)
             except SilentWorker as ended:

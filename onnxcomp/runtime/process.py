@@ -37,7 +37,14 @@ class SilentWorker(Exception):  # noqa: N818 - never leaves this package
 class WorkerProcess:
     """The worker process and the connection to it."""
 
-    def __init__(self, threads: int, config: dict[str, str], disabled: tuple[str, ...], timeout_s: float) -> None:
+    def __init__(
+        self,
+        threads: int,
+        config: dict[str, str],
+        disabled: tuple[str, ...],
+        timeout_s: float,
+        blas_threads: int | None = None,
+    ) -> None:
         self.timeout_s = timeout_s
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -45,7 +52,7 @@ class WorkerProcess:
             limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6) or 1)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             self.stderr = tempfile.TemporaryFile(prefix="onnxcomp-")  # noqa: SIM115 - lives as long as the worker
-            arguments = [str(theirs.fileno()), str(threads), ",".join(disabled)]
+            arguments = [str(theirs.fileno()), str(threads), str(blas_threads or ""), ",".join(disabled)]
             arguments += [f"{key}={value}" for key, value in config.items()]
             self.process = subprocess.Popen(
                 # -P: a file in the working directory must not pass for a module.

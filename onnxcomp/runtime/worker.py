@@ -1,4 +1,4 @@
-"""The worker's side: ``python -m onnxcomp.runtime.worker FD THREADS DISABLED [KEY=VALUE ...]``.
+"""The worker's side: ``python -m onnxcomp.runtime.worker FD THREADS BLAS DISABLED [KEY=VALUE ...]``.
 
 Answers pickled requests on the socket FD, one at a time, until the other end closes or the parent is gone.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from threadpoolctl import threadpool_limits
 
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.runtime import profiling
@@ -185,15 +186,16 @@ def main(arguments: list[str]) -> None:
     """Serve until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    descriptor, threads, disabled, *config = arguments
+    descriptor, threads, blas_threads, disabled, *config = arguments
     onnxruntime.set_default_logger_severity(3)
     connection = Connection(int(descriptor))
     entries: Mapping[str, str] = dict(entry.split("=", 1) for entry in config)
     sessions = Sessions(int(threads), entries, disabled.split(",") if disabled else ())
     worker = Worker(sessions, lambda path: connection.send(Alive(path)))
     try:
-        while True:
-            _answer(worker, connection)
+        with threadpool_limits(int(blas_threads) if blas_threads else None, user_api="blas"):
+            while True:
+                _answer(worker, connection)
     except (EOFError, ConnectionError):
         os._exit(0)  # at once: there is nothing to flush, and ONNX Runtime takes its time to unwind
 
