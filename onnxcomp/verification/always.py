@@ -13,7 +13,7 @@ from onnxcomp.errors import RuntimeFailure
 from onnxcomp.ort_format import is_ort, read_ort
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import ARM_FUSION, Target, host_target
-from onnxcomp.verification.differences import allowed_error, difference
+from onnxcomp.verification.differences import difference, too_far
 from onnxcomp.verification.results import LayerResult
 from onnxcomp.verification.samples import FewSamples
 
@@ -111,26 +111,21 @@ class Always:
         census: Path | None = None,
     ) -> LayerResult:
         """The result of a variant, which fails where it is too far from the CPU's."""
-        versus_cpu = difference(cpu, outputs)
-        originally = difference(self.few.original(len(outputs)), cpu)
-        allowed = allowed_error(originally)
+        original = self.few.original(len(outputs))
+        versus_original, versus_cpu = difference(original, outputs), difference(cpu, outputs)
+        reason = too_far(difference(original, cpu), versus_original, versus_cpu)
         file = census or self.path
         counts = read_ort(file).operators if is_ort(file) else runtime.census(file, optimize=optimize).counts()
         return LayerResult(
             "",
             "",
-            "ran" if versus_cpu.error <= allowed else "failed",
-            "" if versus_cpu.error <= allowed else too_far(versus_cpu.error, allowed),
+            "failed" if reason else "ran",
+            reason or "",
             _version(),
             {CPU: counts},
-            difference(self.few.original(len(outputs)), outputs),
+            versus_original,
             versus_cpu,
         )
-
-
-def too_far(error: float, allowed: float) -> str:
-    """Why a layer failed whose outputs are too far from the CPU's."""
-    return f"its outputs differ from this host's CPU provider by {error:.2%} (relative), and {allowed:.2%} are allowed"
 
 
 def _version() -> str:

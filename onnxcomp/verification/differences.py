@@ -11,7 +11,7 @@ import numpy as np
 from onnxcomp.quality import flatten, relative_error, to_decibels
 from onnxcomp.verification.results import Difference
 
-__all__ = ["allowed_error", "difference"]
+__all__ = ["difference", "too_far"]
 
 Array = np.ndarray[Any, Any]
 
@@ -52,14 +52,26 @@ def difference(reference: Sequence[list[Any]], outputs: Sequence[list[Any]]) -> 
     )
 
 
-def allowed_error(original: Difference | None) -> float:
-    """How far outputs may be from those of the same model on this host's CPU, relative.
+def too_far(here: Difference, there: Difference, apart: Difference) -> str | None:
+    """Why outputs are too far from those of the same model on this host's CPU; None where they are not.
 
-    As far as rounding may take a float model; of a lossy one, as far as it is from the original anyway, so that the
-    loss at most doubles; never so far that the answers are others.
+    Of a lossy model the loss may double, as where other kernels round in other places; a float model may differ by
+    what float rounding makes. What differs from the CPU's by more than 10% is another answer, whatever the loss.
+
+    Args:
+        here: From the original to this host's CPU.
+        there: From the original to the outputs.
+        apart: From this host's CPU to the outputs.
     """
-    lost = 0.0 if original is None or not math.isfinite(original.error) else original.error
-    return min(max(lost, FLOAT_ERROR), WORST_ERROR)
+    lost = here.error if math.isfinite(here.error) else 0.0
+    allowed = max(2 * lost, lost + FLOAT_ERROR)
+    if apart.error > WORST_ERROR:
+        return f"its outputs differ from this host's CPU provider by {apart.error:.2%}, of {WORST_ERROR:.0%} at most"
+    if there.error > allowed and apart.error > FLOAT_ERROR:
+        return (
+            f"its outputs differ from the original's by {there.error:.2%} (relative), on this host's CPU by {lost:.2%}"
+        )
+    return None
 
 
 def _same(a: Array, b: Array) -> bool:

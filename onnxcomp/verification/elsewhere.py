@@ -10,8 +10,7 @@ from typing import Any
 from onnxcomp.errors import OnnxcompError, RequirementError
 from onnxcomp.model import Model
 from onnxcomp.runtime import Array, Feed, Runtime
-from onnxcomp.verification.always import too_far
-from onnxcomp.verification.differences import allowed_error, difference
+from onnxcomp.verification.differences import difference, too_far
 from onnxcomp.verification.environments import Environment, Execution
 from onnxcomp.verification.results import LayerResult, NodeDifference
 from onnxcomp.verification.samples import FewSamples
@@ -82,7 +81,9 @@ def run_elsewhere(
         parting = _parting(
             environment, model, feeds[:TRACED_SAMPLES], runtime, plain=plain, config=config, folder=folder
         )
-    status, reason = _verdict(environment, ran, versus_cpu.error, allowed_error(difference(original, cpu)), plain=plain)
+    versus_original = difference(original, outputs)
+    wrong = too_far(difference(original, cpu), versus_original, versus_cpu)
+    status, reason = ("failed", wrong) if wrong else _placement(environment, ran, plain=plain)
     return LayerResult(
         name,
         what,
@@ -90,17 +91,15 @@ def run_elsewhere(
         reason,
         ran.runtime,
         ran.nodes,
-        difference(original, outputs),
+        versus_original,
         versus_cpu,
         parting,
         time.monotonic() - started,
     )
 
 
-def _verdict(environment: Environment, ran: Execution, error: float, allowed: float, *, plain: bool) -> tuple[str, str]:
-    """Whether the layer holds, and what is to be said."""
-    if error > allowed:
-        return "failed", too_far(error, allowed)
+def _placement(environment: Environment, ran: Execution, *, plain: bool) -> tuple[str, str]:
+    """Whether the nodes ran where they should, and what is to be said of those that did not."""
     wanted = "CPUExecutionProvider" if plain else environment.provider
     here = sum(ran.nodes.get(wanted, {}).values())
     elsewhere = {provider: sum(nodes.values()) for provider, nodes in ran.nodes.items() if provider != wanted}
