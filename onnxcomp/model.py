@@ -18,8 +18,10 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxcomp.errors import ModelError
 from onnxcomp.files import check_writable, replaced_whole
 from onnxcomp.graph_io import Node, Variable, describe, export_graph, import_graph, walk
+from onnxcomp.inference import infer_shapes
 from onnxcomp.structure import (
     LAZY_FROM_BYTES,
+    check_functions,
     check_text,
     import_domains,
     ir_version_for,
@@ -118,6 +120,7 @@ class Model:
     def _from_proto(cls, structure: onnx.ModelProto, path: Path | None) -> Model:
         folder = path.resolve().parent if path else Path.cwd()
         check_text(structure)
+        check_functions(structure)
         blobs: dict[str, Blob] = {}
         external = False
         for tensor in tensors_of(structure.graph):
@@ -250,7 +253,7 @@ class Model:
     def infer_shapes(self) -> None:
         """Fill in the dtypes and shapes of inner tensors where ONNX's shape inference knows them."""
         try:
-            inferred = shape_inference.infer_shapes(self.proto(), data_prop=True)
+            inferred = infer_shapes(self.proto())
         except (shape_inference.InferenceError, RuntimeError, ValueError):
             return  # a model that its own operators contradict keeps what it declares
         _describe_tensors(self.graph, inferred.graph)

@@ -76,12 +76,19 @@ def load_recipe(path: str | Path, *, allow_code: bool = False) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         message = f"{path}: is not TOML: {str(error).splitlines()[0]}"
         raise OptionError(message) from error
+    except RecursionError as error:
+        message = f"{path}: is nested too deeply for a recipe"
+        raise OptionError(message) from error
     reader = _Reader(path, allow_code=allow_code)
     reader.known("", document, ("budget", "options", "stage"))
     budget = reader.table("budget", document.get("budget", {}))
     reader.known("budget.", budget, BUDGET_KEYS)
     limits = {key: reader.number(f"budget.{key}", value, 0.0) for key, value in budget.items()}
     return Recipe(reader.stages(document.get("stage")), options=reader.options(document.get("options", {})), **limits)
+
+
+LARGEST = 1e300
+"""Numbers in a recipe are smaller; whole ones of TOML may be too large for a float."""
 
 
 class _Reader:
@@ -108,7 +115,7 @@ class _Reader:
         return value
 
     def number(self, key: str, value: Any, minimum: float) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= minimum:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < LARGEST:
             self.fail(key, f"a number of at least {minimum:g}", value)
         return float(value)
 

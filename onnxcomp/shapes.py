@@ -17,6 +17,7 @@ import onnx
 from onnx import defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
+from onnxcomp.inference import infer_shapes
 from onnxcomp.runtime.census import graphs, node_names
 
 __all__ = ["Shape", "TracedNode", "traced_nodes"]
@@ -65,7 +66,7 @@ def traced_nodes(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) ->
     _bind(proto.graph, shapes)
     # Of a model that its own operators contradict, what it declares and what each node tells has to do.
     with contextlib.suppress(shape_inference.InferenceError, RuntimeError, ValueError):
-        proto = shape_inference.infer_shapes(proto, data_prop=True)
+        proto = infer_shapes(proto)
     trace = _Trace(proto)
     names = iter(node_names(proto.graph))
     for graph in graphs(proto.graph):

@@ -16,6 +16,7 @@ from onnxcomp.weights import Blob, LazyWeight, Spool, external_blob
 
 __all__ = [
     "LAZY_FROM_BYTES",
+    "check_functions",
     "check_text",
     "import_domains",
     "ir_version_for",
@@ -120,6 +121,37 @@ def _attribute_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorP
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def check_functions(model: onnx.ModelProto) -> None:
+    """Refuse functions that call themselves, by whatever way: they have no end.
+
+    Raises:
+        ModelError: There are some.
+    """
+    bodies = {(function.domain, function.name): function.node for function in model.functions}
+    calls = {
+        name: {(node.domain, node.op_type) for node in _with_bodies(nodes)} & bodies.keys()
+        for name, nodes in bodies.items()
+    }
+    while calls:
+        ends = [name for name, called in calls.items() if not called & calls.keys()]
+        if not ends:
+            domain, name = next(iter(calls))
+            message = (
+                f"the function {name!r} of {domain!r} calls itself, maybe through others; ONNX allows no recursion"
+            )
+            raise ModelError(message)
+        for name in ends:
+            del calls[name]
+
+
+def _with_bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _with_bodies(body.node)
 
 
 def check_text(message: Message) -> None:

@@ -282,6 +282,11 @@ class SparseWeight(SparseValues):  # type: ignore[misc] # graphsurgeon has no ty
         """The dense array."""
         values = numpy_helper.to_array(self.tensor.values)
         indices = numpy_helper.to_array(self.tensor.indices)
+        limits = [math.prod(self.shape)] if indices.ndim == 1 else self.shape
+        if np.any(indices < 0) or np.any(indices >= np.asarray(limits)):
+            name = self.tensor.values.name
+            message = f"the sparse initializer {name!r} has indices outside of its shape {tuple(self.shape)}"
+            raise ModelError(message)
         dense = np.zeros(self.shape, self.dtype)
         if indices.ndim == 1:
             dense.reshape(-1)[indices] = values

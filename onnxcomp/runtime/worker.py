@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import psutil
 from threadpoolctl import threadpool_limits
 
 from onnxcomp.errors import OnnxcompError
@@ -41,6 +42,7 @@ from onnxcomp.runtime.sessions import Sessions, tidy
 _WARM_UP_ROUNDS = 5
 _ALIVE_EVERY_S = 1.0
 _PARENT_CHECK_S = 1.0
+_MOST_MEMORY = 0.95
 
 
 class Worker:
@@ -182,8 +184,17 @@ def _end_with_parent(parent: int) -> None:
     os._exit(0)
 
 
+def _limit_memory() -> None:
+    """Take no more memory than the machine has: a model that asks for more is refused, and nothing else is killed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    most = int(psutil.virtual_memory().total * _MOST_MEMORY)
+    resource.setrlimit(resource.RLIMIT_DATA, (min(most, *limits) if limits else most, hard))
+
+
 def main(arguments: list[str]) -> None:
     """Serve until the connection closes."""
+    _limit_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     descriptor, threads, blas_threads, disabled, *config = arguments

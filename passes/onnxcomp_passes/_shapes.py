@@ -13,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import shape_inference
 
+from onnxcomp.inference import infer_shapes
 from onnxcomp.weights import numpy_dtype
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def infer_known(model: Model) -> KnownTensors:
             if not dim.HasField("dim_value") or dim.dim_value < 0:
                 dim.dim_param = f"?{number}.{axis}"
     try:
-        inferred = shape_inference.infer_shapes(proto, data_prop=True)
+        inferred = infer_shapes(proto)
     except (shape_inference.InferenceError, RuntimeError, ValueError):
         inferred = proto  # its operators contradict each other: only what the inputs say is known
     known: KnownTensors = {}
