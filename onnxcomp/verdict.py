@@ -229,6 +229,9 @@ class StageRunner:
             except (RuntimeFailure, ModelError, RequirementError) as error:
                 trial.failure = f"{step.name} failed: {error}"
                 return trial
+            except MemoryError:
+                trial.failure = f"{step.name} ran out of memory"
+                return trial
             if changes.count and not (step.lossless or step.rounds):
                 self._context.exact = None  # the weights are others now, and not for rounding
             trial.passes.append(_entry(step, changes, time.monotonic() - started))
@@ -271,6 +274,8 @@ class StageRunner:
             trial.versus_base = self._versus(base, trial)
         except RuntimeFailure as error:
             trial.failure = f"ONNX Runtime fails on it: {error}"
+        except MemoryError:
+            trial.failure = "measuring it ran out of memory"
 
     def _versus(self, base: Model, trial: Trial) -> float:
         """How many times faster than the model before the stage; each was timed in turn with the original."""

@@ -150,9 +150,15 @@ def limited(*arguments: str, cwd: Path) -> tuple[int, str, int, float]:
     environment = {**os.environ, "XDG_CACHE_HOME": str(cwd.parent / "cache")}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=SECONDS,
-        env=environment, check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES)),
-    )  # fmt: skip
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=environment,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES)),
+    )
     lines = done.stderr.strip().splitlines()
     peak = int(lines[-1].split()[1]) if lines and lines[-1].startswith("peak ") else 0
     return (

@@ -68,7 +68,7 @@ def test_has_no_tests_and_no_data(wheel):
 def test_declares_the_command_and_its_own_passes_as_a_plugin(wheel):
     entries = configparser.ConfigParser()
     entries.read_string(_metadata(wheel, "entry_points.txt"))
-    assert dict(entries["console_scripts"]) == {"onnxcomp": "onnxcomp.cli:main"}
+    assert dict(entries["console_scripts"]) == {"onnxcomp": "onnxcomp.__main__:run"}
     assert dict(entries["onnxcomp.passes"]) == {"onnxcomp": "onnxcomp_passes"}
 
 

@@ -1,0 +1,134 @@
+"""What a fault leaves: the old output or the whole new one, one line of error, and the rest of the run."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import pytest
+
+from benchmarks.faults import strike
+from onnxcomp import Changes, Context, Model, Pass, optimize
+from onnxcomp.judge import Judge
+from onnxcomp.quality import Quality
+from onnxcomp_passes import Simplify
+from tests.markdown import ROOT
+from tests.small import INPUTS, classifier, save_classifier
+
+DATA = {"x": np.random.default_rng(0).normal(size=(32, INPUTS)).astype(np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(Pass):
+    """Wants more memory than there is, after it has begun to change the model."""
+
+    name: ClassVar[str] = "greedy"
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        model.set_weight("b1", model.weight("b1") * np.float32(100))
+        raise MemoryError
+
+
+def test_a_pass_that_runs_out_of_memory_is_rolled_back_and_the_rest_goes_on():
+    result = optimize(classifier(), data=DATA, passes=[Greedy(), Simplify()], timing=False)
+    told = {stage.name: (stage.verdict, stage.reason) for stage in result.report.stages}
+    assert told["greedy"] == ("dropped", "greedy ran out of memory")
+    assert told["simplify"][0] == "kept"
+    np.testing.assert_array_equal(result.model.weight("b1"), Model.load(classifier()).weight("b1"))
+
+
+def test_a_measurement_that_runs_out_of_memory_drops_the_stage(monkeypatch):
+    real = Judge.quality
+
+    def fail(judge: Judge, model: Model) -> Quality:
+        if model.digest != judge.original_digest:
+            raise MemoryError
+        return real(judge, model)
+
+    monkeypatch.setattr(Judge, "quality", fail)
+    [stage] = optimize(classifier(), data=DATA, passes=[Simplify()], timing=False).report.stages
+    assert stage.verdict == "dropped"
+    assert "ran out of memory" in stage.reason
+
+
+def command(*arguments: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, whose files may have so many bytes."""
+
+    def full_disk() -> None:
+        assert limit is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "onnxcomp", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=full_disk if limit is not None else None,
+    )
+
+
+def test_a_full_disk_is_told_in_a_line_and_the_old_output_stays(tmp_path):
+    model, output = save_classifier(tmp_path / "m.onnx"), tmp_path / "o.onnx"
+    output.write_bytes(b"old")
+    done = command("optimize", str(model), "-p", "simplify", "-o", str(output), "--no-resume", limit=1000)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert output.read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["m.onnx", "o.onnx"]
+
+
+def test_two_runs_at_once_to_one_output_leave_one_of_their_results_whole(tmp_path):
+    models = [save_classifier(tmp_path / f"{seed}.onnx", seed=seed) for seed in (0, 1)]
+    output = tmp_path / "o.onnx"
+    alone = []
+    for index, model in enumerate(models):
+        command("optimize", str(model), "-p", "simplify", "-o", str(tmp_path / f"a{index}.onnx"), "--no-resume")
+        alone.append((tmp_path / f"a{index}.onnx").read_bytes())
+    ends: list[int] = []
+
+    def go(model: Path) -> None:
+        ends.append(command("optimize", str(model), "-p", "simplify", "-o", str(output), "--no-resume").returncode)
+
+    threads = [threading.Thread(target=go, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ends == [0, 0]
+    assert output.read_bytes() in alone
+    onnx.checker.check_model(str(output))
+
+
+def test_a_model_that_is_replaced_while_it_is_read_gives_the_result_of_one_of_the_two(tmp_path):
+    """Its old file goes on to exist for who has it open."""
+    path = save_classifier(tmp_path / "m.onnx")
+    loaded = Model.load(path)
+    other = classifier(seed=5)
+    (tmp_path / "new.onnx").write_bytes(other.SerializeToString())
+    os.replace(tmp_path / "new.onnx", path)
+    result = optimize(loaded, passes=[Simplify()], timing=False).model
+    expected = optimize(classifier(), passes=[Simplify()], timing=False).model
+    assert result.digest == expected.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_stopped_at_any_moment_leaves_the_old_output_or_the_whole_new_one(number, tmp_path):
+    outcome = strike(ROOT / "sample_models" / "fashion_lenet.onnx", tmp_path, 12, number, random.Random(1))
+    assert outcome.wrong == []
+    assert sum(outcome.held.values()) == 12
