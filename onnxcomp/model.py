@@ -232,9 +232,10 @@ class Model:
         if base not in taken:
             taken.add(base)
             return base
-        number = 1
+        number = self._numbers.get(base, 1)
         while f"{base}_{number}" in taken:
             number += 1
+        self._numbers[base] = number + 1
         name = f"{base}_{number}"
         taken.add(name)
         return name
@@ -243,6 +244,7 @@ class Model:
         """All names in use; remembered, since names are only ever added by asking for them here."""
         if not hasattr(self, "_taken"):
             self._taken: set[str] = set()
+            self._numbers: dict[str, int] = {}
             for graph in self.graphs():
                 self._taken.update(tensor.name for tensor in (*graph.inputs, *graph.outputs))
                 for node in graph.nodes:

@@ -5,7 +5,7 @@ The rules are those of ONNX Runtime's CPU provider, found by running: see docs/h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._companions import SAME_GRID, clip_low, data_inputs, is_adapted, is_supported
 from onnxcomp_passes._stored import Stored, find_stored, is_decoded
 
-__all__ = ["Layer", "Placement", "find_layers", "place", "rangeable"]
+__all__ = ["Layer", "Placement", "find_layers", "place", "rangeable", "ranged_alone"]
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -207,20 +207,39 @@ def place(
     for node in graph.nodes:
         if id(node) not in inside:
             continue
-        for tensor in data_inputs(node):
+        for tensor in _ranged(node, results[id(node)], absorbed.get(id(node)), inside, rules):
             tensors[tensor.name] = tensor
-        clip = absorbed.get(id(node))
-        # ONNX Runtime looks for a Q behind a Relu or Clip that others read, and leaves all in float without.
-        clipped = clip is not None and len(clip.outputs[0].outputs) > 0
-        may_be_float = node.op in FLOAT_OUTPUT and not rules.quantized_outputs and not clipped
-        for result in results[id(node)]:
-            if not may_be_float or any(id(reader) in inside for reader in result.outputs):
-                tensors[result.name] = result
     grid = {
         result.name: node.inputs[0].name for node in companions if node.op in SAME_GRID for result in results[id(node)]
     }
     gone = tuple(clip for clip in absorbed.values() if clip.outputs[0].name in tensors)
     return Placement(chosen, tuple(companions), tensors, gone, grid)
+
+
+def ranged_alone(layer: Layer, outputs: set[int], rules: QuantizationRules) -> set[str]:
+    """The tensors that need a range where this layer alone runs in int8.
+
+    Args:
+        layer: The layer.
+        outputs: The graph's outputs, by identity.
+        rules: The target's.
+    """
+    results, absorbed = _results((layer.node,), outputs)
+    key = id(layer.node)
+    return {str(tensor.name) for tensor in _ranged(layer.node, results[key], absorbed.get(key), {key}, rules)}
+
+
+def _ranged(
+    node: gs.Node, results: tuple[gs.Tensor, ...], clip: gs.Node | None, inside: set[int], rules: QuantizationRules
+) -> Iterator[gs.Tensor]:
+    """The tensors around an int8 node that need a range: what it reads, and what it writes for others in int8."""
+    yield from data_inputs(node)
+    # ONNX Runtime looks for a Q behind a Relu or Clip that others read, and leaves all in float without.
+    clipped = clip is not None and len(clip.outputs[0].outputs) > 0
+    may_be_float = node.op in FLOAT_OUTPUT and not rules.quantized_outputs and not clipped
+    for result in results:
+        if not may_be_float or any(id(reader) in inside for reader in result.outputs):
+            yield result
 
 
 Results = dict[int, tuple[gs.Tensor, ...]]

@@ -16,7 +16,7 @@ from onnxcomp.runtime.results import Observer
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._canonical import canonicalize
 from onnxcomp_passes._choice import Chooser
-from onnxcomp_passes._placement import Layer, find_layers, place, rangeable
+from onnxcomp_passes._placement import Layer, find_layers, place, rangeable, ranged_alone
 from onnxcomp_passes._qdq import Ranges, is_written_by_us
 from onnxcomp_passes._remedies import REMEDIES, Evidence, treat
 from onnxcomp_passes._scheme import Scheme
@@ -141,10 +141,11 @@ class Quantize(Pass):
     ) -> frozenset[int]:
         """The layers that may run in int8, by their place."""
         usable = set()
+        outputs = {id(tensor) for tensor in base.graph.outputs}
         for index, layer in enumerate(layers):
             if layer.name in self.skip:
                 continue
-            if place(base.graph, [layer], base.opset, rules=rules).tensors.keys() <= ranges.keys():
+            if ranged_alone(layer, outputs, rules) <= ranges.keys():
                 usable.add(index)
             else:
                 changes.leave(layer.name, "its activations hold NaN or infinity, or nothing at all")
