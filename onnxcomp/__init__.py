@@ -6,6 +6,7 @@ Names are imported when they are first used, so that `import onnxcomp` itself is
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from onnxcomp.recipe import load_recipe
     from onnxcomp.stages import Stage
     from onnxcomp.verification import Verification, verify
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some builds of ONNX Runtime write some as they are imported
 
 __all__ = [
     "Advice",

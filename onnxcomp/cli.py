@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from onnxcomp.commands.compare import compare_command
@@ -22,7 +20,6 @@ __all__ = ["main"]
 @click.version_option(package_name="onnxcomp")
 def main() -> None:
     """Make ONNX models smaller and faster, never worse, with the proof."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some builds of ONNX Runtime write some as they are imported
 
 
 for _command in (

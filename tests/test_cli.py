@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -116,6 +117,13 @@ def test_help_imports_neither_onnx_nor_onnxruntime_nor_rich(arguments):
 def test_importing_the_package_is_light():
     code = "import sys, onnxcomp; assert not {'onnx', 'numpy', 'rich', 'click', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("asked", "found"), [({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")])
+def test_onnx_runtime_writes_no_telemetry_in_this_process_unless_that_is_asked_for(asked, found):
+    code = f"import os, onnxcomp; assert os.environ['ORT_DISABLE_TELEMETRY'] == {found!r}"
+    variables = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], env={**variables, **asked}, check=True)
 
 
 @pytest.mark.parametrize("code", ["import onnxcomp_passes", "from onnxcomp.passes import registered_passes as f; f()"])

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.deployed import Array, cpu_outputs, fashion_images
+from tests.deployed import fashion_images, first_outputs, on_host
 from tests.markdown import ROOT, shell_commands
+from tests.models import Array
 
 pytestmark = pytest.mark.slow
 
@@ -111,8 +112,7 @@ def scores(page: Page) -> Array:
 
 
 def python_scores(site: Path, image: Array) -> Array:
-    [outputs] = cpu_outputs(site / "model.onnx", [{"image": image.reshape(1, 1, 28, 28)}])
-    scores: Array = outputs[0]
+    scores: Array = first_outputs(on_host(site / "model.onnx", [{"image": image.reshape(1, 1, 28, 28)}]))[0]
     return scores
 
 

@@ -28,7 +28,7 @@ USE = """inline fun <T : AutoCloseable, R> T.use(block: (T) -> R): R {
 def java_api(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The classes of ONNX Runtime for Android, out of the build that the layer `android` runs."""
     folder = tmp_path_factory.mktemp("api")
-    with tarfile.open(installing._download(folder)) as package:
+    with tarfile.open(installing.fetch(folder)) as package:
         member = package.extractfile(installing.ARCHIVE)
         assert member is not None
         (folder / "onnxruntime.aar").write_bytes(member.read())

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxcomp.errors import DataError, OptionError
 from onnxcomp.runtime import Feed, Runtime, RuntimeFailure, TensorInfo, WorkerDied
+from onnxcomp.runtime.messages import tidy
 from onnxcomp.runtime.observing import GROUP_BYTES
 from onnxcomp.runtime.profiling import node_times
-from onnxcomp.runtime.sessions import tidy
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 FEED = {"x": np.array([[1, 2, 3], [-1, -2, -3]], np.float32)}

@@ -12,17 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-import onnxcomp
 from onnxcomp.errors import RuntimeFailure
-from onnxcomp.passes import Pass
 from onnxcomp.verification.environments.android import Android, installing
 from onnxcomp.verification.environments.base import Execution
 from onnxcomp_passes import Cluster, Pack, Prune, Quantize, Simplify
-from tests.markdown import ROOT
+from tests.deployed import ARM_FUSION, CPU, Feeds, forced, image_feeds, installed, on_host, sample_model
 from tests.models import (
     Array,
     assert_same_arrays,
@@ -36,43 +33,28 @@ from tests.models import (
 
 pytestmark = pytest.mark.slow
 
-XNNPACK, CPU = "XnnpackExecutionProvider", "CPUExecutionProvider"
-ARM_FUSION = {"session.qdqisint8allowed": "1"}
+XNNPACK = "XnnpackExecutionProvider"
 SAMPLES = 20
-
-Feeds = list[dict[str, Array]]
+IMAGE = {"image": (1, 1, 28, 28)}
 
 
 @pytest.fixture(scope="module")
 def android(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Android]:
     """Installed anew, with every warning of the compiler an error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(installing, "_COMPILE", (*installing._COMPILE, "-Wall", "-Wextra", "-Werror"))
-        environment = Android()
-        environment.install(lambda _: None)
-        yield environment
+        with installed(Android, tmp_path_factory.mktemp("cache")) as environment:
+            yield environment
 
 
 @pytest.fixture(scope="module")
 def images() -> Feeds:
-    with np.load(ROOT / "sample_models" / "fashion_test.npz") as file:
-        return [{"image": image[None].astype(np.float32)} for image in file["image"][:SAMPLES]]
+    return image_feeds(SAMPLES)
 
 
-def sample(name: str) -> Path:
-    return ROOT / "sample_models" / f"fashion_{name}.onnx"
-
-
-def wheel(model: Path, feeds: Feeds, config: Mapping[str, str] = ARM_FUSION) -> list[dict[str, Array]]:
+def wheel(model: Path, feeds: Feeds) -> list[dict[str, Array]]:
     """What the CPU provider of the installed wheel computes, set to take int8 as a phone does."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    for key, value in config.items():
-        options.add_session_config_entry(key, value)
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return [dict(zip(names, session.run(names, feed), strict=True)) for feed in feeds]
+    return on_host(model, feeds, ARM_FUSION).outputs
 
 
 def assert_same_runs(wanted: list[dict[str, Array]], got: list[dict[str, Array]], *, exact: bool = False) -> None:
@@ -88,7 +70,6 @@ def test_it_is_installed_in_one_folder_of_the_cache_and_then_there(android: Andr
 
     assert time.monotonic() - started < 5
     assert android.missing() is None
-    assert [path.name for path in android.folder.parent.iterdir()] == ["android"]
     assert 30e6 < sum(path.stat().st_size for path in android.folder.iterdir()) < 50e6
 
 
@@ -106,41 +87,26 @@ def test_it_is_installed_in_one_folder_of_the_cache_and_then_there(android: Andr
 def test_xnnpack_executes_the_float_layers_and_computes_what_the_wheel_does(
     android: Android, images: Feeds, name: str, executed: dict[str, int]
 ):
-    execution = android.run(sample(name), images)
+    execution = android.run(sample_model(name), images)
 
     assert execution.nodes[XNNPACK] == executed
     assert execution.nodes[CPU]
     assert not set(execution.nodes[CPU]) & {"Conv", "Gemm", "FusedConv", "FusedGemm"}
     assert execution.runtime == "ONNX Runtime 1.29.0, Android, x86-64"
-    assert_same_runs(wheel(sample(name), images), execution.outputs)
+    assert_same_runs(wheel(sample_model(name), images), execution.outputs)
 
 
 @pytest.mark.parametrize("name", ["lenet", "mobilenet", "vit"])
 def test_plain_is_the_cpu_provider_alone(android: Android, images: Feeds, name: str):
-    execution = android.run(sample(name), images, plain=True)
+    execution = android.run(sample_model(name), images, plain=True)
 
     assert set(execution.nodes) == {CPU}
-    assert_same_runs(wheel(sample(name), images), execution.outputs)
-
-
-def optimized(name: str, path: Path, *passes: Pass) -> Path:
-    """A sample model made for XNNPACK; every stage is kept."""
-    onnxcomp.optimize(
-        sample(name),
-        data=ROOT / "sample_models" / "fashion_calib.npz",
-        passes=passes,
-        target="xnnpack",
-        shapes={"image": (1, 1, 28, 28)},
-        force=True,
-        timing=False,
-        resume=False,
-    ).model.save(path)
-    return path
+    assert_same_runs(wheel(sample_model(name), images), execution.outputs)
 
 
 @pytest.fixture(scope="module")
 def int8_mobilenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return optimized("mobilenet", tmp_path_factory.mktemp("int8") / "m.onnx", Simplify(), Quantize())
+    return forced("mobilenet", "xnnpack", tmp_path_factory.mktemp("int8"), Simplify(), Quantize(), shapes=IMAGE)
 
 
 def test_xnnpack_executes_every_int8_conv_and_computes_what_the_wheel_does(
@@ -183,7 +149,7 @@ def test_an_ort_file_has_no_int8_conv_for_xnnpack(
 def test_packed_weights_are_folded_before_xnnpack_takes_its_nodes(
     android: Android, images: Feeds, tmp_path: Path, name: str, executed: dict[str, int]
 ):
-    packed = optimized(name, tmp_path / "m.onnx", Simplify(), Prune(), Cluster(), Pack())
+    packed = forced(name, "xnnpack", tmp_path, Simplify(), Prune(), Cluster(), Pack(), shapes=IMAGE)
     operators = {node.op_type for node in onnx.load(packed).graph.node}
     assert "Gather" in operators, "nothing was packed"
 
@@ -340,7 +306,9 @@ def test_a_uint8_softmax_at_1_255_makes_the_session_fail(android: Android, tmp_p
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
 
-    with pytest.raises(RuntimeFailure, match=r"^\S+model\.onnx: .*xnn_create_softmax_nc_qu8 failed") as caught:
+    with pytest.raises(
+        RuntimeFailure, match=r"^\S+model\.onnx: ONNX Runtime's Android build: .*xnn_create_softmax_nc_qu8 failed"
+    ) as caught:
         android.run(path, feeds_for(model))
 
     assert "\n" not in str(caught.value)
@@ -389,7 +357,7 @@ def test_partial_placement_can_be_made_an_error(android: Android, images: Feeds,
     execution = android.run(tmp_path / "whole.onnx", feeds_for(whole), config=STRICT)
     assert execution.nodes == {XNNPACK: {"Gemm": 1}}
     with pytest.raises(RuntimeFailure, match="fallback to CPU EP has been explicitly disabled"):
-        android.run(sample("lenet"), images, config=STRICT)
+        android.run(sample_model("lenet"), images, config=STRICT)
 
 
 # --- any model, any tensor --------------------------------------------------------------------------------------------
@@ -442,7 +410,7 @@ def test_external_data_is_found_beside_the_model(android: Android, tmp_path: Pat
 
 
 def test_no_feeds_only_load_the_model(android: Android):
-    execution = android.run(sample("lenet"), [])
+    execution = android.run(sample_model("lenet"), [])
     assert (execution.outputs, execution.nodes) == ([], {})
 
 
@@ -457,18 +425,22 @@ REFUSED: dict[str, tuple[dict[str, Array], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_feed_that_does_not_fit_is_refused_in_the_runtime_s_words(android: Android, images: Feeds, case: str):
     feed, told = REFUSED[case]
-    with pytest.raises(RuntimeFailure, match=rf"^\S+fashion_lenet\.onnx: {told}$"):
-        android.run(sample("lenet"), [images[0], feed])
+    with pytest.raises(RuntimeFailure, match=rf"^\S+fashion_lenet\.onnx: ONNX Runtime's Android build: {told}$"):
+        android.run(sample_model("lenet"), [images[0], feed])
 
 
 def test_a_model_that_cannot_be_loaded_is_refused_in_the_runtime_s_words(android: Android, tmp_path: Path):
     (tmp_path / "rubbish.onnx").write_bytes(b"rubbish")
-    with pytest.raises(RuntimeFailure, match=r"^\S+rubbish\.onnx: Protobuf parsing failed\.$"):
+    with pytest.raises(
+        RuntimeFailure, match=r"^\S+rubbish\.onnx: ONNX Runtime's Android build: Protobuf parsing failed\.$"
+    ):
         android.run(tmp_path / "rubbish.onnx", [])
 
     newer = graph_model("g (float[1] x) => (float[1] y) { y = Relu(x) }", ir_version=99)
     onnx.save(newer, tmp_path / "newer.onnx")
-    with pytest.raises(RuntimeFailure, match=r"^\S+newer\.onnx: Unsupported model IR version: 99"):
+    with pytest.raises(
+        RuntimeFailure, match=r"^\S+newer\.onnx: ONNX Runtime's Android build: Unsupported model IR version: 99"
+    ):
         android.run(tmp_path / "newer.onnx", [])
 
 

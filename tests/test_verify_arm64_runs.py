@@ -16,15 +16,18 @@ import pytest
 from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.targets import host_target
 from onnxcomp.verification.environments.arm64 import Arm64
-from onnxcomp.verification.environments.foreign import run_foreign
-from onnxcomp.verification.environments.installation import run_tool
-from tests.emulation import (
+from onnxcomp.verification.environments.processes import prepared
+from onnxcomp.verification.environments.tools import run_tool
+from onnxcomp_passes import Quantize, Simplify
+from tests.deployed import (
     ARM_FUSION,
-    SAMPLE_MODELS,
+    CPU,
+    SAMPLES,
     difference,
+    forced,
+    image_feeds,
+    installed,
     on_host,
-    sample_feeds,
-    sample_int8,
     size,
     small_network,
 )
@@ -36,30 +39,25 @@ pytestmark = [
 ]
 
 MEGABYTES = 250
-CPU = "CPUExecutionProvider"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory):
     """The layer, installed for these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        environment = Arm64()
-        environment.install(lambda _: None)
+    with installed(Arm64, tmp_path_factory.mktemp("cache")) as environment:
         yield environment
 
 
 @pytest.fixture(scope="module")
 def mobilenet(tmp_path_factory):
     """The sample MobileNet in int8 for ARM."""
-    return sample_int8(tmp_path_factory.mktemp("models"), "fashion_mobilenet", "arm64")
+    return forced("mobilenet", "arm64", tmp_path_factory.mktemp("models"), Simplify(), Quantize(choose=False))
 
 
 def test_what_is_installed_is_whole_and_not_large(environment):
-    folder = environment._installation.folder
+    folder = environment.folder
     assert environment.missing() is None
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < MEGABYTES * 1e6
-    assert [path.name for path in folder.parent.iterdir()] == ["arm64"]
 
 
 @pytest.mark.parametrize("target", ["arm64", "x86", "x86-vnni"])
@@ -73,7 +71,7 @@ def test_int8_kernels_give_the_bits_of_this_machine(environment, tmp_path, targe
 
 
 def test_a_sample_model_for_arm_gives_the_bits_of_this_machine(environment, mobilenet):
-    feeds = sample_feeds(4)
+    feeds = image_feeds(4)
     execution = environment.run(mobilenet, feeds)
     here = on_host(mobilenet, feeds, ARM_FUSION)
     assert execution.nodes == here.nodes
@@ -83,29 +81,29 @@ def test_a_sample_model_for_arm_gives_the_bits_of_this_machine(environment, mobi
 
 
 def test_this_machine_fuses_less_without_arm_s_settings(environment, mobilenet):
-    feeds = sample_feeds(1)
+    feeds = image_feeds(1)
     assert environment.run(mobilenet, feeds).nodes != on_host(mobilenet, feeds).nodes
 
 
 def test_an_ort_file_in_fixed_style_runs_as_its_model_does(environment, mobilenet, tmp_path):
     options = ["--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir", str(tmp_path)]
     run_tool([sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(mobilenet), *options])
-    feeds = sample_feeds(4)
+    feeds = image_feeds(4)
     execution = environment.run(tmp_path / mobilenet.with_suffix(".ort").name, feeds)
     model = environment.run(mobilenet, feeds)
     assert execution.nodes == model.nodes
     assert difference(execution, model) == 0
 
 
-@pytest.mark.parametrize("path", sorted(SAMPLE_MODELS.glob("fashion_*.onnx")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("fashion_*.onnx")), ids=lambda path: path.stem)
 def test_float_models_agree_to_rounding(environment, path):
-    feeds = sample_feeds(2)
+    feeds = image_feeds(2)
     here = on_host(path, feeds)
     assert difference(environment.run(path, feeds), here) < FLOAT_ROUNDING * size(here)
 
 
 def test_it_says_what_ran(environment, mobilenet):
-    execution = environment.run(mobilenet, sample_feeds(1))
+    execution = environment.run(mobilenet, image_feeds(1))
     assert execution.runtime.startswith("ONNX Runtime ")
     assert "arm64" in execution.runtime
     assert {"onnxruntime", "numpy", "python"} <= set(execution.versions)
@@ -120,21 +118,24 @@ def test_what_onnx_runtime_refuses_there_is_told_in_one_line(environment, mobile
 
 def test_it_is_stopped_when_the_time_is_over(environment, mobilenet):
     with pytest.raises(WorkerDied, match=r"longer than the limit of 0\.3 s; run fewer samples"):
-        environment.run(mobilenet, sample_feeds(4), timeout_s=0.3)
+        environment.run(mobilenet, image_feeds(4), timeout_s=0.3)
 
 
 def test_a_crash_there_is_told_and_leaves_nothing(environment, mobilenet, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    python = environment._emulated(environment._installation.folder, environment._installation.versions())
+    python = environment._emulated(environment.folder, environment._installation.versions())
     crashing = replace(python, command=(*python.command, "-c", "import ctypes; ctypes.string_at(0)"))
-    with pytest.raises(WorkerDied, match=r"died \(SIGSEGV after .* it last printed: qemu: uncaught target signal 11"):
-        run_foreign(crashing, mobilenet, [])
+    with (
+        prepared(mobilenet, []) as job,
+        pytest.raises(WorkerDied, match=r"died \(SIGSEGV; it last printed: qemu: uncaught target signal 11"),
+    ):
+        crashing.run(job)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_library_is_told_and_installed_again(environment):
-    [library] = Path(environment._installation.folder).glob("root/usr/lib/aarch64-linux-gnu/libstdc++.so.6.*.*")
+    [library] = Path(environment.folder).glob("root/usr/lib/aarch64-linux-gnu/libstdc++.so.6.*.*")
     library.write_bytes(library.read_bytes()[:1000])
-    assert "libstdc++.so.6 has 1,000 bytes" in (environment.missing() or "")
+    assert "libstdc++.so.6 was changed" in (environment.missing() or "")
     environment.install(lambda _: None)
     assert environment.missing() is None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from pathlib import Path
 
 import pytest
 
 from onnxcomp.errors import RequirementError
 from onnxcomp.verification.environments import debian
+from tests.deployed import program
 
 URIS = """\
 'https://third.example/tools/dists/bookworm/main/binary-amd64/Packages.gz' third_Packages 0
@@ -19,7 +19,7 @@ URIS = """\
 'http://debian.example/debian-security/dists/bookworm-security/main/binary-amd64/Packages.xz' security_Packages 0
 """
 
-APT = """#!/bin/sh
+APT = """\
 if [ "$2" = --print-uris ]; then cat "$(dirname "$0")/uris"; exit; fi
 echo "$@" >> "$(dirname "$0")/calls"
 if [ "$1" = update ]; then cp "$APT_CONFIG" sources.list "$(dirname "$0")"; exit; fi
@@ -34,18 +34,12 @@ def tools(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "uris").write_text(URIS)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    write(folder, "apt-get", APT)
-    write(folder, "dpkg-deb", "#!/bin/sh\nexit 1\n")
+    program(folder, "apt-get", APT)
+    program(folder, "dpkg-deb", "exit 1")
     keyring = folder / "keyring.gpg"
     keyring.touch()
     monkeypatch.setattr(debian, "_KEYRING", keyring)
     return folder
-
-
-def write(folder: Path, name: str, text: str) -> None:
-    program = folder / name
-    program.write_text(text)
-    program.chmod(0o755)
 
 
 def test_packages_come_from_where_the_system_has_debian_s_and_are_checked_by_its_keys(tools, tmp_path):
@@ -75,7 +69,7 @@ def test_a_package_that_did_not_come_is_told(tools, tmp_path):
 
 
 def test_apt_s_own_reason_is_told(tools, tmp_path):
-    write(tools, "apt-get", APT.replace('echo "$@"', 'echo "E: not signed" >&2; exit 100; echo'))
+    program(tools, "apt-get", APT.replace('echo "$@"', 'echo "E: not signed" >&2; exit 100; echo'))
     with pytest.raises(RequirementError, match="apt-get update failed with exit code 100: E: not signed"):
         debian.packages(tmp_path / "work", ["libc6:arm64"])
 
@@ -110,18 +104,16 @@ def package(tools, tmp_path):
             member = tarfile.TarInfo(name)
             member.size = 300_000
             archive.addfile(member, io.BytesIO(name.ljust(300_000).encode()))
-    write(
-        tools, "dpkg-deb", '#!/bin/sh\nif [ "$1" = --field ]; then echo "1:10.0.13+ds-0+deb13u1"; else cat "$2"; fi\n'
-    )
+    program(tools, "dpkg-deb", 'if [ "$1" = --field ]; then echo "1:10.0.13+ds-0+deb13u1"; else cat "$2"; fi')
     return path
 
 
 def test_one_program_is_unpacked_of_a_package(package, tmp_path):
-    program = tmp_path / "qemu-aarch64"
-    debian.unpack_file(package, "usr/bin/qemu-aarch64", program)
-    assert program.read_text().rstrip() == "./usr/bin/qemu-aarch64"
-    assert program.stat().st_size == 300_000
-    assert os.access(program, os.X_OK)
+    emulator = tmp_path / "qemu-aarch64"
+    debian.unpack_file(package, "usr/bin/qemu-aarch64", emulator)
+    assert emulator.read_text().rstrip() == "./usr/bin/qemu-aarch64"
+    assert emulator.stat().st_size == 300_000
+    assert os.access(emulator, os.X_OK)
 
 
 def test_a_program_that_is_not_in_the_package_is_told(package, tmp_path):

@@ -1,55 +1,41 @@
-"""The environment of Qualcomm's provider without a download: what it lacks, how it is installed, and what it counts."""
+"""The environment of Qualcomm's provider without a download: what it lacks, what is unpacked, and what it counts."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
-import sys
-import tempfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from onnxcomp.errors import RequirementError, RuntimeFailure, WorkerDied
-from onnxcomp.verification.environments.qnn import Qnn, environment
+from onnxcomp.errors import RuntimeFailure
+from onnxcomp.verification.environments import qnn
+from onnxcomp.verification.environments.base import Execution, with_compiled_parts
+from onnxcomp.verification.environments.foreign import ForeignPython
+from onnxcomp.verification.environments.qnn import Qnn
+from tests.deployed import CPU, left_over, on_linux_x86
 from tests.models import mlp_model, random_inputs, run
 
-CONTENT = {"onnxruntime_qnn/provider.so": b"the provider", "onnxruntime_qnn.libs/more.so": b"more"}
+QNN = "QNNExecutionProvider"
 
 
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path, monkeypatch):
-    """A fit machine, a cache and a folder for temporary files of the test's own, and small files to be installed."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(environment, "FILES", {n: hashlib.sha256(data).hexdigest() for n, data in CONTENT.items()})
-    monkeypatch.setattr(platform, "system", lambda: "Linux")
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
-
-
-@pytest.fixture
-def downloads(tmp_path, monkeypatch):
-    """A stand-in for pip's download of the wheel, the one that is pinned; gives the commands that were run."""
-    wheel = tmp_path / environment.WHEEL
+def installed(tmp_path, monkeypatch):
+    """It is installed, on a fit machine, out of a wheel that has more than is needed."""
+    on_linux_x86(tmp_path, monkeypatch)
+    wheel = tmp_path / "some.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name, data in {**CONTENT, "onnxruntime_qnn/libQnnGpu.so": b"x" * 100}.items():
-            archive.writestr(name, data)
-    monkeypatch.setattr(environment, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    commands: list[list[str]] = []
+        for name in (*qnn.FILES, "onnxruntime_qnn/libQnnGpu.so"):
+            archive.writestr(name, name)
+    asked = []
 
-    def download(command: list[str], folder: Path, what: str) -> None:
-        assert what == "onnxruntime-qnn"
-        commands.append(command)
-        (folder / wheel.name).write_bytes(wheel.read_bytes())
+    def fetch(package, sha256, folder, **more):
+        asked.append((package, sha256, more))
+        return wheel
 
-    monkeypatch.setattr(environment, "run_client", download)
-    return commands
+    monkeypatch.setattr(qnn, "fetch_wheel", fetch)
+    Qnn().install(print)
+    return asked
 
 
 @pytest.fixture
@@ -59,119 +45,43 @@ def model(tmp_path):
     return path
 
 
-def left_over(tmp_path: Path) -> list[str]:
-    """Files and folders in the places for temporary ones."""
-    places = (tmp_path / "tmp", tmp_path / "cache/onnxcomp/environments")
-    return [path.name for place in places if place.is_dir() for path in place.iterdir() if path.name != "qnn"]
-
-
-# --- what it lacks ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("machine", "aarch64", "this machine is Linux on aarch64; Qualcomm's simulator needs Linux on x86_64"),
-        ("system", "Darwin", "this machine is Darwin on x86_64; Qualcomm's simulator needs Linux on x86_64"),
-        ("libc_ver", ("glibc", "2.31"), "the C library is glibc 2.31, expected glibc 2.35 or newer"),
-        ("libc_ver", ("", ""), "the C library is unknown , expected glibc 2.35 or newer"),
-    ],
-)
-def test_a_machine_that_cannot_run_it_is_told(monkeypatch, name, value, message):
-    monkeypatch.setattr(platform, name, lambda: value)
-
-    missing = Qnn().missing()
-    assert missing is not None
-    assert missing.startswith(message)
-
-
 @pytest.mark.parametrize(
     ("version", "fits"), [("1.24.1", False), ("1.22.0", False), ("1.24.2", True), ("1.32.0.dev1", True)]
 )
 def test_an_onnx_runtime_that_takes_no_such_provider_is_told(monkeypatch, version, fits):
-    monkeypatch.setattr(environment, "version", lambda _: version)
+    monkeypatch.setattr(qnn, "version", lambda _: version)
 
-    wanted = "onnxruntime-qnn 2.7.0 is not installed" if fits else f"onnxruntime is {version}, expected 1.24.2 or newer"
-    missing = Qnn().missing()
-    assert missing is not None
-    assert missing.startswith(wanted)
+    told = None if fits else f"onnxruntime is {version}, expected 1.24.2 or newer: pip install -U onnxruntime"
+    assert Qnn().missing() == told
 
 
-# --- installing -------------------------------------------------------------------------------------------------------
+def test_installs_what_is_needed_of_the_pinned_wheel_and_nothing_else(installed):
+    found = {str(path.relative_to(Qnn().folder)) for path in Qnn().folder.rglob("*") if path.is_file()}
 
-
-def test_installs_what_is_needed_and_nothing_else(downloads, tmp_path):
-    Qnn().install(print)
-
-    assert Qnn().missing() is None
-    found = {str(path.relative_to(Qnn().folder)): path.read_bytes() for path in Qnn().folder.rglob("*.so")}
-    assert found == CONTENT
-    [command] = downloads
-    assert command[:3] == [sys.executable, "-m", "pip"]
-    assert command[-1] == "onnxruntime-qnn==2.7.0"
-    assert left_over(tmp_path) == []
-
-
-def test_a_second_install_does_nothing_and_a_damaged_one_is_made_anew(downloads):
-    Qnn().install(print)
-    Qnn().install(print)
-    assert len(downloads) == 1
-    path = Qnn().folder / "onnxruntime_qnn.libs/more.so"
-    path.write_bytes(b"mor3")
-
-    missing = Qnn().missing()
-    assert missing is not None
-    assert f"is damaged ({path}): install it" in missing
-    Qnn().install(print)
-
-    assert Qnn().missing() is None
-    assert len(downloads) == 2
-
-
-def test_another_wheel_than_the_pinned_one_is_refused(downloads, monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "WHEEL_SHA256", "0" * 64)
-
-    with pytest.raises(RequirementError, match=r"onnxruntime_qnn-2.*\.whl: its sha256 is .*, expected 0+: .* do not"):
-        Qnn().install(print)
-
-    assert not Qnn().folder.exists()
-    assert left_over(tmp_path) == []
+    assert found == {*qnn.FILES, "installed.json"}
+    platform = {"python": "3.11", "platforms": ["manylinux_2_35_x86_64"]}
+    assert installed == [("onnxruntime-qnn==2.7.0", qnn.WHEEL_SHA256, platform)]
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
-
-def write_profile(folder: Path, executed: list[tuple[str, str, str]]) -> tuple[Path, Path]:
-    """A profile of (provider, operator, name), and two parts of a graph that were given to the provider."""
-    events = [
-        {"cat": "Node", "name": f"{name}_kernel_time", "args": {"op_name": operator, "provider": provider}}
-        for provider, operator, name in executed
-    ]
-    (folder / "profile.json").write_text(json.dumps(events))
-    parts = [
-        ["QNNExecutionProvider", ["Conv", "QuantizeLinear", "Conv"]],
-        ["CPUExecutionProvider", ["Erf"]],
-        ["QNNExecutionProvider", ["Gemm"]],
-    ]
-    (folder / "assigned.json").write_text(json.dumps(parts))
-    return folder / "profile.json", folder / "assigned.json"
+PARTS = [(QNN, ["Conv", "QuantizeLinear", "Conv"]), (CPU, ["Erf"]), (QNN, ["Gemm"])]
 
 
-def test_the_nodes_in_executed_parts_count_and_so_do_those_that_fell_back(tmp_path):
-    cpu, qnn = "CPUExecutionProvider", "QNNExecutionProvider"
-    paths = write_profile(tmp_path, [(qnn, "QNN_7_1", "a"), (cpu, "Erf", "e"), (qnn, "QNN_7_2", "b")])
+def test_the_nodes_in_executed_parts_count_and_so_do_those_that_fell_back():
+    profiled = {QNN: {"QNN_7_1": 1, "QNN_7_2": 1}, CPU: {"Erf": 1}}
 
-    assert environment.executed_parts(*paths) == {qnn: {"Conv": 2, "QuantizeLinear": 1, "Gemm": 1}, cpu: {"Erf": 1}}
+    counted = with_compiled_parts(profiled, PARTS, QNN)
 
-
-def test_parts_that_were_not_all_executed_are_only_counted(tmp_path):
-    paths = write_profile(tmp_path, [("QNNExecutionProvider", "QNN_7_1", "a")])
-
-    assert environment.executed_parts(*paths) == {"QNNExecutionProvider": {"compiled part": 1}}
+    assert counted == {QNN: {"Conv": 2, "QuantizeLinear": 1, "Gemm": 1}, CPU: {"Erf": 1}}
 
 
-def test_what_was_only_planned_does_not_count(tmp_path):
-    assert environment.executed_parts(*write_profile(tmp_path, [])) == {}
+def test_parts_that_were_not_all_executed_are_only_counted():
+    assert with_compiled_parts({QNN: {"QNN_7_1": 1}}, PARTS, QNN) == {QNN: {"compiled part": 1}}
+
+
+def test_what_was_only_planned_does_not_count():
+    assert with_compiled_parts({}, PARTS, QNN) == {}
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -184,35 +94,35 @@ def test_plain_is_the_cpu_provider_in_a_process_of_its_own(model, tmp_path):
 
     for feed, output in zip(feeds, execution.outputs, strict=True):
         np.testing.assert_array_equal(output["y"], run(model, feed, optimized=True)[0])
-    assert execution.nodes == {"CPUExecutionProvider": {"FusedGemm": 1, "Gemm": 1}}
-    assert list(execution.versions) == ["onnxruntime"]
+    assert execution.nodes == {CPU: {"FusedGemm": 1, "Gemm": 1}}
+    assert "onnxruntime-qnn" not in execution.versions
     assert left_over(tmp_path) == []
 
 
-def test_a_refusal_is_one_line_in_onnx_runtimes_words(model, tmp_path):
-    with pytest.raises(RuntimeFailure, match=f"^{model}: .*Got: 3 Expected: 8.*$") as caught:
-        Qnn().run(model, [{"x": np.zeros((1, 3), np.float32)}], plain=True)
-
-    assert not isinstance(caught.value, WorkerDied)
-    assert "\n" not in str(caught.value)
+def test_a_library_that_cannot_be_loaded_is_told(model, tmp_path):
+    library = r"onnxruntime_qnn/libonnxruntime_providers_qnn\.so"
+    with pytest.raises(RuntimeFailure, match=rf"^{model}: HTP 75 simulated: .*{library}"):
+        Qnn().run(model, [])
     assert left_over(tmp_path) == []
 
 
-def test_the_job_names_the_library_the_simulator_and_its_architecture(model, tmp_path, monkeypatch):
-    (tmp_path / "script.py").write_text(
-        f"import pathlib, shutil, sys; shutil.copy(sys.argv[1], {str(tmp_path)!r}); sys.exit('no library')"
-    )
-    monkeypatch.setattr(environment, "SCRIPT", tmp_path / "script.py")
+def test_the_plug_in_is_the_library_with_the_simulator_and_its_architecture(model, monkeypatch):
+    called = []
 
-    with pytest.raises(WorkerDied, match=r"onnxruntime-qnn died \(exit code 1; it last printed: no library\)"):
-        Qnn().run(model, [], config={"session.disable_cpu_ep_fallback": "1"})
+    def answer(python, job, plugin=None):
+        called.append((job.config, plugin))
+        return Execution([], {}, "", {"onnxruntime": "1.32.0"})
 
-    job = json.loads((tmp_path / "job.json").read_text())
-    folder = tmp_path / "cache/onnxcomp/environments/qnn/onnxruntime_qnn"
-    assert job["library"] == str(folder / "libonnxruntime_providers_qnn.so")
-    assert job["options"] == {
+    monkeypatch.setattr(ForeignPython, "run", answer)
+    execution = Qnn().run(model, [], config={"session.disable_cpu_ep_fallback": "1"})
+
+    [(config, plugin)] = called
+    folder = Qnn().folder / "onnxruntime_qnn"
+    assert config == {"session.disable_cpu_ep_fallback": "1"}
+    assert (plugin.provider, plugin.library) == (QNN, str(folder / "libonnxruntime_providers_qnn.so"))
+    assert plugin.chosen == {
         "backend_path": str(folder / "libQnnHtp.so"),
         "htp_arch": "75",
         "offload_graph_io_quantization": "0",
     }
-    assert job["config"] == {"session.disable_cpu_ep_fallback": "1"}
+    assert execution.versions == {"onnxruntime": "1.32.0", "onnxruntime-qnn": "2.7.0"}

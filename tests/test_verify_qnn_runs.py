@@ -10,8 +10,8 @@ import pytest
 
 from onnxcomp.errors import RuntimeFailure
 from onnxcomp.verification.environments.qnn import Qnn
-from tests.deployed import Array, fashion_images, optimized, sample_model
-from tests.models import graph_model, random_weights
+from tests.deployed import CPU, Feeds, first_outputs, image_feeds, installed, optimized, sample_model
+from tests.models import Array, graph_model, random_weights
 
 pytestmark = pytest.mark.slow
 
@@ -30,25 +30,16 @@ AGREEMENT = 0.98
 
 @pytest.fixture(scope="module")
 def qnn(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        environment = Qnn()
-        environment.install(print)
-        assert environment.missing() is None
+    with installed(Qnn, tmp_path_factory.mktemp("cache")) as environment:
         yield environment
 
 
-def compare(qnn: Qnn, model: Path, feeds: list[dict[str, Array]], **options: dict[str, str]):
+def compare(qnn: Qnn, model: Path, feeds: Feeds, **options: dict[str, str]):
     """The first outputs on the provider and on the CPU provider of the same build, and what executed the former."""
     execution = qnn.run(model, feeds, **options)  # type: ignore[arg-type]
     plain = qnn.run(model, feeds, plain=True)
-    assert list(plain.nodes) == ["CPUExecutionProvider"]
-    got, wanted = (np.concatenate([next(iter(out.values())) for out in one.outputs]) for one in (execution, plain))
-    return got, wanted, execution.nodes
-
-
-def image_feeds() -> list[dict[str, Array]]:
-    return [{"image": image[None]} for image in fashion_images(IMAGES)]
+    assert list(plain.nodes) == [CPU]
+    return first_outputs(execution), first_outputs(plain), execution.nodes
 
 
 def output_scale(model: Path) -> float:
@@ -70,7 +61,7 @@ def assert_near(name: str, model: Path, got: Array, wanted: Array) -> None:
 def test_an_int8_model_runs_wholly_on_the_provider_and_near_the_cpu(qnn, tmp_path, name, layers, options):
     model = optimized(name, "qnn", tmp_path, *options)
 
-    got, wanted, nodes = compare(qnn, model, image_feeds(), config=STRICT)
+    got, wanted, nodes = compare(qnn, model, image_feeds(IMAGES), config=STRICT)
 
     assert list(nodes) == ["QNNExecutionProvider"]
     assert {operator: nodes["QNNExecutionProvider"].get(operator) for operator in layers} == layers
@@ -80,24 +71,24 @@ def test_an_int8_model_runs_wholly_on_the_provider_and_near_the_cpu(qnn, tmp_pat
 def test_nodes_that_fall_back_are_seen_or_refused(qnn, tmp_path):
     model = optimized("vit", "qnn", tmp_path, *QUANTIZED)
 
-    got, wanted, nodes = compare(qnn, model, image_feeds())
+    got, wanted, nodes = compare(qnn, model, image_feeds(IMAGES))
 
-    assert nodes["CPUExecutionProvider"] == {"Erf": 4}  # the provider has Gelu, but no Erf
+    assert nodes[CPU] == {"Erf": 4}  # the provider has Gelu, but no Erf
     assert nodes["QNNExecutionProvider"]["MatMul"] == 8
     assert_near("vit", model, got, wanted)
     with pytest.raises(RuntimeFailure, match="assigned to the default CPU EP, but fallback to CPU EP has"):
-        qnn.run(model, image_feeds()[:1], config=STRICT)
+        qnn.run(model, image_feeds(1), config=STRICT)
 
 
 def test_a_float_model_is_not_counted_as_run_by_the_provider(qnn):
-    nodes = qnn.run(sample_model("lenet"), image_feeds()[:1]).nodes
+    nodes = qnn.run(sample_model("lenet"), image_feeds(1)).nodes
 
-    assert list(nodes) == ["CPUExecutionProvider"]
+    assert list(nodes) == [CPU]
 
 
 def test_a_wrong_model_is_told_apart(qnn, tmp_path):
     model = optimized("lenet", "qnn", tmp_path, *QUANTIZED)
-    feeds = image_feeds()
+    feeds = image_feeds(IMAGES)
     inverted = [{"image": 1 - feed["image"]} for feed in feeds]
 
     got, wanted, _ = compare(qnn, model, feeds)

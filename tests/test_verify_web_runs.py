@@ -11,7 +11,7 @@ import pytest
 
 from onnxcomp.errors import RuntimeFailure, WorkerDied
 from onnxcomp.verification.environments.web import Web
-from tests.deployed import cpu_outputs, fashion_images, optimized, sample_model
+from tests.deployed import CPU, fashion_images, first_outputs, installed, on_host, optimized, sample_model
 from tests.models import FLOAT_ROUNDING, external_model, graph_model, random_inputs, run
 
 pytestmark = pytest.mark.slow
@@ -29,11 +29,7 @@ ONE_STEP = 0.02
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        environment = Web()
-        environment.install(print)
-        assert environment.missing() is None
+    with installed(Web, tmp_path_factory.mktemp("cache")) as environment:
         yield environment
 
 
@@ -47,9 +43,8 @@ def compare(web: Web, model: Path) -> tuple[np.ndarray, np.ndarray, dict[str, in
     feeds = image_feeds()
     execution = web.run(model, feeds)
     assert [output["logits"].shape for output in execution.outputs] == [(batch, 10) for batch in BATCHES]
-    assert list(execution.nodes) == ["CPUExecutionProvider"]
-    got = np.concatenate([output["logits"] for output in execution.outputs])
-    return got, np.concatenate(cpu_outputs(model, feeds)), execution.nodes["CPUExecutionProvider"]
+    assert list(execution.nodes) == [CPU]
+    return first_outputs(execution), first_outputs(on_host(model, feeds)), execution.nodes[CPU]
 
 
 def as_ort(model: Path, folder: Path) -> Path:
@@ -105,8 +100,9 @@ def test_a_pruned_and_packed_model_is_bit_equal_and_so_is_its_ort_file(web, tmp_
 
 
 def test_another_model_is_told_apart(web, tmp_path):
-    feeds = image_feeds()
-    other = np.concatenate(cpu_outputs(optimized("lenet", "web", tmp_path, "-p", "simplify", "-p", "quantize"), feeds))
+    other = first_outputs(
+        on_host(optimized("lenet", "web", tmp_path, "-p", "simplify", "-p", "quantize"), image_feeds())
+    )
 
     got, wanted, _ = compare(web, sample_model("lenet"))
 
@@ -152,8 +148,8 @@ def test_session_configuration_reaches_onnx_runtime(web):
 
     usual, configured = (web.run(sample_model("lenet"), [feed], config=config).nodes for config in (None, off))
 
-    assert usual["CPUExecutionProvider"]["FusedGemm"] == 2
-    assert "FusedGemm" not in configured["CPUExecutionProvider"]
+    assert usual[CPU]["FusedGemm"] == 2
+    assert "FusedGemm" not in configured[CPU]
 
 
 def test_only_the_asked_outputs_come(web):
@@ -187,7 +183,8 @@ def test_an_unknown_operator_is_refused_with_onnx_runtimes_words(web, tmp_path):
 
 
 def test_a_process_that_fails_by_itself_is_told_with_the_error(web, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(web._installation, "problem", lambda: None)
+    monkeypatch.setattr(web._installation, "folder", tmp_path)
 
     with pytest.raises(WorkerDied, match=r"exit code 1; it last printed: Error .*Cannot find module .*wasm\.min"):
         web.run(sample_model("lenet"), [])

@@ -8,13 +8,17 @@ import pytest
 from onnxcomp.errors import RuntimeFailure
 from onnxcomp.targets import host_target
 from onnxcomp.verification.environments.x86 import X86
-from tests.emulation import (
+from onnxcomp_passes import Quantize, Simplify
+from tests.deployed import (
     ARM_FUSION,
-    SAMPLE_MODELS,
+    CPU,
+    SAMPLES,
     difference,
+    forced,
+    image_feeds,
+    installed,
     on_host,
-    sample_feeds,
-    sample_int8,
+    sample_model,
     size,
     small_network,
 )
@@ -25,7 +29,6 @@ pytestmark = [
     pytest.mark.skipif(host_target().name != "x86-vnni", reason="compares with an x86-64 that has VNNI"),
 ]
 
-CPU = "CPUExecutionProvider"
 SATURATED = 2.0
 """Errors this many times larger than this machine's are no rounding: its int8 kernels are exact."""
 
@@ -33,10 +36,7 @@ SATURATED = 2.0
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory):
     """The layer, installed for these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        environment = X86()
-        environment.install(lambda _: None)
+    with installed(X86, tmp_path_factory.mktemp("cache")) as environment:
         yield environment
 
 
@@ -65,21 +65,21 @@ def test_int8_activations_that_stay_int8_do_not_saturate(environment, tmp_path):
 
 
 def test_a_sample_model_for_it_gives_the_bits_of_this_machine(environment, tmp_path):
-    path, feeds = sample_int8(tmp_path, "fashion_mobilenet", "x86"), sample_feeds(4)
+    path, feeds = forced("mobilenet", "x86", tmp_path, Simplify(), Quantize(choose=False)), image_feeds(4)
     execution = environment.run(path, feeds)
     assert execution.nodes[CPU]["QLinearConv"] == 20
     assert difference(execution, on_host(path, feeds)) == 0
 
 
-@pytest.mark.parametrize("path", sorted(SAMPLE_MODELS.glob("fashion_*.onnx")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("fashion_*.onnx")), ids=lambda path: path.stem)
 def test_float_models_agree_to_rounding(environment, path):
-    feeds = sample_feeds(2)
+    feeds = image_feeds(2)
     here = on_host(path, feeds)
     assert difference(environment.run(path, feeds), here) < FLOAT_ROUNDING * size(here)
 
 
 def test_it_says_what_ran(environment):
-    execution = environment.run(SAMPLE_MODELS / "fashion_lenet.onnx", sample_feeds(1))
+    execution = environment.run(sample_model("lenet"), image_feeds(1))
     assert execution.runtime.startswith("ONNX Runtime ")
     assert "Haswell-v4 by qemu 10" in execution.runtime
     assert execution.versions["qemu"].startswith("10.")
@@ -87,4 +87,4 @@ def test_it_says_what_ran(environment):
 
 def test_what_onnx_runtime_refuses_there_is_told(environment):
     with pytest.raises(RuntimeFailure, match=r"fashion_lenet\.onnx: .*without VNNI.* Got: 5"):
-        environment.run(SAMPLE_MODELS / "fashion_lenet.onnx", [{"image": np.zeros((1, 5, 28, 28), np.float32)}])
+        environment.run(sample_model("lenet"), [{"image": np.zeros((1, 5, 28, 28), np.float32)}])

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import onnx
 
 from onnxcomp.errors import OnnxcompError, RuntimeFailure
+from onnxcomp.runtime.messages import tidy
 from onnxcomp.runtime.results import Array, Feed, Observer, PairObserver
-from onnxcomp.runtime.sessions import Sessions, keep_needed, tidy
+from onnxcomp.runtime.sessions import Sessions, keep_needed
 from onnxcomp.skeleton import load_skeleton
 
 K = TypeVar("K", bound=Hashable)

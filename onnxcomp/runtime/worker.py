@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.runtime import profiling
 from onnxcomp.runtime.census import Census, read_census
+from onnxcomp.runtime.messages import tidy
 from onnxcomp.runtime.observing import Observation, PairObservation
 from onnxcomp.runtime.results import (
     Alive,
@@ -37,7 +38,7 @@ from onnxcomp.runtime.results import (
     TensorInfo,
     Timing,
 )
-from onnxcomp.runtime.sessions import Sessions, tidy
+from onnxcomp.runtime.sessions import Sessions
 
 _WARM_UP_ROUNDS = 5
 _ALIVE_EVERY_S = 1.0

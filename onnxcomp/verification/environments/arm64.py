@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import shutil
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -17,7 +14,8 @@ from onnxcomp.errors import RequirementError
 from onnxcomp.verification.environments import debian
 from onnxcomp.verification.environments.emulated import QEMU_PACKAGE, EmulatedProcessor, unpack_qemu
 from onnxcomp.verification.environments.foreign import ForeignPython, present_python
-from onnxcomp.verification.environments.installation import check_hash, run_tool
+from onnxcomp.verification.environments.installed import unfit_host
+from onnxcomp.verification.environments.tools import fetch_wheel, lacking_pip
 
 __all__ = ["Arm64"]
 
@@ -40,8 +38,8 @@ _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014
 _NUMPY = "2.4.6"
 _TESTED = "1.32.0"
 _HASHES = {
-    f"numpy-{_NUMPY}": "72fbe16c6fac95aedf5937fa873445cec2110be35d8a4e9433d7501fd98dae6b",
-    f"onnxruntime-{_TESTED}": "54d02baff2df38777b4c3cc7af326406fe8b8a48f54720f4c446d2d327920a79",
+    f"numpy=={_NUMPY}": "72fbe16c6fac95aedf5937fa873445cec2110be35d8a4e9433d7501fd98dae6b",
+    f"onnxruntime=={_TESTED}": "54d02baff2df38777b4c3cc7af326406fe8b8a48f54720f4c446d2d327920a79",
 }
 """SHA-256 of the wheels. Of another version of ONNX Runtime pip checks the one that the package index gives."""
 
@@ -55,11 +53,12 @@ print(json.dumps({"python": platform.python_version(), "numpy": numpy.__version_
 class Arm64(EmulatedProcessor):
     """ONNX Runtime's CPU provider on 64-bit ARM.
 
-    Its kernels are not x86's: int8 activations stay int8, and no product saturates. 137 MB are fetched, 182 MB stay.
+    Its kernels are not x86's: int8 activations stay int8, and no product saturates.
     """
 
     name = "arm64"
     description = "64-bit ARM, Linux"
+    size = "137 MB to download, 182 MB to keep"
 
     def __init__(self) -> None:
         super().__init__({"python": _PYTHON, "numpy": _NUMPY, "onnxruntime": version("onnxruntime")})
@@ -68,18 +67,11 @@ class Arm64(EmulatedProcessor):
         native = platform.machine().lower() in {"aarch64", "arm64"}
         return present_python("CPU, this 64-bit ARM") if native else None
 
-    def _wrong_host(self) -> str | None:
-        if sys.platform == "linux" and platform.machine() == "x86_64":
-            return None
-        return (
-            f"it needs a 64-bit ARM, or Linux on x86-64 to emulate one, and this is {sys.platform} on "
-            f"{platform.machine()}; use such a machine"
-        )
+    def _unfit(self) -> str | None:
+        return None if self._present() else unfit_host("a 64-bit ARM, or Linux on x86-64 to emulate one")
 
-    def _lacking_tools(self) -> str | None:
-        if importlib.util.find_spec("pip") is None:
-            return "there is no pip in this Python to fetch ONNX Runtime with; run `python -m ensurepip`"
-        return debian.lacking_tools()
+    def _lacking(self) -> str | None:
+        return lacking_pip() or super()._lacking()
 
     def _emulated(self, folder: Path, versions: Mapping[str, str]) -> ForeignPython:
         root = folder / "root"
@@ -88,15 +80,13 @@ class Arm64(EmulatedProcessor):
         variables = {"PYTHONPATH": str(folder / "site"), "LC_ALL": "C.UTF-8"}
         return ForeignPython(command, variables, f"CPU, Linux arm64 ({CPU} by qemu {versions['qemu']})", versions)
 
-    def _fill(self, folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
-        with tempfile.TemporaryDirectory(dir=folder) as name:
-            downloads = Path(name)
-            progress("arm64: fetching qemu and a Python for ARM (Debian packages, 98 MB)")
-            packages = debian.packages(downloads / "debian", [QEMU_PACKAGE, *_PACKAGES])
-            _unpack_root([packages[package] for package in _PACKAGES], folder / "root")
-            qemu = unpack_qemu(packages[QEMU_PACKAGE], folder / "qemu-aarch64")
-            progress("arm64: fetching ONNX Runtime and numpy for ARM (39 MB)")
-            _unpack_wheels(downloads / "wheels", folder / "site")
+    def _fill(self, folder: Path, downloads: Path, progress: Callable[[str], None]) -> dict[str, str]:
+        progress("arm64: fetching qemu and a Python for ARM (Debian packages, 98 MB)")
+        packages = debian.packages(downloads / "debian", [QEMU_PACKAGE, *_PACKAGES])
+        _unpack_root([packages[package] for package in _PACKAGES], folder / "root")
+        qemu = unpack_qemu(packages[QEMU_PACKAGE], folder / "qemu-aarch64")
+        progress("arm64: fetching ONNX Runtime and numpy for ARM (39 MB)")
+        _unpack_wheels(downloads / "wheels", folder / "site")
         progress("arm64: starting it for the first time")
         return {"qemu": qemu, **_first_start(self._emulated(folder, {"qemu": qemu}))}
 
@@ -113,35 +103,25 @@ def _unpack_wheels(downloads: Path, site: Path) -> None:
     """Fetch the wheels of the installed version of ONNX Runtime, or of the tested one where that has none for ARM."""
     wanted = version("onnxruntime")
     try:
-        wheels = [_wheel(downloads, "onnxruntime", wanted)]
+        wheels = [_wheel(downloads, f"onnxruntime=={wanted}")]
     except RequirementError:
         if wanted == _TESTED:
             raise
-        wheels = [_wheel(downloads, "onnxruntime", _TESTED)]
-    wheels.append(_wheel(downloads, "numpy", _NUMPY))
+        wheels = [_wheel(downloads, f"onnxruntime=={_TESTED}")]
+    wheels.append(_wheel(downloads, f"numpy=={_NUMPY}"))
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
 
 
-def _wheel(downloads: Path, package: str, wanted: str) -> Path:
-    platforms = [f"--platform={name}" for name in _PLATFORMS]
-    options = ["--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={_PYTHON}", *platforms]
-    quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *quiet, *options, "--dest", str(downloads)]
-    run_tool([*command, f"{package}=={wanted}"])
-    [wheel] = downloads.glob(f"{package}-*.whl")
-    pinned = _HASHES.get(f"{package}-{wanted}")
-    if pinned is not None:
-        check_hash(wheel, pinned)
-    return wheel
+def _wheel(downloads: Path, package: str) -> Path:
+    return fetch_wheel(package, _HASHES.get(package), downloads, python=_PYTHON, platforms=_PLATFORMS)
 
 
 def _first_start(python: ForeignPython) -> dict[str, str]:
     """The versions as they tell themselves; so the installation is known to run before it takes its place."""
-    printed = run_tool([*python.command, "-c", _ASK_VERSIONS], variables=python.environment)
-    versions: dict[str, str] = json.loads(printed.splitlines()[-1])
+    versions: dict[str, str] = json.loads(python.start(_ASK_VERSIONS).splitlines()[-1])
     if versions.pop("machine") != "aarch64":
-        message = "arm64: the Python that was installed does not run as 64-bit ARM; report this"
+        message = "the Python that was installed does not run as 64-bit ARM; report this"
         raise RequirementError(message)
     return versions

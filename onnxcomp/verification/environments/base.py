@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from onnxcomp.runtime import Array, Feed
 
-__all__ = ["Environment", "Execution", "executed_nodes"]
+__all__ = ["Environment", "Execution", "executed_nodes", "with_compiled_parts"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Environment(ABC):
             timeout_s: The longest that the whole may take, in seconds.
 
         Raises:
+            RequirementError: Something is missing.
             RuntimeFailure: It refused the model or a feed; the message is its own, in one line.
             WorkerDied: It crashed or did not end in time.
         """
@@ -105,3 +106,27 @@ def executed_nodes(profile: Path) -> dict[str, dict[str, int]]:
     for provider, operator, _ in ran:
         counts[provider][operator] += 1
     return {provider: dict(operators.most_common()) for provider, operators in counts.items()}
+
+
+def with_compiled_parts(
+    nodes: Mapping[str, Mapping[str, int]], assigned: Sequence[tuple[str, Sequence[str]]], provider: str
+) -> dict[str, dict[str, int]]:
+    """Count also the nodes inside the parts that a provider has compiled.
+
+    A profile shows one event for a compiled part. When every part that was given to the provider has been executed,
+    so has every node in it; otherwise it cannot be said which, and the parts are counted.
+
+    Args:
+        nodes: What the profile shows.
+        assigned: For each part of the graph its provider and its operators.
+        provider: The one that compiles.
+
+    Returns:
+        As `nodes`.
+    """
+    counted = {name: dict(operators) for name, operators in nodes.items()}
+    parts = [operators for name, operators in assigned if name == provider]
+    if executed := sum(nodes.get(provider, {}).values()):
+        operators = Counter(operator for part in parts for operator in part)
+        counted[provider] = dict(operators.most_common()) if executed == len(parts) else {"compiled part": executed}
+    return counted

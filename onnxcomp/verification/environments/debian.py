@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnxcomp.errors import RequirementError
-from onnxcomp.verification.environments.installation import run_tool
+from onnxcomp.verification.environments.tools import run_tool
 
 __all__ = ["SUITE", "lacking_tools", "package_version", "packages", "unpack", "unpack_file"]
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from onnxcomp.errors import RequirementError
-from onnxcomp.runtime import Feed
 from onnxcomp.verification.environments import debian
-from onnxcomp.verification.environments.base import Environment, Execution
-from onnxcomp.verification.environments.foreign import ForeignPython, run_foreign
-from onnxcomp.verification.environments.installation import Installation
+from onnxcomp.verification.environments.base import Execution
+from onnxcomp.verification.environments.foreign import ForeignPython
+from onnxcomp.verification.environments.installed import InstalledEnvironment, unfit_host
+from onnxcomp.verification.environments.processes import Job
 
 __all__ = ["QEMU_PACKAGE", "EmulatedProcessor", "unpack_qemu"]
 
 QEMU_PACKAGE = "qemu-user:amd64"
 
 
-class EmulatedProcessor(Environment):
+class EmulatedProcessor(InstalledEnvironment):
     """ONNX Runtime's CPU provider on another processor; on this one where it is such a processor.
 
     Args:
@@ -26,72 +25,29 @@ class EmulatedProcessor(Environment):
     """
 
     def __init__(self, recipe: Mapping[str, str]) -> None:
-        self._installation = Installation(self.name, {"suite": debian.SUITE, **recipe})
+        super().__init__({"suite": debian.SUITE, **recipe})
 
     @abstractmethod
     def _present(self) -> ForeignPython | None:
         """This machine's own Python, where it is such a processor."""
 
     @abstractmethod
-    def _wrong_host(self) -> str | None:
-        """Why it cannot be emulated on a machine like this."""
-
-    @abstractmethod
     def _emulated(self, folder: Path, versions: Mapping[str, str]) -> ForeignPython:
         """The emulated Python of an installation."""
 
-    @abstractmethod
-    def _fill(self, folder: Path, progress: Callable[[str], None]) -> Mapping[str, str]:
-        """Put an installation into an empty folder, see that it starts, and tell its versions."""
+    def _unfit(self) -> str | None:
+        return None if self._present() else unfit_host()
 
-    def _lacking_tools(self) -> str | None:
-        """What lacks for an installation."""
+    def _lacking(self) -> str | None:
         return debian.lacking_tools()
 
-    def missing(self) -> str | None:
-        """Why it cannot run now, in one line with what to do about it; None: it can."""
-        if self._present() is not None:
-            return None
-        if (wrong := self._wrong_host()) is not None:
-            return wrong
-        problem = self._installation.problem()
-        return problem and (self._lacking_tools() or problem)
+    def _problem(self) -> str | None:
+        return None if self._present() else super()._problem()
 
-    def install(self, progress: Callable[[str], None]) -> None:
-        """Install what is missing into the user's cache folder, whole or not at all.
-
-        Raises:
-            RequirementError: It cannot be had, or is not what was expected.
-        """
-        if self.missing() is None:
-            return
-        if (lacking := self._wrong_host() or self._lacking_tools()) is not None:
-            message = f"{self.name}: {lacking}"
-            raise RequirementError(message)
-        self._installation.make(lambda folder: self._fill(folder, progress))
-
-    def run(
-        self,
-        model: Path,
-        feeds: Sequence[Feed],
-        *,
-        outputs: Sequence[str] | None = None,
-        plain: bool = False,
-        config: Mapping[str, str] | None = None,
-        timeout_s: float = 600.0,
-    ) -> Execution:
-        """Run a model in a process of its own; `plain` changes nothing, as there is only the CPU provider.
-
-        Raises:
-            RequirementError: Something is missing.
-            RuntimeFailure: It refused the model or a feed.
-            WorkerDied: It crashed or did not end in time.
-        """
-        if (lacking := self.missing()) is not None:
-            message = f"{self.name}: {lacking}"
-            raise RequirementError(message)
-        python = self._present() or self._emulated(self._installation.folder, self._installation.versions())
-        return run_foreign(python, model, feeds, outputs=outputs, config=config, timeout_s=timeout_s)
+    def _execute(self, job: Job) -> Execution:
+        """There is only the CPU provider: `plain` changes nothing."""
+        python = self._present() or self._emulated(self.folder, self._installation.versions())
+        return python.run(job)
 
 
 def unpack_qemu(package: Path, program: Path) -> str:

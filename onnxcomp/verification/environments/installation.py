@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from onnxcomp.errors import RequirementError
 from onnxcomp.resume import cache_folder
 
-__all__ = ["Installation", "check_hash", "run_tool"]
+__all__ = ["Installation", "check_hash"]
 
-_MANIFEST = "installed.json"
+_RECORD = "installed.json"
 _BYTECODE = "__pycache__"  # Python writes there whenever it likes
-_TOOL_TIMEOUT_S = 900.0
-_ABANDONED_S = 86400.0  # nothing takes a day to install
-_REASON_CHARACTERS = 300
 
 
 class Installation:
     """What is installed for one environment.
+
+    While one process installs, it holds a lock that ends with it, and others wait. So whatever temporary folder is
+    there when one begins is of a process that was killed, and is removed.
 
     Args:
         name: The environment's.
@@ -40,98 +38,110 @@ class Installation:
         self._recipe = dict(recipe)
 
     def problem(self) -> str | None:
-        """Why it cannot be used, in one line with what to do; None: it can."""
+        """Why it cannot be used, in a few words; None: it can."""
         if not self.folder.exists():
-            return f"not installed yet; install it into {self.folder}"
+            return "not installed yet"
         try:
-            manifest = self._manifest()
-            recipe, files, _ = (dict(manifest[part]) for part in ("recipe", "files", "versions"))
+            record = self._record()
+            recipe, files, _ = (dict(record[part]) for part in ("recipe", "files", "versions"))
         except (OSError, ValueError, KeyError, TypeError):
-            return f"{self.folder} is not a whole installation; install it again"
+            return f"{self.folder} is not a whole installation"
         for part, wanted in self._recipe.items():
             if recipe.get(part) != wanted:
-                return f"installed for {part} {recipe.get(part)}, and {wanted} is wanted; install it again"
-        for name, size in files.items():
-            found = _size(self.folder / name)
-            if found != size:
-                came = "is missing" if found is None else f"has {found:,} bytes"
-                return f"{self.folder / name} {came}, expected {size:,} bytes; install it again"
+                return f"installed for {part} {recipe.get(part)}, and {wanted} is wanted"
+        for name, digest in files.items():
+            path = self.folder / name
+            try:
+                if _sha256(path) != digest:
+                    return f"{path} was changed"
+            except OSError:
+                return f"{path} is missing"
         return None
 
     def versions(self) -> dict[str, str]:
         """Name -> version of what is installed."""
-        return {str(name): str(version) for name, version in self._manifest()["versions"].items()}
+        return {str(name): str(version) for name, version in self._record()["versions"].items()}
 
-    def make(self, fill: Callable[[Path], Mapping[str, str]]) -> None:
+    def make(self, fill: Callable[[Path, Path], Mapping[str, str]], progress: Callable[[str], None]) -> None:
         """Install, unless it is there and whole; in the end all is there, or nothing of it.
 
         Args:
-            fill: Puts everything into the empty folder that it is given, and tells the versions of what it put there.
-                Nothing in the folder may name the folder: it is renamed.
+            fill: Puts everything into the first of two empty folders, and tells the versions of what it put there.
+                Nothing in that folder may name it: it is renamed. The other folder is for downloads and is removed.
+            progress: Called with a line when it has to wait for another process.
 
         Raises:
             RequirementError: It cannot be had or written.
         """
-        if self.problem() is None:
-            return
-        temporary = None
+        work = self.folder.with_name(f".{self.name}.tmp")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_abandoned()
-            temporary = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.name}.", suffix=".tmp"))
-            versions = dict(fill(temporary))
-            manifest = {"recipe": self._recipe, "versions": versions, "files": _sizes(temporary)}
-            (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            self._take_place(temporary)
+            with self._alone(progress):
+                if self.problem() is not None:
+                    try:
+                        self._make_in(work, fill)
+                    finally:
+                        shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
-            message = f"{self.name}: cannot be installed into {self.folder} ({error.strerror or error})"
+            place = f"cannot be installed into {self.folder} ({error.strerror or error})"
+            message = f"{self.name}: {place}; free some space, or set XDG_CACHE_HOME"
             raise RequirementError(message) from error
-        finally:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+        except RequirementError as error:
+            message = f"{self.name}: {error}"
+            raise RequirementError(message) from error
 
-    def _manifest(self) -> dict[str, Any]:
-        manifest: dict[str, Any] = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
-        return manifest
-
-    def _take_place(self, temporary: Path) -> None:
-        if self.problem() is None:  # another process was quicker, and ours is the same
-            return
-        temporary.chmod(0o755)
-        broken = temporary.with_suffix(".old")
+    def _make_in(self, work: Path, fill: Callable[[Path, Path], Mapping[str, str]]) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        filled, downloads = work / "filled", work / "downloads"
+        for folder in (filled, downloads):
+            folder.mkdir(parents=True)
+        versions = dict(fill(filled, downloads))
+        record = {"recipe": self._recipe, "versions": versions, "files": _digests(filled)}
+        (filled / _RECORD).write_text(json.dumps(record), encoding="utf-8")
         with contextlib.suppress(FileNotFoundError):
-            self.folder.rename(broken)
-        temporary.rename(self.folder)
-        _remove(broken)
+            self.folder.rename(work / "broken")
+        filled.rename(self.folder)
 
-    def _remove_abandoned(self) -> None:
-        """Remove what installations left behind that were killed."""
-        limit = time.time() - _ABANDONED_S
-        for left in self.folder.parent.glob(f".{self.name}.*"):
-            if left.lstat().st_mtime < limit:
-                _remove(left)
+    def _record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.folder / _RECORD).read_text(encoding="utf-8"))
+        return record
+
+    @contextlib.contextmanager
+    def _alone(self, progress: Callable[[str], None]) -> Iterator[None]:
+        """Hold the lock, and remove its file in the end."""
+        path = self.folder.with_name(f".{self.name}.lock")
+        with contextlib.ExitStack() as stack:
+            while True:
+                file = stack.enter_context(path.open("ab"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    progress(f"{self.name}: another process is installing it; waiting for that")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if _is_at(file, path):  # otherwise the one that held it has removed the file
+                    break
+            stack.callback(path.unlink, missing_ok=True)
+            yield
 
 
-def _size(path: Path) -> int | None:
+def _is_at(file: IO[bytes], path: Path) -> bool:
     try:
-        return path.stat().st_size
-    except OSError:
-        return None
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(folder)): path.stat().st_size
+        str(path.relative_to(folder)): _sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and _BYTECODE not in path.parts
     }
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def check_hash(path: Path, sha256: str) -> None:
@@ -140,56 +150,7 @@ def check_hash(path: Path, sha256: str) -> None:
     Raises:
         RequirementError: Its hash differs.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(path)
     if found != sha256:
-        message = f"{path.name}: its SHA-256 is {found}, expected {sha256}; it is not the file that was tested"
+        message = f"{path.name}: its SHA-256 is {found}, expected {sha256}: not the file that was tested; do not use it"
         raise RequirementError(message)
-
-
-def run_tool(command: Sequence[str], *, cwd: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
-    """Run a command to its end and give what it printed.
-
-    Args:
-        command: The program and its arguments.
-        cwd: Where it runs.
-        variables: All its environment variables; None: those of this process.
-
-    Raises:
-        RequirementError: It cannot be started, failed, or did not end in time; with its own reason in one line.
-    """
-    try:
-        ended = subprocess.run(
-            command,
-            cwd=cwd,
-            env={**(os.environ if variables is None else variables), "LC_ALL": "C.UTF-8"},  # errors in English
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_TOOL_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        message = f"{_called(command)} was stopped: it took longer than {_TOOL_TIMEOUT_S:g} s; try again"
-        raise RequirementError(message) from None
-    except OSError as error:
-        message = f"{_called(command)} cannot be started ({error.strerror}: {command[0]})"
-        raise RequirementError(message) from error
-    if ended.returncode != 0:
-        message = f"{_called(command)} failed with exit code {ended.returncode}: {_reason(ended.stderr, ended.stdout)}"
-        raise RequirementError(message)
-    return ended.stdout
-
-
-def _called(command: Sequence[str]) -> str:
-    """The command's name and its first words, without options and paths."""
-    words = [word for word in command[1:4] if word.isalpha()]
-    return " ".join([Path(command[0]).name, *words])
-
-
-def _reason(*printed: str) -> str:
-    """The last line that says it is an error, or else the last one."""
-    lines = [line.strip() for text in printed for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("E:", "ERROR", "Error", "error"))]
-    return ([*lines[:1], *lines[-1:], *errors] or ["it printed nothing"])[-1][:_REASON_CHARACTERS]

@@ -1,25 +1,22 @@
-"""Run a model in a Python that has numpy and ONNX Runtime and nothing else: ``run_model.py REQUEST ANSWER``.
+"""Run a model in a Python that has numpy and ONNX Runtime and nothing else: ``run_model.py``.
 
-The file is copied, with tensor_files.py beside it, to where that Python finds it; `foreign` calls it. REQUEST is a
-JSON file::
+`foreign` copies it, with tensor_files.py beside it, to the folder where it runs; see `processes` for the files there.
+The job is a JSON file::
 
-    {"model": path, "feeds": tensors file, "results": tensors file to write, "profile": prefix of a file to write,
-     "outputs": names or null for all, "threads": 1, "config": {session entry: value},
-     "providers": [[name, {option: value}], ...],
+    {"model": path, "outputs": names or null for all, "config": {session entry: value},
      "plugin": null or {"provider": name, "library": path, "chosen": {option: value}}}
 
-A plug-in is a library that brings an execution provider of its own; it comes before `providers`. ANSWER becomes a
-JSON file: what ran (`version`, `machine`), `profile` and the `seconds` that each run took, or `error` in one line.
+A plug-in is a library that brings an execution provider; what it does not take stays with the CPU's. "answer.json"
+tells the `version` of ONNX Runtime and, with a plug-in, the parts of the graph as they were `assigned`: the provider
+and the operators of each.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,97 +25,79 @@ try:
 except ImportError:
     from onnxcomp.verification.environments.tensor_files import read_tensors, write_tensors
 
-__all__ = ["run_request"]
+__all__ = ["run_job"]
 
+_REFUSED = 3
 _PROFILED_RUNS = 8  # a profile grows with every run; what executes which node is known by then
 
 
-def run_request(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a session, run it on every feed and write the outputs.
-
-    Args:
-        request: As in the module's description.
-
-    Returns:
-        The answer.
-    """
+def run_job(job: Mapping[str, Any]) -> None:
+    """Make a session, run it on every feed and write what came of it."""
     import onnxruntime
 
-    session = _session(onnxruntime, request)
-    names = request["outputs"] or [info.name for info in session.get_outputs()]
-    results, seconds = [], []
-    profile = ""
-    for number, feed in enumerate(read_tensors(Path(request["feeds"])), start=1):
-        begun = time.perf_counter()
+    session = _session(onnxruntime, job)
+    names = job["outputs"] or [info.name for info in session.get_outputs()]
+    results = []
+    for number, feed in enumerate(read_tensors(Path("feeds")), start=1):
         try:
             values = session.run(names, feed)
         except Exception as error:
             message = f"{_told(error)} (run {number})"
             raise RuntimeError(message) from error
-        seconds.append(time.perf_counter() - begun)
         results.append(dict(zip(names, values, strict=True)))
         if number == _PROFILED_RUNS:
-            profile = session.end_profiling()
-    write_tensors(Path(request["results"]), results)
-    return {
-        "version": onnxruntime.__version__,
-        "machine": platform.machine(),
-        "profile": profile or session.end_profiling(),
-        "seconds": seconds,
-    }
+            session.end_profiling()
+    if len(results) < _PROFILED_RUNS:
+        session.end_profiling()
+    parts = [] if job["plugin"] is None else session.get_provider_graph_assignment_info()
+    assigned = [[part.ep_name, [node.op_type for node in part.get_nodes()]] for part in parts]
+    answer = {"version": onnxruntime.__version__, "assigned": assigned}
+    Path("answer.json").write_text(json.dumps(answer), encoding="utf-8")
+    write_tensors(Path("results"), results)
 
 
-def _session(onnxruntime: Any, request: Mapping[str, Any]) -> Any:
+def _session(onnxruntime: Any, job: Mapping[str, Any]) -> Any:
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = request["threads"]
-    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_profiling = True
-    options.profile_file_prefix = request["profile"]
-    for key, value in request["config"].items():
+    options.profile_file_prefix = "profile"
+    for key, value in job["config"].items():
         options.add_session_config_entry(key, value)
-    plugin = request["plugin"]
-    if plugin is not None:
-        _add_plugin(onnxruntime, options, **plugin)
-        return onnxruntime.InferenceSession(request["model"], options)
-    providers: Sequence[tuple[str, dict[str, str]]] = [(name, chosen) for name, chosen in request["providers"]]
-    _refuse_unknown([name for name, _ in providers], onnxruntime.get_available_providers())
-    return onnxruntime.InferenceSession(request["model"], options, providers=providers)
+    if job["plugin"] is None:
+        return onnxruntime.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
+    _add_plugin(onnxruntime, options, **job["plugin"])
+    return onnxruntime.InferenceSession(job["model"], options)
 
 
 def _add_plugin(onnxruntime: Any, options: Any, provider: str, library: str, chosen: Mapping[str, str]) -> None:
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     onnxruntime.register_execution_provider_library(provider, library)
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
-    _refuse_unknown([provider], [provider] if devices else [])
-    options.add_provider_for_devices(devices, dict(chosen))
-
-
-def _refuse_unknown(wanted: Sequence[str], available: Sequence[str]) -> None:
-    """ONNX Runtime only warns of a provider that its build has not, and takes the next."""
-    for name in wanted:
-        if name not in available:
-            message = f"no execution provider {name}; this build has {', '.join(available) or 'no device for it'}"
-            raise ValueError(message)
+    if not devices:  # ONNX Runtime would take the CPU provider without a word
+        message = f"no device for {provider} is here"
+        raise ValueError(message)
+    options.add_provider_for_devices(devices[:1], dict(chosen))
 
 
 def _told(error: Exception) -> str:
-    """The error in one line; ONNX Runtime's own need no name of a class."""
-    text = " ".join(str(error).split())
+    """The error; ONNX Runtime's own need no name of a class."""
     plain = type(error).__module__.startswith("onnxruntime.") or type(error) in (RuntimeError, ValueError)
-    return text if plain else f"{type(error).__name__}: {text}"
+    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
-def main(request: Path, answer: Path) -> None:
-    """Carry out a request file."""
+def main() -> int:
+    """Carry out the job; the exit code."""
     try:
-        told = run_request(json.loads(request.read_text(encoding="utf-8")))
+        run_job(json.loads(Path("job.json").read_text(encoding="utf-8")))
     except Exception as error:  # noqa: BLE001 - whatever it is, the caller tells it
-        told = {"error": _told(error)}
-    answer.write_text(json.dumps(told), encoding="utf-8")
+        Path("refusal").write_text(_told(error), encoding="utf-8")
+        return _REFUSED
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    code = main()
     sys.stdout.flush()
-    os._exit(0)  # all is written, and the end of some providers' libraries is slow or crashes
+    os._exit(code)  # all is written, and the end of some providers' libraries is slow or crashes

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,7 +9,7 @@ from onnxcomp.targets import cpu_features
 from onnxcomp.verification.environments import debian
 from onnxcomp.verification.environments.emulated import QEMU_PACKAGE, EmulatedProcessor, unpack_qemu
 from onnxcomp.verification.environments.foreign import ForeignPython, present_python
-from onnxcomp.verification.environments.installation import run_tool
+from onnxcomp.verification.environments.installed import unfit_host
 
 __all__ = ["X86"]
 
@@ -26,22 +23,20 @@ class X86(EmulatedProcessor):
     """ONNX Runtime's CPU provider on an x86-64 with AVX2 and without VNNI.
 
     Its kernels add two products of uint8 and int8 in 16 bits, which is too narrow for weights that use all 8 bits. A
-    machine with VNNI never shows it. 80 MB are fetched, 14 MB stay.
+    machine with VNNI never shows it.
     """
 
     name = "x86"
     description = "x86-64 without VNNI, Linux"
+    size = "80 MB to download, 14 MB to keep"
 
     def __init__(self) -> None:
         super().__init__({"processor": CPU})
 
     def _present(self) -> ForeignPython | None:
         features = cpu_features()
-        without = _wrong_host() is None and bool(features) and _VNNI.isdisjoint(features)
+        without = unfit_host() is None and bool(features) and _VNNI.isdisjoint(features)
         return present_python("CPU, this x86-64 without VNNI") if without else None
-
-    def _wrong_host(self) -> str | None:
-        return _wrong_host()
 
     def _emulated(self, folder: Path, versions: Mapping[str, str]) -> ForeignPython:
         """This very Python with its ONNX Runtime, on another processor."""
@@ -51,18 +46,10 @@ class X86(EmulatedProcessor):
         command = (str(folder / "qemu-x86_64"), "-cpu", CPU, *python.command)
         return ForeignPython(command, variables, python.title, {**python.versions, **versions})
 
-    def _fill(self, folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
-        with tempfile.TemporaryDirectory(dir=folder) as downloads:
-            progress("x86: fetching qemu (a Debian package, 80 MB)")
-            package = debian.packages(Path(downloads), [QEMU_PACKAGE])[QEMU_PACKAGE]
-            qemu = unpack_qemu(package, folder / "qemu-x86_64")
+    def _fill(self, folder: Path, downloads: Path, progress: Callable[[str], None]) -> dict[str, str]:
+        progress("x86: fetching qemu (a Debian package, 80 MB)")
+        package = debian.packages(downloads, [QEMU_PACKAGE])[QEMU_PACKAGE]
+        qemu = unpack_qemu(package, folder / "qemu-x86_64")
         progress("x86: starting it for the first time")
-        python = self._emulated(folder, {"qemu": qemu})
-        run_tool([*python.command, "-c", "import numpy, onnxruntime"], variables=python.environment)
+        self._emulated(folder, {"qemu": qemu}).start("import numpy, onnxruntime")
         return {"qemu": qemu}
-
-
-def _wrong_host() -> str | None:
-    if sys.platform == "linux" and platform.machine() == "x86_64":
-        return None
-    return f"it needs Linux on x86-64, and this is {sys.platform} on {platform.machine()}; use such a machine"

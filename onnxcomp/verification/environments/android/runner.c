@@ -1,13 +1,13 @@
 /* Runs a model in a build of ONNX Runtime that is loaded from a file.
  *
- *   runner [-p PROVIDER] [-c KEY=VALUE]... [-o OUTPUT]... LIBRARY MODEL FEEDS ANSWER PROFILE
+ *   runner [-p PROVIDER] [-c KEY=VALUE]... [-o OUTPUT]... LIBRARY MODEL
  *
- * FEEDS and ANSWER are in the form of tensor_files.py. PROVIDER stands before the CPU provider, each with one thread;
- * -c adds a session configuration entry; without -o all outputs are given. PROFILE is what the name of the profile of
- * the first run begins with. The version of ONNX Runtime goes to standard output.
+ * It runs in a folder with the files that processes.py tells of. PROVIDER stands before the CPU provider, each with one
+ * thread; -c adds a session configuration entry; without -o all outputs are given. The profile is that of the first
+ * run. The version of ONNX Runtime goes to standard output.
  *
- * Ends with 0: ANSWER has the outputs. 3: ONNX Runtime refused something, ANSWER has its message. 2: something else
- * went wrong, and standard error tells what.
+ * Ends with 0: all is well. 3: ONNX Runtime refused something. 2: something else went wrong, and standard error tells
+ * what.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -24,8 +24,7 @@ enum { BROKEN = 2, REFUSED = 3, MOST_NAMES = 4096, MOST_DIMENSIONS = 64 };
 
 static const OrtApi *api;
 static OrtAllocator *allocator;
-static const char *answer_path;
-static FILE *answer;
+static FILE *results;
 
 /* --- ends -------------------------------------------------------------------------------------------------------- */
 
@@ -44,13 +43,17 @@ static _Noreturn void broken(const char *format, ...) {
   end(BROKEN);
 }
 
-/* The message takes the place of outputs that were already written. */
+static FILE *create(const char *path) {
+  FILE *file = fopen(path, "wb");
+  if (!file) broken("%s: cannot be written", path);
+  return file;
+}
+
 static _Noreturn void refused(const char *format, ...) {
-  answer = answer ? freopen(answer_path, "wb", answer) : fopen(answer_path, "wb");
-  if (!answer) broken("%s: cannot be written", answer_path);
+  FILE *refusal = create("refusal");
   va_list arguments;
   va_start(arguments, format);
-  vfprintf(answer, format, arguments);
+  vfprintf(refusal, format, arguments);
   va_end(arguments);
   end(REFUSED);
 }
@@ -114,7 +117,7 @@ static OrtValue *take_tensor(Reader *reader, OrtMemoryInfo *memory) {
 }
 
 static void put(const void *data, size_t size) {
-  if (fwrite(data, 1, size, answer) != size) broken("%s: cannot be written", answer_path);
+  if (fwrite(data, 1, size, results) != size) broken("the results cannot be written");
 }
 
 static void put_u32(size_t value) {
@@ -154,7 +157,7 @@ static void put_tensor(const char *name, const OrtValue *value) {
 /* --- the command line -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-  const char *provider, *library, *model, *feeds, *profile;
+  const char *provider, *library, *model;
   char *keys[MOST_NAMES], *values[MOST_NAMES], *outputs[MOST_NAMES];
   size_t entries, output_count;
 } Order;
@@ -180,10 +183,8 @@ static void read_order(Order *order, int count, char **words) {
     else if (letter == 'o') add_output(order, optarg);
     else end(BROKEN);
   }
-  if (count - optind != 5) broken("expected LIBRARY MODEL FEEDS ANSWER PROFILE, got %d words", count - optind);
-  char **files = words + optind;
-  order->library = files[0], order->model = files[1], order->feeds = files[2], answer_path = files[3];
-  order->profile = files[4];
+  if (count - optind != 2) broken("expected LIBRARY MODEL, got %d words", count - optind);
+  order->library = words[optind], order->model = words[optind + 1];
 }
 
 /* --- ONNX Runtime ------------------------------------------------------------------------------------------------ */
@@ -206,7 +207,7 @@ static OrtSession *open_session(const Order *order) {
   check(api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "onnxcomp", &environment));
   check(api->CreateSessionOptions(&options));
   check(api->SetIntraOpNumThreads(options, 1));
-  check(api->EnableProfiling(options, order->profile));
+  check(api->EnableProfiling(options, "profile"));
   for (size_t index = 0; index < order->entries; index++)
     check(api->AddSessionConfigEntry(options, order->keys[index], order->values[index]));
   if (order->provider) {
@@ -267,15 +268,15 @@ int main(int count, char **words) {
   if (!order.output_count) name_all_outputs(&order, session);
   OrtMemoryInfo *memory;
   check(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
-  Reader feeds = read_whole(order.feeds);
-  answer = fopen(answer_path, "wb");
-  if (!answer) broken("%s: cannot be written", answer_path);
+  Reader feeds = read_whole("feeds");
+  results = create("results");
   uint32_t runs = take_u32(&feeds);
   put_u32(runs);
   for (uint32_t run = 0; run < runs; run++) {
     run_once(&order, session, memory, &feeds);
     if (run == 0) end_profile(session); /* the others execute the same nodes, and profiles grow large */
   }
-  if (fclose(answer)) broken("%s: cannot be written", answer_path);
+  if (!runs) end_profile(session);
+  if (fclose(results)) broken("the results cannot be written");
   end(0);
 }

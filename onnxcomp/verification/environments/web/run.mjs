@@ -1,10 +1,9 @@
 // Runs a model with onnxruntime-web in Node, as a browser would: the WebAssembly build, one thread.
 //
-//   node run.mjs JOB.json
+//   node run.mjs
 //
-// The job names onnxruntime-web's folder, the model and the files of the tensors (see tensor_files.py). ONNX Runtime
-// prints its profile to standard output: WebAssembly has no files. Exit code 3: ONNX Runtime refused the model or a
-// feed, and the file "refusal" holds its message.
+// It runs in a folder with the files that processes.py tells of; "job.json" also names onnxruntime-web's folder.
+// ONNX Runtime prints its profile to standard output: WebAssembly has no files.
 
 import { closeSync, openSync, readFileSync, readSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
@@ -96,8 +95,8 @@ async function runAll(ort, job) {
     externalData: job.externalData.map((name) => ({ path: name, data: readFileSync(join(job.folder, name)) })),
   });
   const names = job.outputs ?? session.outputNames;
-  const feeds = new Reader(job.feeds);
-  const file = openSync(job.results, "w");
+  const feeds = new Reader("feeds");
+  const file = openSync("results", "w");
   const runs = feeds.u32();
   write(file, u32(runs));
   for (let run = 0; run < runs; run++) {
@@ -115,7 +114,7 @@ process.on("uncaughtException", (error) => {
   process.exit(1);
 });
 
-const job = JSON.parse(readFileSync(process.argv[2], "utf8"));
+const job = JSON.parse(readFileSync("job.json", "utf8"));
 const ort = await import(pathToFileURL(join(job.runtime, "ort.wasm.min.mjs")).href);
 ort.env.wasm.numThreads = 1;
 ort.env.logLevel = "error";
