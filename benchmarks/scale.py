@@ -4,11 +4,11 @@
     python -m benchmarks.scale bytes [--gigabytes 0.001,0.01,0.1,1,2.6,8]
     python -m benchmarks.scale plot
 
-`nodes` times passes on chains of residual blocks (MatMul, Add, Relu, Add), in a process of its own each, without a judge:
-what is timed is the rewrite. `bytes` runs `onnxcomp optimize` with default settings and no data on a chain of MatMul with
-external data, of which only the rewriting process's peak memory is told: running a model takes what the model takes.
-Needs three times the largest size on the disk. The figures go to results/scale.json, from which `plot` draws
-results/scale.png.
+`nodes` times passes on chains of residual blocks (MatMul, Add, Relu, Add), in a process of its own each, without a
+judge: what is timed is the rewrite. `bytes` runs `onnxcomp optimize` with default settings and no data on a chain of
+MatMul with external data, of which only the rewriting process's peak memory is told: running a model takes what the
+model takes. Needs three times the largest size on the disk. The figures go to results/scale.json, from which `plot`
+draws results/scale.png.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def chain(nodes: int) -> onnx.ModelProto:
     """Residual blocks of a MatMul, two Add and a Relu."""
     rng = np.random.default_rng(0)
     made, weights, source = [], [], "x"
-    for block in range(max(1, nodes // NODES_IN_BLOCK)):
-        matrix = (rng.standard_normal((WIDTH, WIDTH)) * 0.1 * WIDTH**-0.5).astype(np.float32)
-        bias = (rng.standard_normal(WIDTH) * 0.01).astype(np.float32)
+    blocks = max(1, nodes // NODES_IN_BLOCK)
+    for block in range(blocks):  # what each adds is the smaller the more there are, or else the sum overflows
+        matrix = (rng.standard_normal((WIDTH, WIDTH)) * WIDTH**-0.5 / blocks).astype(np.float32)
+        bias = (rng.standard_normal(WIDTH) * 0.01 / blocks).astype(np.float32)
         weights += [numpy_helper.from_array(matrix, f"w{block}"), numpy_helper.from_array(bias, f"b{block}")]
         made += [
             helper.make_node("MatMul", [source, f"w{block}"], [f"m{block}"], name=f"matmul{block}"),

@@ -402,3 +402,17 @@ def test_once_time_is_up_the_model_that_was_tried_is_taken(runtime: Runtime, tmp
     context.deadline = time.monotonic()
     assert pruner.final(amounts) is tried
     assert list(pruner.criteria) == ["W0"]
+
+
+@pytest.mark.parametrize("scale", [1e16, 1e25])
+def test_layers_whose_inputs_overflow_are_pruned_by_magnitude(scale: float, runtime: Runtime, tmp_path: Path):
+    """Their sums of products are no numbers that weights could be fitted by."""
+    text = "g (float[N, 8] x) => (float[N, 8] y) { h = MatMul(x, W) g = Mul(h, big) i = MatMul(g, V) y = MatMul(i, U) }"
+    weights = {name: random_weights(8, 8, seed=seed) for seed, name in enumerate("WVU")}
+    model = Model.load(graph_model(text, weights, big=np.asarray(scale, np.float32)))
+    context = context_for(model, random_weights(32, 8, seed=9), runtime, tmp_path)
+
+    changes = prune(model, context, sparsity=0.5)
+
+    assert {name: zeros(model, name) for name in "WVU"} == {"W": 32, "V": 32, "U": 32} or changes.count == 3
+    assert all(np.isfinite(model.weight(name)).all() for name in "WVU")

@@ -276,7 +276,17 @@ def gather_products(
     context.progress(f"gathering what {len(places)} layers are multiplied with")
     seen = _observed(model, {name: Products(ways) for name, ways in wanted.items()}, context, original)
     found = {name: seen[tensor].moments(way) for name, (tensor, way) in places.items()}
-    return {name: moments for name, moments in found.items() if moments is not None}
+    return {name: moments for name, moments in found.items() if moments is not None and _is_sound(moments)}
+
+
+LARGEST_PRODUCT = 1e30
+"""Sums of products above it overflow the single precision that weights are fitted in."""
+
+
+def _is_sound(moments: Moments) -> bool:
+    """Whether inputs hold neither NaN nor infinity, nor what leads to them."""
+    largest = np.max(np.abs(moments.products), initial=0.0)
+    return bool(largest < LARGEST_PRODUCT)  # NaN is not
 
 
 def inputs_of(model: Model, views: Sequence[WeightView]) -> dict[str, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
+
+import onnx_graphsurgeon as gs
 
 from onnxcomp.errors import ModelError, OptionError, RequirementError
 from onnxcomp.judge import Judge
@@ -223,7 +225,8 @@ class QuantizeWeights(Pass):
         finally:
             for file in path.parent.glob(f"{path.name}*"):
                 file.unlink()
-        return {name for name in held if made & _decoding(built, name)}
+        makers = {tensor.name: tensor for node in built.graph.nodes for tensor in node.outputs}
+        return {name for name in held if name in makers and made & _decoding(makers[name])}
 
     def _within_budget(
         self, base: Model, held: dict[str, Held], context: Context, judge: Judge, changes: Changes
@@ -255,12 +258,12 @@ class QuantizeWeights(Pass):
         return without(chosen)
 
 
-def _decoding(model: Model, name: str) -> set[str]:
-    """The tensors that lead from codes to the weight of this name."""
+def _decoding(weight: gs.Tensor) -> set[str]:
+    """The tensors that lead from codes to a weight."""
     found: set[str] = set()
-    tensors: list[Any] = [t for node in model.graph.nodes for t in node.outputs if t.name == name]
+    tensors = [weight]
     while tensors:
         tensor = tensors.pop()
-        found.add(tensor.name)
+        found.add(str(tensor.name))
         tensors.extend(t for node in tensor.inputs for t in node.inputs if t.inputs)
     return found
