@@ -30,6 +30,7 @@ TRAPS = {
     "dynamic batch for NNAPI": (traps.conv(batch="N"), "nnapi", "dynamic-shape"),
     "Q/DQ for CoreML": (traps.conv(), "coreml", "qdq-unsupported"),
     "per-channel MatMul for QNN": (traps.matmul(), "qnn", "per-channel-matmul"),
+    "a scale for each input of a product": (traps.matmul(axis=0), "web", "weight-axis"),
     "Concat of unlike scales": (traps.concat(), "x86-vnni", "concat-scales"),
     "a mask in the scale": (traps.mask(), "arm64", "mask-scale"),
     "a bias in another scale": (traps.gemm(8.0), "x86-vnni", "bias-scale"),
@@ -105,6 +106,9 @@ def test_depthwise_channels_under_one_scale_are_told():
 def test_a_scale_for_each_channel_below_opset_13_is_told_and_mended():
     model = traps.conv(opset=12)
     assert "per-channel-opset" in traps.found(model, "x86-vnni")
+    result = optimize(model, target="x86-vnni", timing=False)
+    assert traps.found(result.model, "x86-vnni") == set()
+    assert any("does not load the model at opset 12" in note for note in result.report.notes)
 
 
 def test_control_flow_is_told_for_qnn_only():

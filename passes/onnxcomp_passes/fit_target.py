@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxcomp.lints import lint_model, mended_by
+from onnxcomp.lints.quantization import CHANNEL_OPSET
 from onnxcomp.model import Model
 from onnxcomp.packed import unpack
 from onnxcomp.passes import Changes, Context, Pass, register
@@ -16,7 +17,8 @@ from onnxcomp_passes._stored import lift_constants
 
 __all__ = ["FitTarget"]
 
-PER_CHANNEL_OPSET = 13
+CLIP_OPSET = 11
+"""From here on the bounds of a Clip are inputs."""
 
 
 @register
@@ -34,7 +36,8 @@ class FitTarget(Pass):
     QuantizeLinear and DequantizeLinear they are taken out. Types and zero points change nothing in the results, what
     is rounded anew does.
 
-    Left alone: models in which no lint finds anything that it mends.
+    Left alone: models in which no lint finds anything that it mends; codes that are inputs or outputs of the model or
+    that other operators than DequantizeLinear read; what a scale that is computed stands for.
     """
 
     name: ClassVar[str] = "fit-target"
@@ -50,18 +53,20 @@ class FitTarget(Pass):
         candidate = model.fork()
         unpack(candidate)
         if "per-channel-opset" in found and not context.exclude:
-            candidate.raise_opset(PER_CHANNEL_OPSET)
-            changes.add("the model", f"opset {PER_CHANNEL_OPSET}")
+            candidate.raise_opset(CHANNEL_OPSET)
+            changes.add("the model", f"opset {CHANNEL_OPSET}")
         lift_constants(candidate.graph)
         drop_ruinous(candidate, context, changes)
         if target.rules is None:
+            if candidate.opset < CLIP_OPSET and not context.exclude:
+                candidate.raise_opset(CHANNEL_OPSET)
             decode_at_load(candidate, context, changes)
         else:
             if found & {"uint8-int8", "activation-type"}:
-                shift(candidate, target.rules.activations, context, changes)
+                shift(candidate, target.rules, context, changes)
             widen_softmax(candidate, context, changes, exactly="softmax-scale" in found)
-            refit_weights(candidate, target.rules, context, changes)
-            refit_biases(candidate, context, changes, round_float="float-bias" in found)
+            refit_weights(candidate, target.rules, found, context, changes)
+            refit_biases(candidate, context, changes)
         if changes.count:
             model.become(candidate)
         return changes
