@@ -259,7 +259,7 @@ def _with_static_shapes(model: Model, data: Any, options: Options, image: ImageO
     """
 
     def one_sample(fixed: Model) -> Mapping[str, Any] | None:
-        if not isinstance(data, str | Path | Mapping):
+        if not isinstance(data, str | Path | Mapping | np.ndarray | list | tuple):
             return None
         with _samples(fixed, data, options, image) as samples:
             return next(samples.feeds(1)) if len(samples.groups()) == 1 else None

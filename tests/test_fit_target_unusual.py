@@ -259,7 +259,7 @@ def test_a_bias_of_any_shape_is_held_in_int32_or_left(shape, kind):
 
 
 def test_a_bias_that_overflows_in_the_scale_of_the_products_is_left():
-    tiny = {**per(8), "sw": np.full(8, 1e-12, np.float32)}
+    tiny: dict[str, Any] = {**per(8), "sw": np.full(8, 1e-12, np.float32)}
     model = quantized(BIASED, W=codes(16, 8), B=np.arange(8, dtype=np.int32), sb=np.float32(1), **tiny)
     mended, changes = fitted(model, "arm64")
     assert [left.why for left in changes.left] == ["its bias does not fit int32 in the scale of the products"]
@@ -285,7 +285,7 @@ def test_an_alpha_belongs_to_the_scale_of_the_products():
 def test_a_float_bias_of_a_layer_that_gives_float_stays():
     body = f"{READ} {WEIGHT} c = Gemm(d, w, B) {WRITE} e = Gemm(d, w, C)"
     ends = "float[2, 16] x) => (float[2, 8] y, float[2, 8] e"
-    values = {"B": np.ones(8, np.float32), "C": np.full(8, 0.3, np.float32)}
+    values: dict[str, Any] = {"B": np.ones(8, np.float32), "C": np.full(8, 0.3, np.float32)}
     mended, changes = fitted(quantized(body, ends, W=codes(16, 8), **values, **ONE), "arm64")
     assert [(change.where, change.what) for change in changes.changed] == [("c", "its bias is int32")]
     np.testing.assert_array_equal(mended.weight("C"), values["C"])
@@ -342,7 +342,12 @@ def test_int16_activations_become_uint16_where_the_target_has_these_alone():
 def test_a_softmax_whose_codes_are_read_in_another_way_keeps_its_scale(behind):
     body = f"{READ} s = Softmax(d) sq = QuantizeLinear(s, ss, zs) {behind}"
     ends = "float[2, 16] x) => (float[2, 16] y"
-    values = {"ss": np.float32(1 / 255), "s2": np.float32(0.5), "zs": np.uint8(0), "sh": np.asarray([2, 16])}
+    values: dict[str, Any] = {
+        "ss": np.float32(1 / 255),
+        "s2": np.float32(0.5),
+        "zs": np.uint8(0),
+        "sh": np.asarray([2, 16]),
+    }
     model = quantized(body, ends, **values)
     mended, changes = fitted(model, "xnnpack")
     assert len(changes.left) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -31,6 +32,9 @@ TOLERANCE = {"float": 1e-3, "int8": 2e-2}
 """What outputs on the device may differ by, relative to the largest expected value: float rounding, or a step or two of
 int8 codes."""
 
+QUANTIZED = re.compile("QuantizeLinear|QLinear|QGemm|Integer|DynamicQuantize|QAttention")
+"""Names of operators that give or take 8-bit codes."""
+
 
 def write_files(
     model: Model, name: str, target: Target, samples: Dataset, folder: Path, image: ImageOptions | None
@@ -46,7 +50,7 @@ def write_files(
             shutil.copyfile(ports[0], file)
             needed = ports[:1]
         else:  # such a file is optimized on the device: kernels for before and after
-            model.save(file)
+            model.save(file, external_data=False)  # unless they are too large for one file
             runtime.convert(plain, ports[1], level="none")
             needed = ports
         (folder / OPERATORS).write_text(required_operators(needed), encoding="utf-8")
@@ -54,7 +58,8 @@ def write_files(
             shipped = _write_samples(host, file, samples, folder)
             info = host.check(file)
     specs = {spec.name: spec for spec in input_specs(model.proto())}
-    quantized = any(node.op == "DequantizeLinear" for node in model.graph.nodes)
+    quantized = any(QUANTIZED.search(node.op) for node in model.graph.nodes)
+    beside = sorted(path for path in folder.glob(f"{file.name}.*") if path.is_file())
     return {
         "format": 1,
         "target": target.name,
@@ -62,6 +67,7 @@ def write_files(
             "file": file.name,
             "bytes": file.stat().st_size,
             "sha256": sha256(file),
+            "data": [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in beside],
             "opset": model.opset,
             "ir_version": model.ir_version,
         },
@@ -115,11 +121,11 @@ def _minimum(model: Model, target: Target) -> str:
 def _dtype(text: str) -> str:
     """ONNX Runtime's spelling of a type in numpy's.
 
-    >>> _dtype("tensor(float)"), _dtype("tensor(int64)")
-    ('float32', 'int64')
+    >>> _dtype("tensor(float)"), _dtype("tensor(int64)"), _dtype("seq(tensor(float))")
+    ('float32', 'int64', 'seq(tensor(float))')
     """
-    inner = text.removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32", "double": "float64", "bool": "bool"}.get(inner, inner)
+    inner = text.removeprefix("tensor(").removesuffix(")") if text.startswith("tensor(") else text
+    return {"float": "float32", "double": "float64"}.get(inner, inner)
 
 
 def sha256(path: Path) -> str:

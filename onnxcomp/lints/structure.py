@@ -21,7 +21,8 @@ def dynamic_shape(subject: Subject) -> Seen:
     """Inputs with axes of unknown size."""
     if subject.model is not None:
         for spec in dynamic_inputs(subject.model, subject.target):
-            yield spec.name, f"the input is {spec}"
+            axes = " with any number of axes" if spec.kind == "unranked" else ""
+            yield spec.name, f"the input is {spec.dtype.name}{axes}" if axes else f"the input is {spec}"
 
 
 @lint(

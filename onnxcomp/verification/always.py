@@ -111,7 +111,8 @@ class Always:
         census: Path | None = None,
     ) -> LayerResult:
         """The result of a variant, which fails where it is too far from the CPU's."""
-        versus_cpu = difference(cpu, outputs)
+        samples = self.few.count(len(outputs))
+        versus_cpu = difference(cpu, outputs, samples=samples)
         originally = difference(self.few.original(len(outputs)), cpu)
         allowed = allowed_error(originally)
         file = census or self.path
@@ -123,7 +124,7 @@ class Always:
             "" if versus_cpu.error <= allowed else too_far(versus_cpu.error, allowed),
             _version(),
             {CPU: counts},
-            difference(self.few.original(len(outputs)), outputs),
+            difference(self.few.original(len(outputs)), outputs, samples=samples),
             versus_cpu,
         )
 

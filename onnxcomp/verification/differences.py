@@ -22,12 +22,15 @@ WORST_ERROR = 0.1
 """20 dB: what differs by more is another answer, however far the model was from the original before."""
 
 
-def difference(reference: Sequence[list[Any]], outputs: Sequence[list[Any]]) -> Difference:
+def difference(
+    reference: Sequence[list[Any]], outputs: Sequence[list[Any]], *, samples: int | None = None
+) -> Difference:
     """Compare runs on the same samples.
 
     Args:
         reference: For each run its outputs.
         outputs: The others, in the same order.
+        samples: How many samples they were; one a run by default.
 
     Example:
         >>> one = [[np.array([[1.0, 3.0]], np.float32)]]
@@ -43,7 +46,7 @@ def difference(reference: Sequence[list[Any]], outputs: Sequence[list[Any]]) -> 
     error = max((_error(column) for column in by_output), default=0.0)
     agreements = [found for column in by_output if (found := _agreement(column)) is not None]
     return Difference(
-        samples=sum(len(a) if a.ndim else 1 for a, _ in by_output[0]) if by_output else 0,
+        samples=len(pairs) if samples is None else samples,
         equal=equal,
         error=error,
         sqnr_db=math.inf if equal else to_decibels(error),
@@ -77,9 +80,11 @@ def _error(column: Sequence[tuple[Array, Array]]) -> float:
 def _furthest(a: Array, b: Array) -> float:
     if a.shape != b.shape or a.dtype.kind not in "fiub":
         return 0.0 if _same(a, b) else math.inf
-    gaps = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    gaps[np.isnan(a.astype(np.float64)) & np.isnan(b.astype(np.float64))] = 0.0
-    return float(np.max(gaps, initial=0.0))
+    one, other = a.astype(np.float64), b.astype(np.float64)
+    equal = (one == other) | (np.isnan(one) & np.isnan(other))  # so that infinity less infinity is no difference
+    with np.errstate(invalid="ignore"):
+        gaps = np.where(equal, 0.0, np.abs(one - other))
+    return math.inf if np.isnan(gaps).any() else float(np.max(gaps, initial=0.0))
 
 
 def _agreement(column: Sequence[tuple[Array, Array]]) -> float | None:

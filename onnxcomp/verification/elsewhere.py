@@ -70,7 +70,8 @@ def run_elsewhere(
         return LayerResult(name, what, "failed", str(error), seconds=time.monotonic() - started)
     outputs = [[run[output] for output in few.names] for run in ran.outputs]
     cpu, original = few.new(len(outputs)), few.original(len(outputs))
-    versus_cpu = difference(cpu, outputs)
+    samples = few.count(len(outputs))
+    versus_cpu = difference(cpu, outputs, samples=samples)
     parting: tuple[NodeDifference, ...] = ()
     if not versus_cpu.equal and model is not None:
         progress(f"looking for the nodes that differ on {name}")
@@ -90,7 +91,7 @@ def run_elsewhere(
         reason,
         ran.runtime,
         ran.nodes,
-        difference(original, outputs),
+        difference(original, outputs, samples=samples),
         versus_cpu,
         parting,
         time.monotonic() - started,

@@ -12,7 +12,7 @@ from typing import Any
 
 from onnxcomp.comparison import GENERATED_SAMPLES
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
-from onnxcomp.errors import OptionError
+from onnxcomp.errors import OptionError, RuntimeFailure
 from onnxcomp.lints import Finding, lint_file, lint_model
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
@@ -54,6 +54,7 @@ UNVERIFIED = {
     "nnapi": "what NNAPI computes, and how fast, cannot be verified off the device: only which operators it has",
     "coreml": "what CoreML computes, and how fast, cannot be verified off the device: only which operators it has",
 }
+RANDOM = "the model's outputs are random: they differ from run to run, so nothing can be compared"
 NO_LATENCY = "speed on the device cannot be verified here: measure it there"
 
 
@@ -219,7 +220,9 @@ def _findings(pair: _Pair, target: Target, runtime: Runtime) -> tuple[Finding, .
 def _run_layers(
     asked: Sequence[str], always: Always, pair: _Pair, *, install: bool, progress: Callable[[str], None]
 ) -> Iterator[LayerResult]:
-    artifact = _artifact(always, pair, asked)
+    if always.few.is_random():
+        yield from (LayerResult(name, "not compared", "skipped", RANDOM) for name in asked)
+        return
     for name in asked:
         progress(f"verifying: {name}")
         if name == "cpu":
@@ -227,6 +230,11 @@ def _run_layers(
         elif name == "ort":
             yield from always.ort()
         else:
+            try:
+                artifact = _artifact(always, pair)
+            except RuntimeFailure as error:
+                yield LayerResult(name, "the file that is shipped cannot be written", "failed", str(error))
+                continue
             yield run_elsewhere(
                 find_environment(name),
                 artifact,
@@ -241,14 +249,14 @@ def _run_layers(
             )
 
 
-def _artifact(always: Always, pair: _Pair, asked: Sequence[str]) -> Path:
+def _artifact(always: Always, pair: _Pair) -> Path:
     """The file that other environments get: what is shipped to the target."""
-    elsewhere = any(name in ENVIRONMENTS for name in asked)
-    if pair.new is None or always.target.artifact != "ort" or not elsewhere:
+    if pair.new is None or always.target.artifact != "ort":
         return always.path
     written = always.folder / "shipped.ort"
-    with ort_runtime() as runtime:
-        runtime.convert(always.path, written)
+    if not written.exists():
+        with ort_runtime() as runtime:
+            runtime.convert(always.path, written)
     return written
 
 
