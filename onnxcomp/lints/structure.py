@@ -36,7 +36,7 @@ def control_flow(subject: Subject) -> Seen:
     """Operators with bodies."""
     for node in subject.model.graph.nodes if subject.model is not None else ():
         if node.op in {"If", "Loop", "Scan"}:
-            yield str(node.name or node.outputs[0].name), f"it is a {node.op}"
+            yield str(node.name or node.outputs[0].name), f"{node.op} has bodies"
 
 
 @lint(

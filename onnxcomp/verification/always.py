@@ -114,7 +114,7 @@ class Always:
         samples = self.few.count(len(outputs))
         versus_cpu = difference(cpu, outputs, samples=samples)
         originally = difference(self.few.original(len(outputs)), cpu)
-        allowed = allowed_error(originally)
+        allowed = allowed_error(originally, self.few.rounding if versus_cpu.error else 0.0)
         file = census or self.path
         counts = read_ort(file).operators if is_ort(file) else runtime.census(file, optimize=optimize).counts()
         return LayerResult(

@@ -83,7 +83,8 @@ def run_elsewhere(
         parting = _parting(
             environment, model, feeds[:TRACED_SAMPLES], runtime, plain=plain, config=config, folder=folder
         )
-    status, reason = _verdict(environment, ran, versus_cpu.error, allowed_error(difference(original, cpu)), plain=plain)
+    allowed = allowed_error(difference(original, cpu), few.rounding if versus_cpu.error else 0.0)
+    status, reason = _verdict(environment, ran, versus_cpu.error, allowed, plain=plain)
     return LayerResult(
         name,
         what,

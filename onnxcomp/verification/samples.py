@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from onnxcomp.data import Dataset
+from onnxcomp.errors import RuntimeFailure
 from onnxcomp.runtime import Feed, Runtime
 from onnxcomp.verification.differences import difference
 
@@ -47,6 +50,16 @@ class FewSamples:
     def new(self, count: int) -> list[list[Any]]:
         """What this host's CPU provider gives of the model that is verified."""
         return self._outputs(1, count)
+
+    @cached_property
+    def rounding(self) -> float:
+        """How far the original's outputs are from its own with optimizations off, on the first two runs."""
+        try:
+            plain = list(self._runtime.run(self._paths[0], self.feeds[:2], outputs=self._names[0], optimize=False))
+        except RuntimeFailure:
+            return 0.0
+        error = difference(self.original(len(plain)), plain).error
+        return error if math.isfinite(error) else 0.0
 
     def count(self, runs: int) -> int:
         """How many samples the first runs are: a model with a fixed batch takes several in each."""
