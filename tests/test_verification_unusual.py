@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx
 import pytest
 
-from onnxcomp import verify
+from onnxcomp import Model, compare, verify
 from onnxcomp.errors import RuntimeFailure
 from onnxcomp.report.verification import _verdict
 from onnxcomp.runtime import Runtime
 from onnxcomp.verification.coverage import coverages
 from onnxcomp.verification.differences import FLOAT_ERROR, allowed_error, difference
 from tests import traps
-from tests.models import graph_model
+from tests.models import graph_model, mlp_model
 
 
 def test_outputs_of_one_number_are_compared():
@@ -41,6 +42,16 @@ def test_the_samples_of_a_fixed_batch_are_counted_not_the_runs():
     assert {layer.versus_cpu.samples for layer in found.layers if layer.versus_cpu} <= {4, 6}
     assert found.layers[0].versus_cpu is not None
     assert found.layers[0].versus_cpu.samples == 6
+
+
+def test_a_model_that_was_changed_in_memory_is_verified_not_the_file_that_it_came_from(tmp_path):
+    """The model of a Result still knows the original's file."""
+    onnx.save(mlp_model(), tmp_path / "m.onnx")
+    changed = Model.load(tmp_path / "m.onnx")
+    changed.set_weight("W0", changed.weight("W0") * 3)
+    assert verify(tmp_path / "m.onnx", changed, layers=["cpu"]).quality["error"] > 0.1
+    found = compare(tmp_path / "m.onnx", changed, timing=False)
+    assert max(found.sqnr_db.values()) < 20
 
 
 def test_a_model_with_random_outputs_is_compared_with_nothing():

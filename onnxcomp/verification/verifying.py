@@ -159,7 +159,7 @@ class _Pair:
     def open(original: ModelSource, new: ModelSource, folder: Path) -> _Pair:
         """Load both; a file in ONNX Runtime's own format is only run."""
         first = Model.load(original)
-        path = model_file(first, folder / "original.onnx")
+        path = model_file(original, first, folder / "original.onnx")
         if isinstance(new, str | Path) and is_ort(Path(new)):
             named = Path(new)
             if named.suffix != ".ort":  # ONNX Runtime knows the format by the name
@@ -167,7 +167,7 @@ class _Pair:
                 named = folder / "new.ort"
             return _Pair(first, None, (path, named))
         second = Model.load(new)
-        return _Pair(first, second, (path, model_file(second, folder / "new.onnx")))
+        return _Pair(first, second, (path, model_file(new, second, folder / "new.onnx")))
 
 
 def _config(target: Target) -> dict[str, str]:
