@@ -115,3 +115,21 @@ def test_open_sizes_are_taken_from_an_array_too(tmp_path):
     model = graph_model("g (float[N, 3, H, H] x) => (float[N, 3, H, H] y) { y = Relu(x) }")
     manifest = deploy(model, "nnapi", tmp_path / "app", data=np.ones((2, 3, 6, 6), np.float32)).manifest
     assert manifest["inputs"][0]["shape"] == [1, 3, 6, 6]
+
+
+def test_a_file_for_onnx_is_written_though_the_ort_format_cannot_hold_it(tmp_path):
+    model = graph_model("g (float[2, 8] x) => (optional(float[2, 8]) y) { y = Optional(x) }")
+    package = deploy(model, "web", tmp_path / "app")
+    assert package.manifest["operators"] is None
+    assert sorted(path.name for path in package.folder.iterdir() if path.is_file()) == [
+        "README.md",
+        "manifest.json",
+        "model.onnx",
+    ]
+    assert "include_ops_by_config" not in (package.folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_sizes_that_are_given_are_those_of_made_up_samples_for_every_target(tmp_path):
+    model = graph_model("g (float[N, H] x) => (float[N, H] y) { y = Relu(x) }")
+    manifest = deploy(model, "web", tmp_path / "app", shapes={"x": (3, 5)}).manifest
+    assert manifest["samples"][0]["inputs"]["x"]["shape"] == [3, 5]

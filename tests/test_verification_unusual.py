@@ -9,11 +9,12 @@ import onnx
 import pytest
 
 from onnxcomp import Model, compare, verify
-from onnxcomp.errors import RuntimeFailure
+from onnxcomp.errors import OptionError, RuntimeFailure
 from onnxcomp.report.verification import _verdict
 from onnxcomp.runtime import Runtime
 from onnxcomp.verification.coverage import coverages
 from onnxcomp.verification.differences import FLOAT_ERROR, allowed_error, difference
+from onnxcomp.verification.steps import expose_codes, parting_nodes
 from tests import traps
 from tests.models import graph_model, mlp_model
 
@@ -99,3 +100,17 @@ def test_a_graph_that_cannot_be_written_has_no_coverage_and_says_why(tmp_path, m
         found = coverages(runtime, tmp_path / "m.onnx")
     assert [covered.provider for covered in found] == ["NNAPI", "CoreML"]
     assert all("too large" in covered.reason for covered in found)
+
+
+def test_no_layer_at_all_is_refused():
+    """Nothing would have failed, and nothing been verified."""
+    with pytest.raises(OptionError, match="no layer is named; there are cpu, ort"):
+        verify(mlp_model(), mlp_model(), layers=[])
+
+
+def test_codes_of_a_computed_scale_are_not_looked_into():
+    model = graph_model(
+        "g (float[2] x, float s) => (float[2] y) { q = QuantizeLinear(x, s) y = DequantizeLinear(q, s) }"
+    )
+    assert expose_codes(Model.load(model))[1] == []
+    assert parting_nodes(Model.load(model), {"y": [np.zeros(2)]}, {"y": [np.ones(2)]}) == ()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data import Dataset, ImageOptions, input_specs
+from onnxcomp.errors import RuntimeFailure
 from onnxcomp.model import Model
 from onnxcomp.ort_format import required_operators
 from onnxcomp.runtime import Runtime
@@ -44,16 +45,11 @@ def write_files(
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as temporary, ort_runtime() as runtime:
         plain = Path(temporary) / "model.onnx"
         model.save(plain)
-        ports = [Path(temporary) / "optimized.ort", Path(temporary) / "plain.ort"]
-        runtime.convert(plain, ports[0])
-        if target.artifact == "ort":
-            shutil.copyfile(ports[0], file)
-            needed = ports[:1]
-        else:  # such a file is optimized on the device: kernels for before and after
+        needed = _as_ort(runtime, plain, file if target.artifact == "ort" else None)
+        if target.artifact != "ort":
             model.save(file, external_data=False)  # unless they are too large for one file
-            runtime.convert(plain, ports[1], level="none")
-            needed = ports
-        (folder / OPERATORS).write_text(required_operators(needed), encoding="utf-8")
+        if needed:
+            (folder / OPERATORS).write_text(required_operators(needed), encoding="utf-8")
         with Runtime(session_config=dict(target.session_config)) as host:
             shipped = _write_samples(host, file, samples, folder)
             info = host.check(file)
@@ -83,9 +79,33 @@ def write_files(
         "runtime": {"minimum": _minimum(model, target), "written_with": version("onnxruntime")},
         "onnxcomp": version("onnxcomp"),
         "session": dict(target.session_config if target.session_config != ARM_FUSION else {}),
+        "operators": OPERATORS if needed else None,
         "samples": shipped,
         "tolerance": TOLERANCE["int8" if quantized else "float"],
     }
+
+
+def _as_ort(runtime: Runtime, plain: Path, shipped: Path | None) -> list[Path]:
+    """Write the model in ONNX Runtime's own format, which tells the kernels that it needs.
+
+    Args:
+        runtime: Optimizes as for ARM.
+        plain: The model.
+        shipped: Where the optimized file goes, if that is what is shipped. Other files are optimized on the device:
+            kernels for before and after; what the format cannot hold has none that could be told.
+    """
+    optimized, kept = plain.with_name("optimized.ort"), plain.with_name("plain.ort")
+    try:
+        runtime.convert(plain, optimized)
+        if shipped is not None:
+            shutil.copyfile(optimized, shipped)
+            return [optimized]
+        runtime.convert(plain, kept, level="none")
+    except RuntimeFailure:
+        if shipped is not None:
+            raise
+        return []
+    return [optimized, kept]
 
 
 def _write_samples(runtime: Runtime, file: Path, samples: Dataset, folder: Path) -> list[dict[str, Any]]:

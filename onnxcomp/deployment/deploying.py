@@ -65,7 +65,8 @@ def deploy(
         target: What it is for.
         output: The folder to write; it is replaced whole if it is a package already, and must not hold anything else.
         data: Samples of which two are shipped with the outputs that are expected of them; made up without data.
-        shapes: Sizes of dynamic inputs, where the target wants static shapes; else those of the data, and a batch of 1.
+        shapes: Sizes of dynamic inputs: of made-up samples, and of the model where the target wants static shapes; else
+            those of the data, and a batch of 1.
         image: How images become inputs: written into the manifest, and used to read `data`.
         allow_code: Whether "module:function" may be imported and called.
         seed: Of made-up inputs.
@@ -91,14 +92,15 @@ def deploy(
     folder = Path(output)
     name = _name(source)
     check_folder(folder, source)
-    model = _fitted(source, chosen, data, as_tuples(shapes), image, allow_code=allow_code)
+    sizes = as_tuples(shapes)
+    model = _fitted(source, chosen, data, sizes, image, allow_code=allow_code)
     findings = lint_model(model, chosen)
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors and not force:
         raise ModelError(_refusal(name, chosen, errors))
     try:
         with (
-            _samples(model, data, image, seed, allow_code=allow_code) as samples,
+            _samples(model, data, sizes, image, seed, allow_code=allow_code) as samples,
             replaced_folder(folder) as written,
         ):
             manifest = write_files(model, name, chosen, samples, written, image)
@@ -161,7 +163,15 @@ def _fitted(
     return model
 
 
-def _samples(model: Model, data: Any, image: ImageOptions | None, seed: int, *, allow_code: bool) -> Dataset:
+def _samples(
+    model: Model,
+    data: Any,
+    shapes: dict[str, tuple[int, ...]],
+    image: ImageOptions | None,
+    seed: int,
+    *,
+    allow_code: bool,
+) -> Dataset:
     if data is None:
-        return generate(model.proto(), count=SAMPLES, seed=seed)
-    return open_data(data, input_specs(model.proto()), image=image, allow_code=allow_code)
+        return generate(model.proto(), count=SAMPLES, seed=seed, shapes=shapes)
+    return open_data(data, input_specs(model.proto()), shapes=shapes, image=image, allow_code=allow_code)

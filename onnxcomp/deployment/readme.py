@@ -72,6 +72,11 @@ LANGUAGES = {
 }
 """Target -> the languages that its apps are written in; Python for all others."""
 
+OPERATORS = (
+    "- `required_operators_and_types.config`: for a build of ONNX Runtime with these kernels alone",
+    "  (`--include_ops_by_config`). Not needed with a stock build.",
+)
+
 
 def snippet(language: _Language, manifest: Mapping[str, Any]) -> str:
     """The lines that load a model, out of the file that holds them."""
@@ -114,8 +119,7 @@ def package_readme(manifest: Mapping[str, Any]) -> str:
         "- `manifest.json`: its inputs and outputs, how inputs are made, versions, hashes.",
         "- `samples/`: inputs and the outputs that are expected of them: run them once on the device. Raw numbers,",
         "  little endian, in the order of the manifest's shapes.",
-        "- `required_operators_and_types.config`: for a build of ONNX Runtime with these kernels alone",
-        "  (`--include_ops_by_config`). Not needed with a stock build.",
+        *(OPERATORS if manifest["operators"] else ()),
         "",
     ]
     for side in ("inputs", "outputs"):

@@ -10,7 +10,7 @@ from typing import Any
 from onnxcomp.errors import OnnxcompError, RequirementError
 from onnxcomp.model import Model
 from onnxcomp.runtime import Array, Feed, Runtime
-from onnxcomp.verification.always import too_far
+from onnxcomp.verification.always import CPU, too_far
 from onnxcomp.verification.differences import allowed_error, difference
 from onnxcomp.verification.environments import Environment, Execution
 from onnxcomp.verification.results import LayerResult, NodeDifference
@@ -51,7 +51,7 @@ def run_elsewhere(
         progress: Called with a short line on what is going on.
     """
     started = time.monotonic()
-    provider = "CPU provider" if plain or environment.provider == "CPUExecutionProvider" else environment.provider
+    provider = "CPU provider" if plain or environment.provider == CPU else environment.provider
     name, what = environment.name, f"{environment.description}: {provider.removesuffix('ExecutionProvider')}"
     missing = environment.missing()
     if missing and install:
@@ -103,11 +103,12 @@ def _verdict(environment: Environment, ran: Execution, error: float, allowed: fl
     """Whether the layer holds, and what is to be said."""
     if error > allowed:
         return "failed", too_far(error, allowed)
-    wanted = "CPUExecutionProvider" if plain else environment.provider
+    wanted = CPU if plain else environment.provider
     here = sum(ran.nodes.get(wanted, {}).values())
     elsewhere = {provider: sum(nodes.values()) for provider, nodes in ran.nodes.items() if provider != wanted}
-    if ran.nodes and not here:
-        return "failed", f"no node ran on {wanted}: all fell back to {', '.join(elsewhere)}"
+    if not here and (ran.nodes or wanted != CPU):
+        fell = f": all fell back to {', '.join(elsewhere)}" if elsewhere else ", as far as its profile tells"
+        return "failed", f"no node ran on {wanted}{fell}"
     if any(elsewhere.values()):
         count = sum(elsewhere.values())
         fell = ", ".join(sorted({op for provider in elsewhere for op in ran.nodes[provider]}))

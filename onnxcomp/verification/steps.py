@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.model import Model, value_of
+from onnxcomp.model import Model
+from onnxcomp.qdq import encoder, scale_of
 from onnxcomp.runtime.census import node_names
 from onnxcomp.verification.results import NodeDifference
 
@@ -59,7 +60,8 @@ def parting_nodes(model: Model, ours: Codes, theirs: Codes) -> tuple[NodeDiffere
         if decode.op != "DequantizeLinear" or decode.outputs[0].name not in differ:
             continue
         quantizer = _quantizer(decode)
-        assert quantizer is not None
+        if quantizer is None:
+            continue
         if _codes_read(quantizer.inputs[0], ours.keys()) & differ:
             continue
         source = next(iter(quantizer.inputs[0].inputs), quantizer)
@@ -72,9 +74,9 @@ def parting_nodes(model: Model, ours: Codes, theirs: Codes) -> tuple[NodeDiffere
 
 
 def _quantizer(decode: gs.Node) -> gs.Node | None:
-    """The QuantizeLinear whose codes a DequantizeLinear reads."""
-    maker = next(iter(decode.inputs[0].inputs), None)
-    return maker if maker is not None and maker.op == "QuantizeLinear" else None
+    """The QuantizeLinear whose codes a DequantizeLinear reads; None also where its scale is computed, or none."""
+    scale = scale_of(decode)
+    return encoder(decode.inputs[0]) if scale is not None and np.all(scale > 0) else None
 
 
 def _equal(values: Sequence[Array], others: Sequence[Array]) -> bool:
@@ -99,4 +101,6 @@ def _codes_read(tensor: gs.Tensor, exposed: Container[str]) -> set[str]:
 
 
 def _scale(decode: gs.Node) -> float:
-    return float(np.ravel(value_of(decode.inputs[1]))[0])
+    scale = scale_of(decode)
+    assert scale is not None
+    return float(scale.ravel()[0])
