@@ -112,6 +112,16 @@ def test_fit_target_is_kept_whatever_it_costs_and_says_so():
     assert not result.report.budget_met
 
 
+def test_fit_target_runs_though_no_loss_can_be_measured():
+    proto = traps.conv()
+    proto.graph.node.add(op_type="RandomNormalLike", input=["y"], output=["r"])
+    proto.graph.output.add(name="r").CopyFrom(proto.graph.output[0])
+    proto.graph.output[1].name = "r"
+    result = optimize(proto, target="x86", data=DATA, timing=False)
+    assert verdicts(result.report)["fit-target"][0] == "kept"
+    assert "saturation" not in traps.found(result.model, "x86")
+
+
 def test_the_default_stages_have_it_only_where_a_lint_finds_what_it_mends():
     with_trap, without = (optimize(traps.conv(limit=limit), target="x86", timing=False).report for limit in (127, 63))
     assert "fit-target" in verdicts(with_trap)

@@ -352,3 +352,14 @@ def test_a_softmax_whose_codes_are_read_in_another_way_keeps_its_scale(behind):
     mended, changes = fitted(model, "xnnpack")
     assert len(changes.left) == 1
     np.testing.assert_array_equal(run(model, feeds(model))[0], run(mended, feeds(model))[0])
+
+
+def test_what_is_quantized_in_the_body_of_an_if_is_told_and_left():
+    then = f"then_branch = a () => (float[2, 8] t) {{ {WEIGHT} t = MatMul(d, w) }}"
+    other = "else_branch = b () => (float[2, 8] o) { v = DequantizeLinear(W, sw) o = Gemm(x, v) }"
+    ends = "float[2, 16] x, bool p) => (float[2, 8] y"
+    model = quantized(f"{READ} y = If(p) <{then}, {other}>", ends, W=codes(16, 8), **ONE)
+    assert "saturation" in traps.found(model, "x86")
+    _, changes = fitted(model, "x86")
+    assert changes.count == 0
+    assert [left.where for left in changes.left] == ["a", "b"]

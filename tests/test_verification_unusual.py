@@ -7,13 +7,17 @@ import math
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from onnxcomp import Model, compare, verify
-from onnxcomp.errors import OptionError, RuntimeFailure
+from onnxcomp.cli import main
+from onnxcomp.errors import RuntimeFailure
 from onnxcomp.report.verification import _verdict
 from onnxcomp.runtime import Runtime
 from onnxcomp.verification.coverage import coverages
 from onnxcomp.verification.differences import FLOAT_ERROR, allowed_error, difference
+from onnxcomp.verification.elsewhere import _verdict as _layer_verdict
+from onnxcomp.verification.environments import Execution, find_environment
 from onnxcomp.verification.steps import expose_codes, parting_nodes
 from tests import traps
 from tests.models import graph_model, mlp_model
@@ -102,10 +106,11 @@ def test_a_graph_that_cannot_be_written_has_no_coverage_and_says_why(tmp_path, m
     assert all("too large" in covered.reason for covered in found)
 
 
-def test_no_layer_at_all_is_refused():
+def test_no_layer_at_all_is_refused_by_the_command():
     """Nothing would have failed, and nothing been verified."""
-    with pytest.raises(OptionError, match="no layer is named; there are cpu, ort"):
-        verify(mlp_model(), mlp_model(), layers=[])
+    result = CliRunner().invoke(main, ["verify", "a.onnx", "b.onnx", "--layers", ","])
+    assert result.exit_code == 2
+    assert "expected names of layers, such as cpu,ort, and found none" in result.output
 
 
 def test_codes_of_a_computed_scale_are_not_looked_into():
@@ -114,3 +119,11 @@ def test_codes_of_a_computed_scale_are_not_looked_into():
     )
     assert expose_codes(Model.load(model))[1] == []
     assert parting_nodes(Model.load(model), {"y": [np.zeros(2)]}, {"y": [np.ones(2)]}) == ()
+
+
+@pytest.mark.parametrize(("nodes", "status"), [({}, "failed"), ({"QNNExecutionProvider": {"Relu": 1}}, "ran")])
+def test_a_provider_that_no_profile_shows_at_work_is_not_verified(nodes, status):
+    ran = Execution([], nodes, "runtime")
+    told, reason = _layer_verdict(find_environment("qnn"), ran, 0.0, 1e-3, plain=False)
+    assert told == status
+    assert ("no node ran on QNNExecutionProvider" in reason) == (status == "failed")

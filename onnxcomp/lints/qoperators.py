@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import onnx_graphsurgeon as gs
+
 from onnxcomp.lints.finding import Seen, Subject, lint
 from onnxcomp.lints.quantization import REDUCED, largest_code
 from onnxcomp.qdq import codes_of
@@ -20,6 +24,11 @@ WEIGHTS = {
 """Operator -> which of its inputs is the weight."""
 
 
+def _nodes(subject: Subject) -> Iterator[gs.Node]:
+    for graph in subject.model.graphs() if subject.model is not None else ():
+        yield from graph.nodes
+
+
 @lint(
     "qoperator-int8",
     "warning",
@@ -29,7 +38,7 @@ WEIGHTS = {
 )
 def qoperator_int8(subject: Subject) -> Seen:
     """QLinearConv and QLinearMatMul of int8 activations."""
-    for node in subject.model.graph.nodes if subject.model is not None else ():
+    for node in _nodes(subject):
         if node.op in {"QLinearConv", "QLinearMatMul"} and str(node.inputs[2].dtype) == "int8":
             yield str(node.name or node.outputs[0].name), f"this {node.op} has int8 activations"
 
@@ -43,7 +52,7 @@ def qoperator_int8(subject: Subject) -> Seen:
 )
 def qoperator_saturation(subject: Subject) -> Seen:
     """Weights of 8 bits in QLinear and Integer operators."""
-    for node in subject.model.graph.nodes if subject.model is not None else ():
+    for node in _nodes(subject):
         place = WEIGHTS.get(node.op)
         codes = codes_of(node.inputs[place]) if place is not None and place < len(node.inputs) else None
         if codes is not None and codes.dtype.name == "int8" and (largest := largest_code(codes)) > REDUCED:

@@ -52,8 +52,9 @@ COARSEST = 1.0
 
 
 def _layers(subject: Subject) -> Iterator[QuantizedLayer]:
-    if subject.model is not None:
-        yield from quantized_layers(subject.model.graph)
+    """Of all graphs: a kernel saturates in the body of an If, too."""
+    for graph in subject.model.graphs() if subject.model is not None else ():
+        yield from quantized_layers(graph)
 
 
 def _own_layers(subject: Subject) -> Iterator[QuantizedLayer]:
@@ -63,8 +64,8 @@ def _own_layers(subject: Subject) -> Iterator[QuantizedLayer]:
 
 
 def _nodes(subject: Subject, op: str) -> Iterator[gs.Node]:
-    if subject.model is not None:
-        yield from (node for node in subject.model.graph.nodes if node.op == op)
+    for graph in subject.model.graphs() if subject.model is not None else ():
+        yield from (node for node in graph.nodes if node.op == op)
 
 
 def _name(node: gs.Node) -> str:

@@ -175,9 +175,6 @@ def _config(target: Target) -> dict[str, str]:
 
 
 def _layers(asked: Sequence[str] | None, target: Target) -> tuple[str, ...]:
-    if asked is not None and not asked:
-        message = f"no layer is named; there are {', '.join(LAYERS)}"
-        raise OptionError(message)
     for name in asked or ():
         if name not in LAYERS:
             message = f"no layer is called {name!r}; there are {', '.join(LAYERS)}"

@@ -67,6 +67,16 @@ class FitTarget(Pass):
             widen_softmax(candidate, context, changes, exactly="softmax-scale" in found)
             refit_weights(candidate, target.rules, found, context, changes)
             refit_biases(candidate, context, changes)
+        _leave_bodies(candidate, changes)
         if changes.count:
             model.become(candidate)
         return changes
+
+
+def _leave_bodies(model: Model, changes: Changes) -> None:
+    """Say that quantized nodes in bodies of If, Loop and Scan stay as they are."""
+    for graph in model.graphs():
+        count = sum(node.op in {"QuantizeLinear", "DequantizeLinear"} for node in graph.nodes)
+        if graph is not model.graph and count:
+            why = "are in a body of If, Loop or Scan"
+            changes.leave(str(graph.name or "a body"), f"{count} QuantizeLinear and DequantizeLinear {why}")
