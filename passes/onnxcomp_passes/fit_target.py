@@ -10,7 +10,7 @@ from onnxcomp.lints.quantization import CHANNEL_OPSET
 from onnxcomp.model import Model
 from onnxcomp.packed import unpack
 from onnxcomp.passes import Changes, Context, Pass, register
-from onnxcomp.targets import host_target
+from onnxcomp.targets import Target, host_target
 from onnxcomp_passes._refit_activations import decode_at_load, drop_ruinous, shift, widen_softmax
 from onnxcomp_passes._refit_weights import refit_biases, refit_weights
 from onnxcomp_passes._stored import lift_constants
@@ -43,11 +43,15 @@ class FitTarget(Pass):
     name: ClassVar[str] = "fit-target"
     required: ClassVar[bool] = True
 
+    @staticmethod
+    def _found(model: Model, target: Target) -> set[str]:
+        return {finding.id for finding in lint_model(model, target)}
+
     def rewrite(self, model: Model, context: Context) -> Changes:
         """See the class."""
         changes = Changes()
         target = context.target or host_target()
-        found = {finding.id for finding in lint_model(model, target)}
+        found = self._found(model, target)
         if not found & mended_by(self.name):
             return changes
         candidate = model.fork()
@@ -66,6 +70,9 @@ class FitTarget(Pass):
                 shift(candidate, target.rules, context, changes)
             widen_softmax(candidate, context, changes, exactly="softmax-scale" in found)
             refit_weights(candidate, target.rules, found, context, changes)
+            if "uint8-int8" in self._found(candidate, target) - found:  # uint8 beside uint8 that was rounded to int8
+                shift(candidate, target.rules, context, changes)
+                refit_weights(candidate, target.rules, {*found, "uint8-int8"}, context, changes)
             refit_biases(candidate, context, changes)
         _leave_bodies(candidate, changes)
         if changes.count:
