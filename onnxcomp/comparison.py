@@ -134,7 +134,8 @@ def compare(
         Runtime(threads=threads, session_config=config) as runtime,
     ):
         task = chosen_metric(metric, samples, allow_code=allow_code)
-        paths = [model_file(model, Path(folder) / f"{index}.onnx") for index, model in enumerate(models)]
+        given = zip((original, new), models, strict=True)
+        paths = [model_file(source, model, Path(folder) / f"{i}.onnx") for i, (source, model) in enumerate(given)]
         names = common_outputs(runtime, paths)
         reference, losses, sqnr_db = _qualities(runtime, paths, names, samples, task, seed)
         feed = next(iter(samples.subset([0]).batches(1))).inputs

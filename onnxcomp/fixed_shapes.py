@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.data import apply_shapes, input_specs
+from onnxcomp.data import InputSpec, apply_shapes, input_specs
 from onnxcomp.model import Model
 from onnxcomp.shapes import Shape, traced_nodes
 from onnxcomp.targets import Target
@@ -64,24 +64,27 @@ def _following(model: Model, inputs: Mapping[str, Sequence[Any]]) -> Iterator[tu
         yield from ((n, shape) for n, shape in zip(traced.node.output, shapes, strict=True) if n in main and shape)
 
 
-def dynamic_inputs(model: Model, target: Target) -> list[str]:
-    """The inputs whose dynamic axes the target does not take, each with its type and shape.
+def dynamic_inputs(model: Model, target: Target) -> list[InputSpec]:
+    """The inputs whose dynamic axes the target does not take.
 
     Example:
         >>> from onnx import parser
         >>> from onnxcomp.targets import find_target
         >>> graph = "g (float[N, 3, H, 8] x) => (float[N, 3, H, 8] y) { y = Relu(x) }"
         >>> model = Model.load(parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}'))
-        >>> dynamic_inputs(model, find_target("xnnpack")), dynamic_inputs(model, find_target("arm64"))
-        (["'x' float32 (N, 3, H, 8)"], [])
+        >>> [str(spec) for spec in dynamic_inputs(model, find_target("xnnpack"))]
+        ['float32 (N, 3, H, 8)']
+        >>> dynamic_inputs(model, find_target("arm64"))
+        []
     """
     if not target.static_shapes:
         return []
     first = 1 if target.dynamic_batch else 0
     return [
-        f"{spec.name!r} {spec}"
+        spec
         for spec in input_specs(model.proto())
-        if spec.kind == "tensor" and any(not isinstance(dim, int) for dim in spec.shape[first:])
+        if spec.kind == "unranked"
+        or (spec.kind == "tensor" and any(not isinstance(dim, int) for dim in spec.shape[first:]))
     ]
 
 

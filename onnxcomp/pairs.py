@@ -71,10 +71,10 @@ def common_outputs(runtime: Runtime, paths: Sequence[Path]) -> list[list[str]]:
     return [ours, theirs]
 
 
-def model_file(model: Model, beside: Path) -> Path:
-    """The model's own file, or one made of it."""
-    if model.path is not None:
-        return model.path
+def model_file(source: ModelSource, model: Model, beside: Path) -> Path:
+    """The user's file, or one made of the model: a Model may have changed since it was read from its file."""
+    if isinstance(source, str | Path):
+        return Path(source)
     model.save(beside)
     return beside
 

@@ -21,6 +21,7 @@ from onnxcomp.fixed_shapes import made_static
 from onnxcomp.judge import Budget, Judge
 from onnxcomp.ledger import Report
 from onnxcomp.lints import lint_model, mended_by
+from onnxcomp.lints.quantization import CHANNEL_OPSET
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.passes import Context, Pass
@@ -183,13 +184,16 @@ def optimize(
         **({"progress": progress} if progress else {}),
     )
     loaded = Model.load(source)
-    original = _with_static_shapes(loaded, data, options, image)
+    readable = _readable(loaded, options.target)
+    original = _with_static_shapes(readable, data, options, image)
     samples = _samples(original, data, options, image)
     stages = _stages(passes, replay, has_data=not samples.generated, fit=_needs_fit(original, options.target))
     _check_order(stages)
     _check_requirements(stages, samples)
     chosen_metric, classifier, notes = _metric(options, samples)
-    if original is not loaded:
+    if readable is not loaded:
+        notes.append(f"ONNX Runtime does not load the model at opset {loaded.opset}: it is read as {readable.opset}")
+    if original is not readable:
         fixed = "; ".join(f"{spec.name} {spec}" for spec in input_specs(original.proto()))
         notes.append(f"the inputs' axes are fixed, since {options.target.name} wants static shapes: {fixed}")
     workdir = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
@@ -246,6 +250,15 @@ def _target(target: str | Target | None) -> Target:
     return find_target(target) if isinstance(target, str) else target
 
 
+def _readable(model: Model, target: Target) -> Model:
+    """The model at the opset that its scales for each channel need, without which it does not load; else itself."""
+    if all(finding.id != "per-channel-opset" for finding in lint_model(model, target)):
+        return model
+    fork = model.fork()
+    fork.raise_opset(CHANNEL_OPSET)
+    return fork
+
+
 def _with_static_shapes(model: Model, data: Any, options: Options, image: ImageOptions | None) -> Model:
     """The model with fixed inputs, where the target wants that; else the model itself.
 
@@ -253,7 +266,7 @@ def _with_static_shapes(model: Model, data: Any, options: Options, image: ImageO
     """
 
     def one_sample(fixed: Model) -> Mapping[str, Any] | None:
-        if not isinstance(data, str | Path | Mapping):
+        if not isinstance(data, str | Path | Mapping | np.ndarray | list | tuple):
             return None
         with _samples(fixed, data, options, image) as samples:
             return next(samples.feeds(1)) if len(samples.groups()) == 1 else None

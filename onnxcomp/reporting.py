@@ -223,9 +223,8 @@ def _warnings(judge: Judge, quality: Quality, samples: Dataset, model: Model) ->
             f"this machine's int8 kernels saturate and those of {judge.target.name} do not: the loss may be less there"
         )
     if dynamic := dynamic_inputs(model, judge.target):
-        warnings.append(
-            f"{judge.target.name} wants static shapes, and axes are dynamic in {', '.join(dynamic)}; give --shape"
-        )
+        told = ", ".join(f"{spec.name!r} {spec}" for spec in dynamic)
+        warnings.append(f"{judge.target.name} wants static shapes, and axes are dynamic in {told}; give --shape")
     return warnings
 
 

@@ -132,7 +132,8 @@ class StageRunner:
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
-        forms = [form for form in _forms(stage) if form.lossless or self.judge.deterministic or self._force]
+        measurable = self.judge.deterministic or self._force or stage.required
+        forms = [form for form in _forms(stage) if form.lossless or measurable]
         if past is not None:
             forms = forms[forms.index(past) + 1 :] if past in forms else forms
             if not forms:

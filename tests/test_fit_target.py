@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from onnxcomp import Budget, Changes, Context, Model, Pass, Report, optimize
 from onnxcomp.packed import find_packed
 from onnxcomp.targets import find_target
+from onnxcomp.verification.candidate import CandidateCheck
 from onnxcomp.verification.differences import difference
 from onnxcomp_passes import FitTarget, Pack
 from tests import traps
@@ -103,6 +105,17 @@ def test_a_model_that_does_not_come_back_from_the_ort_format_is_dropped(monkeypa
     assert told["drop-zero-point"] == ("dropped", "read again from the ORT format, its outputs differ by 0.5")
 
 
+def test_the_check_leaves_nothing_beside_a_file_and_takes_nothing_away(tmp_path):
+    """A candidate may be the original again, whose file is the user's."""
+    path = tmp_path / "m.onnx"
+    Model.load(traps.conv(activations="int8")).save(path)
+    (tmp_path / "m.ort").write_bytes(b"mine")
+    judge = SimpleNamespace(target=find_target("arm64"))
+    check = CandidateCheck(judge, Model.load(path))  # type: ignore[arg-type]  # all that it asks for here
+    assert check._unlike_written(path, [{"x": DATA["x"][:1]}]) is None
+    assert (tmp_path / "m.ort").read_bytes() == b"mine"
+
+
 def test_fit_target_is_kept_whatever_it_costs_and_says_so():
     budget = Budget(max_drop=1e-9, max_error=1e-9)
     result = optimize(traps.conv(), target="x86", data=DATA, passes=[FitTarget()], budget=budget, timing=False)
@@ -110,6 +123,16 @@ def test_fit_target_is_kept_whatever_it_costs_and_says_so():
     assert verdict == "kept"
     assert reason.startswith("the target needs it, although: over the budget")
     assert not result.report.budget_met
+
+
+def test_fit_target_runs_though_no_loss_can_be_measured():
+    proto = traps.conv()
+    proto.graph.node.add(op_type="RandomNormalLike", input=["y"], output=["r"])
+    proto.graph.output.add(name="r").CopyFrom(proto.graph.output[0])
+    proto.graph.output[1].name = "r"
+    result = optimize(proto, target="x86", data=DATA, timing=False)
+    assert verdicts(result.report)["fit-target"][0] == "kept"
+    assert "saturation" not in traps.found(result.model, "x86")
 
 
 def test_the_default_stages_have_it_only_where_a_lint_finds_what_it_mends():

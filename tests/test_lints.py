@@ -30,6 +30,7 @@ TRAPS = {
     "dynamic batch for NNAPI": (traps.conv(batch="N"), "nnapi", "dynamic-shape"),
     "Q/DQ for CoreML": (traps.conv(), "coreml", "qdq-unsupported"),
     "per-channel MatMul for QNN": (traps.matmul(), "qnn", "per-channel-matmul"),
+    "a scale for each input of a product": (traps.matmul(axis=0), "web", "weight-axis"),
     "Concat of unlike scales": (traps.concat(), "x86-vnni", "concat-scales"),
     "a mask in the scale": (traps.mask(), "arm64", "mask-scale"),
     "a bias in another scale": (traps.gemm(8.0), "x86-vnni", "bias-scale"),
@@ -105,6 +106,62 @@ def test_depthwise_channels_under_one_scale_are_told():
 def test_a_scale_for_each_channel_below_opset_13_is_told_and_mended():
     model = traps.conv(opset=12)
     assert "per-channel-opset" in traps.found(model, "x86-vnni")
+    result = optimize(model, target="x86-vnni", timing=False)
+    assert traps.found(result.model, "x86-vnni") == set()
+    assert any("does not load the model at opset 12" in note for note in result.report.notes)
+
+
+def test_a_softmax_of_another_zero_point_is_refused_by_xnnpack_too():
+    model = traps.softmax(1 / 256)
+    next(tensor for tensor in model.graph.initializer if tensor.name == "zs").raw_data = b"\x05"
+    assert "softmax-scale" in traps.found(model, "xnnpack")
+
+
+def test_nothing_saturates_where_there_is_no_8_bit_kernel():
+    """Activations of 16 bits, and transposed convolutions, run in float."""
+    wide = traps.gemm()
+    for tensor in wide.graph.initializer:
+        if tensor.name == "z":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(1 << 15, np.uint16), "z"))
+    wide.opset_import[0].version = 21
+    transposed = traps.conv()
+    node = next(node for node in transposed.graph.node if node.op_type == "Conv")
+    node.op_type = "ConvTranspose"
+    assert "saturation" in traps.found(traps.gemm(), "x86")
+    assert "saturation" not in traps.found(wide, "x86") | traps.found(transposed, "x86")
+
+
+@pytest.mark.parametrize(("limit", "told"), [(127, {"qoperator-saturation"}), (63, set())])
+def test_weights_of_8_bits_in_operators_of_their_own_saturate_too(limit, told):
+    model = graph_model(
+        """g (uint8[1, 4] x) => (int32[1, 2] y) { y = MatMulInteger(x, W, zx) }""",
+        W=np.full((4, 2), limit, np.int8),
+        zx=np.asarray(3, np.uint8),
+    )
+    assert traps.found(model, "x86") == told
+    assert traps.found(model, "x86-vnni") == set()
+
+
+def test_a_scale_of_0_in_a_concat_is_no_crash():
+    model = traps.concat()
+    next(tensor for tensor in model.graph.initializer if tensor.name == "ss").raw_data = bytes(4)
+    assert "concat-scales" not in traps.found(model, "web")
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "name"', "two words"])
+def test_a_dynamic_input_of_any_name_is_told_by_it(name):
+    model = graph_model("g (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
+    model.graph.input[0].name = model.graph.node[0].input[0] = name
+    found = lint_model(Model.load(model), find_target("nnapi"))
+    assert [(finding.where, finding.what) for finding in found] == [(name, "the input is float32 (N, 2)")]
+
+
+def test_an_input_with_any_number_of_axes_is_dynamic_too():
+    model = graph_model("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    for info in (*model.graph.input, *model.graph.output):
+        info.type.tensor_type.ClearField("shape")
+    (found,) = lint_model(Model.load(model), find_target("nnapi"))
+    assert (found.id, found.what) == ("dynamic-shape", "the input is float32 with any number of axes")
 
 
 def test_control_flow_is_told_for_qnn_only():

@@ -18,12 +18,17 @@ from onnxcomp.commands.options import (
     shape_option,
     shapes_from,
 )
+from onnxcomp.errors import OptionError
 
 __all__ = ["verify_command"]
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        message = "expected names of layers, such as cpu,ort, and found none"
+        raise OptionError(message)
+    return names
 
 
 @click.command("verify", cls=GuardedCommand, short_help="Run a model in every way that its target has.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data import Dataset, ImageOptions, input_specs
+from onnxcomp.errors import RuntimeFailure
 from onnxcomp.model import Model
 from onnxcomp.ort_format import required_operators
 from onnxcomp.runtime import Runtime
@@ -31,6 +33,9 @@ TOLERANCE = {"float": 1e-3, "int8": 2e-2}
 """What outputs on the device may differ by, relative to the largest expected value: float rounding, or a step or two of
 int8 codes."""
 
+QUANTIZED = re.compile("QuantizeLinear|QLinear|QGemm|Integer|DynamicQuantize|QAttention")
+"""Names of operators that give or take 8-bit codes."""
+
 
 def write_files(
     model: Model, name: str, target: Target, samples: Dataset, folder: Path, image: ImageOptions | None
@@ -40,21 +45,17 @@ def write_files(
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as temporary, ort_runtime() as runtime:
         plain = Path(temporary) / "model.onnx"
         model.save(plain)
-        ports = [Path(temporary) / "optimized.ort", Path(temporary) / "plain.ort"]
-        runtime.convert(plain, ports[0])
-        if target.artifact == "ort":
-            shutil.copyfile(ports[0], file)
-            needed = ports[:1]
-        else:  # such a file is optimized on the device: kernels for before and after
-            model.save(file)
-            runtime.convert(plain, ports[1], level="none")
-            needed = ports
-        (folder / OPERATORS).write_text(required_operators(needed), encoding="utf-8")
+        needed = _as_ort(runtime, plain, file if target.artifact == "ort" else None)
+        if target.artifact != "ort":
+            model.save(file, external_data=False)  # unless they are too large for one file
+        if needed:
+            (folder / OPERATORS).write_text(required_operators(needed), encoding="utf-8")
         with Runtime(session_config=dict(target.session_config)) as host:
             shipped = _write_samples(host, file, samples, folder)
             info = host.check(file)
     specs = {spec.name: spec for spec in input_specs(model.proto())}
-    quantized = any(node.op == "DequantizeLinear" for node in model.graph.nodes)
+    quantized = any(QUANTIZED.search(node.op) for node in model.graph.nodes)
+    beside = sorted(path for path in folder.glob(f"{file.name}.*") if path.is_file())
     return {
         "format": 1,
         "target": target.name,
@@ -62,6 +63,7 @@ def write_files(
             "file": file.name,
             "bytes": file.stat().st_size,
             "sha256": sha256(file),
+            "data": [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in beside],
             "opset": model.opset,
             "ir_version": model.ir_version,
         },
@@ -77,9 +79,33 @@ def write_files(
         "runtime": {"minimum": _minimum(model, target), "written_with": version("onnxruntime")},
         "onnxcomp": version("onnxcomp"),
         "session": dict(target.session_config if target.session_config != ARM_FUSION else {}),
+        "operators": OPERATORS if needed else None,
         "samples": shipped,
         "tolerance": TOLERANCE["int8" if quantized else "float"],
     }
+
+
+def _as_ort(runtime: Runtime, plain: Path, shipped: Path | None) -> list[Path]:
+    """Write the model in ONNX Runtime's own format, which tells the kernels that it needs.
+
+    Args:
+        runtime: Optimizes as for ARM.
+        plain: The model.
+        shipped: Where the optimized file goes, if that is what is shipped. Other files are optimized on the device:
+            kernels for before and after; what the format cannot hold has none that could be told.
+    """
+    optimized, kept = plain.with_name("optimized.ort"), plain.with_name("plain.ort")
+    try:
+        runtime.convert(plain, optimized)
+        if shipped is not None:
+            shutil.copyfile(optimized, shipped)
+            return [optimized]
+        runtime.convert(plain, kept, level="none")
+    except RuntimeFailure:
+        if shipped is not None:
+            raise
+        return []
+    return [optimized, kept]
 
 
 def _write_samples(runtime: Runtime, file: Path, samples: Dataset, folder: Path) -> list[dict[str, Any]]:
@@ -115,11 +141,11 @@ def _minimum(model: Model, target: Target) -> str:
 def _dtype(text: str) -> str:
     """ONNX Runtime's spelling of a type in numpy's.
 
-    >>> _dtype("tensor(float)"), _dtype("tensor(int64)")
-    ('float32', 'int64')
+    >>> _dtype("tensor(float)"), _dtype("tensor(int64)"), _dtype("seq(tensor(float))")
+    ('float32', 'int64', 'seq(tensor(float))')
     """
-    inner = text.removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32", "double": "float64", "bool": "bool"}.get(inner, inner)
+    inner = text.removeprefix("tensor(").removesuffix(")") if text.startswith("tensor(") else text
+    return {"float": "float32", "double": "float64"}.get(inner, inner)
 
 
 def sha256(path: Path) -> str:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
 from onnxcomp.deployment.contents import MANIFEST, SAMPLES, sha256, write_files
 from onnxcomp.deployment.folders import check_folder, replaced_folder
 from onnxcomp.deployment.readme import package_readme
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import ModelError, RuntimeFailure
 from onnxcomp.fixed_shapes import made_static
 from onnxcomp.lints import Finding, lint_model
 from onnxcomp.model import Model, ModelSource
@@ -63,7 +65,8 @@ def deploy(
         target: What it is for.
         output: The folder to write; it is replaced whole if it is a package already, and must not hold anything else.
         data: Samples of which two are shipped with the outputs that are expected of them; made up without data.
-        shapes: Sizes of dynamic inputs, where the target wants static shapes; else those of the data, and a batch of 1.
+        shapes: Sizes of dynamic inputs: of made-up samples, and of the model where the target wants static shapes; else
+            those of the data, and a batch of 1.
         image: How images become inputs: written into the manifest, and used to read `data`.
         allow_code: Whether "module:function" may be imported and called.
         seed: Of made-up inputs.
@@ -89,24 +92,39 @@ def deploy(
     folder = Path(output)
     name = _name(source)
     check_folder(folder, source)
-    model = _fitted(source, chosen, data, as_tuples(shapes), image, allow_code=allow_code)
+    sizes = as_tuples(shapes)
+    model = _fitted(source, chosen, data, sizes, image, allow_code=allow_code)
     findings = lint_model(model, chosen)
-    errors = list(dict.fromkeys(finding.id for finding in findings if finding.severity == "error"))
+    errors = [finding for finding in findings if finding.severity == "error"]
     if errors and not force:
-        message = (
-            f"{name}: {chosen.name} does not take it as it is ({', '.join(errors)}); make it fit with `onnxcomp "
-            f"optimize --target {chosen.name}`, see `onnxcomp verify --target {chosen.name}`, or give --force"
-        )
-        raise ModelError(message)
-    with (
-        _samples(model, data, image, seed, allow_code=allow_code) as samples,
-        replaced_folder(folder) as written,
-    ):
-        manifest = write_files(model, name, chosen, samples, written, image)
-        manifest["source"] = {"file": name, "sha256": sha256(Path(source)) if isinstance(source, str | Path) else None}
-        (written / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        (written / "README.md").write_text(package_readme(manifest), encoding="utf-8")
+        raise ModelError(_refusal(name, chosen, errors))
+    try:
+        with (
+            _samples(model, data, sizes, image, seed, allow_code=allow_code) as samples,
+            replaced_folder(folder) as written,
+        ):
+            manifest = write_files(model, name, chosen, samples, written, image)
+            digest = sha256(Path(source)) if isinstance(source, str | Path) else None
+            manifest["source"] = {"file": name, "sha256": digest}
+            (written / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            (written / "README.md").write_text(package_readme(manifest), encoding="utf-8")
+    except RuntimeFailure as error:  # it names a temporary file
+        message = f"{name}: {str(error).partition(': ')[2] or error}"
+        raise type(error)(message) from error
+    if not manifest["model"]["data"]:
+        findings = tuple(finding for finding in findings if finding.id != "external-data")
     return Package(folder, manifest, findings)
+
+
+def _refusal(name: str, target: Target, errors: Sequence[Finding]) -> str:
+    """Why a model is not written, and what to do about the first reason."""
+    first, others = errors[0], dict.fromkeys(finding.id for finding in errors)
+    del others[first.id]
+    more = f"; also {', '.join(others)}: see `onnxcomp verify --target {target.name}`" if others else ""
+    return (
+        f"{name}: {target.name} does not take it as it is ({first.id}): {first.where}: {first.what}; {first.fix}"
+        f"{more}; or give --force"
+    )
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -132,7 +150,7 @@ def _fitted(
         raise ModelError(message)
 
     def one_sample(fixed: Model) -> Mapping[str, Any] | None:
-        if not isinstance(data, str | Path | Mapping):
+        if not isinstance(data, str | Path | Mapping | np.ndarray | list | tuple):
             return None
         specs = input_specs(fixed.proto())
         with open_data(data, specs, shapes=shapes, image=image, allow_code=allow_code) as samples:
@@ -145,7 +163,15 @@ def _fitted(
     return model
 
 
-def _samples(model: Model, data: Any, image: ImageOptions | None, seed: int, *, allow_code: bool) -> Dataset:
+def _samples(
+    model: Model,
+    data: Any,
+    shapes: dict[str, tuple[int, ...]],
+    image: ImageOptions | None,
+    seed: int,
+    *,
+    allow_code: bool,
+) -> Dataset:
     if data is None:
-        return generate(model.proto(), count=SAMPLES, seed=seed)
-    return open_data(data, input_specs(model.proto()), image=image, allow_code=allow_code)
+        return generate(model.proto(), count=SAMPLES, seed=seed, shapes=shapes)
+    return open_data(data, input_specs(model.proto()), shapes=shapes, image=image, allow_code=allow_code)

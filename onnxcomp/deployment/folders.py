@@ -38,10 +38,16 @@ def _is_package(folder: Path) -> bool:
     """Whether a folder is what an earlier `deploy` wrote, with nothing added."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        own = {MANIFEST, "README.md", OPERATORS, "samples", manifest["model"]["file"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        own = {MANIFEST, "README.md", OPERATORS, manifest["model"]["file"]}
+        own |= {part["file"] for part in manifest["model"].get("data", [])}
+        for sample in manifest["samples"]:
+            own |= {part["file"] for side in ("inputs", "outputs") for part in sample[side].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return {path.name for path in folder.iterdir()} <= own
+    there = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
+    return there <= own
 
 
 @contextlib.contextmanager
@@ -55,13 +61,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         yield written
         written.chmod(0o777 & ~_umask())
-        old = None
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            folder.rename(old / "old")
-        written.rename(folder)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        _replace(folder, written)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -69,6 +69,25 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise OutputError(message) from error
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def _replace(folder: Path, written: Path) -> None:
+    """Put one folder in the place of another; where that fails, the old one is back."""
+    if not folder.exists():
+        written.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    old = aside / "old"
+    try:
+        folder.rename(old)
+        written.rename(folder)
+    except BaseException:  # Ctrl-C too
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    finally:
+        if not old.exists() or folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -70,6 +72,11 @@ LANGUAGES = {
 }
 """Target -> the languages that its apps are written in; Python for all others."""
 
+OPERATORS = (
+    "- `required_operators_and_types.config`: for a build of ONNX Runtime with these kernels alone",
+    "  (`--include_ops_by_config`). Not needed with a stock build.",
+)
+
 
 def snippet(language: _Language, manifest: Mapping[str, Any]) -> str:
     """The lines that load a model, out of the file that holds them."""
@@ -78,24 +85,23 @@ def snippet(language: _Language, manifest: Mapping[str, Any]) -> str:
     name = str(manifest["model"]["file"])
     stem, _, suffix = name.rpartition(".")
     shape = [dim if isinstance(dim, int) else 1 for dim in source["shape"]]
-    options = language.options.get(manifest["target"], language.options[""])
     words = {
-        "MODEL_FILE": name,
-        "MODEL_STEM": stem,
+        "MODEL_FILE": _quoted(name, language),
+        "MODEL_STEM": _quoted(stem, language),
         "MODEL_SUFFIX": suffix,
-        "INPUT": source["name"],
-        "OUTPUT": result["name"],
-        "OPTIONS": options,
+        "INPUT": _quoted(str(source["name"]), language),
+        "OUTPUT": _quoted(str(result["name"]), language),
+        "OPTIONS": language.options.get(manifest["target"], language.options[""]),
         "SHAPE": ", ".join(map(str, shape)),
     }
-    for word, meaning in words.items():
-        text = text.replace(word, _quoted(meaning) if word in {"INPUT", "OUTPUT"} else meaning)
-    return text
+    # All at once: a name may be called INPUT or SHAPE itself.
+    return re.sub("|".join(words), lambda found: words[found[0]], text)
 
 
-def _quoted(name: str) -> str:
-    """A name as it stands between double quotes in all of these languages."""
-    return name.replace("\\", "\\\\").replace('"', '\\"')
+def _quoted(name: str, language: _Language) -> str:
+    """A name as it stands between double quotes in a language."""
+    text = json.dumps(name, ensure_ascii=False)[1:-1]
+    return text.replace("$", "\\$") if language is KOTLIN else text
 
 
 def package_readme(manifest: Mapping[str, Any]) -> str:
@@ -109,16 +115,16 @@ def package_readme(manifest: Mapping[str, Any]) -> str:
         f"# {model['file']} for {target}",
         "",
         f"- `{model['file']}`: the model, {model['bytes']:,} bytes.",
+        *(f"- `{part['file']}`: its weights, {part['bytes']:,} bytes: beside it." for part in model["data"]),
         "- `manifest.json`: its inputs and outputs, how inputs are made, versions, hashes.",
         "- `samples/`: inputs and the outputs that are expected of them: run them once on the device. Raw numbers,",
         "  little endian, in the order of the manifest's shapes.",
-        "- `required_operators_and_types.config`: for a build of ONNX Runtime with these kernels alone",
-        "  (`--include_ops_by_config`). Not needed with a stock build.",
+        *(OPERATORS if manifest["operators"] else ()),
         "",
     ]
     for side in ("inputs", "outputs"):
         lines += [f"| {side[:-1]} | type | shape |", "| --- | --- | --- |"]
-        lines += [f"| `{end['name']}` | {end['dtype']} | {_shape(end['shape'])} |" for end in manifest[side]]
+        lines += [f"| `{_cell(end['name'])}` | {end['dtype']} | {_shape(end['shape'])} |" for end in manifest[side]]
         lines.append("")
     if manifest["preprocessing"]:
         told = ", ".join(f"{name} {value}" for name, value in manifest["preprocessing"].items())
@@ -130,6 +136,11 @@ def package_readme(manifest: Mapping[str, Any]) -> str:
     if not _is_plain(manifest):
         lines += ["The lines show the first input and output as float32; the manifest has them all.", ""]
     return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    """A name as it stands in a table."""
+    return " ".join(name.split()).replace("|", "\\|").replace("`", "'")
 
 
 def _shape(shape: list[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from onnxcomp.lints import ort_files, quantization, structure  # noqa: F401 - they register their lints
+from onnxcomp.lints import biases, ort_files, qoperators, quantization, structure  # noqa: F401 - they register their lints
 from onnxcomp.lints.finding import LINTS, Finding, Lint, Subject
 from onnxcomp.model import Model
 from onnxcomp.ort_format import read_ort
@@ -51,7 +51,7 @@ def _found(subject: Subject) -> Iterator[Finding]:
     for lint in sorted(lints, key=lambda lint: lint.severity):
         fix = lint.fix
         if lint.mended_by in {"fit-target", "shapes"}:
-            fix += f"; `onnxcomp optimize --target {subject.target.name}` does"
+            fix += f"; `onnxcomp optimize --target {subject.target.name}` does, and says what it has to leave"
         for where, what in lint.look(subject):
             yield Finding(lint.id, lint.severity, where, what, lint.why, fix)
 

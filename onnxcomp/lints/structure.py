@@ -20,8 +20,9 @@ __all__: list[str] = []
 def dynamic_shape(subject: Subject) -> Seen:
     """Inputs with axes of unknown size."""
     if subject.model is not None:
-        for text in dynamic_inputs(subject.model, subject.target):
-            yield text.split("'")[1], f"the input is {text.partition(' ')[2]}"
+        for spec in dynamic_inputs(subject.model, subject.target):
+            axes = " with any number of axes" if spec.kind == "unranked" else ""
+            yield spec.name, f"the input is {spec.dtype.name}{axes}" if axes else f"the input is {spec}"
 
 
 @lint(
@@ -35,7 +36,7 @@ def control_flow(subject: Subject) -> Seen:
     """Operators with bodies."""
     for node in subject.model.graph.nodes if subject.model is not None else ():
         if node.op in {"If", "Loop", "Scan"}:
-            yield str(node.name or node.outputs[0].name), f"it is a {node.op}"
+            yield str(node.name or node.outputs[0].name), f"{node.op} has bodies"
 
 
 @lint(
@@ -71,20 +72,6 @@ def no_int8_kernel(subject: Subject) -> Seen:
         return
     for miss in explain(subject.model.proto(), subject.census).missed:
         yield miss.node, f"{miss.reason} ({miss.rule})"
-
-
-@lint(
-    "qoperator-int8",
-    "warning",
-    on=("x86-vnni", "x86", "web"),
-    why="int8 activations in QLinear operators cannot be made uint8, and their kernels are slow on x86",
-    fix="use QuantizeLinear and DequantizeLinear with uint8 activations: quantize the float model anew",
-)
-def qoperator_int8(subject: Subject) -> Seen:
-    """QLinearConv and QLinearMatMul of int8 activations."""
-    for node in subject.model.graph.nodes if subject.model is not None else ():
-        if node.op in {"QLinearConv", "QLinearMatMul"} and str(node.inputs[2].dtype) == "int8":
-            yield str(node.name or node.outputs[0].name), f"this {node.op} has int8 activations"
 
 
 @lint(

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 from onnx import helper, shape_inference
 
+from onnxcomp.errors import RuntimeFailure
 from onnxcomp.runtime import Runtime
 from onnxcomp.shapes import traced_nodes
 from onnxcomp.verification.results import Coverage
@@ -36,7 +37,11 @@ def coverages(runtime: Runtime, path: Path) -> tuple[Coverage, ...]:
 
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         seen = Path(folder) / "seen.onnx"
-        runtime.convert(path, seen, level="basic")
+        try:
+            runtime.convert(path, seen, level="basic")
+        except RuntimeFailure as error:
+            reason = f"ONNX Runtime cannot write the graph that it sees: {error}"
+            return tuple(Coverage(provider, 0, 0, 0, reason=reason) for provider in ("NNAPI", "CoreML"))
         proto = _with_shapes(onnx.load(seen, load_external_data=False))
     return (
         _coverage("NNAPI", proto, lambda: checker.check_nnapi_partitions(proto, True)),

@@ -18,16 +18,22 @@ Array = np.ndarray[Any, Any]
 FLOAT_ERROR = 1e-3
 """Other processors and builds add float32 up in other orders: networks differ by 1e-6 to 1e-4 then."""
 
+ROUNDING_MARGIN = 2.0
+"""Of the original's own rounding, which was seen on a few samples."""
+
 WORST_ERROR = 0.1
 """20 dB: what differs by more is another answer, however far the model was from the original before."""
 
 
-def difference(reference: Sequence[list[Any]], outputs: Sequence[list[Any]]) -> Difference:
+def difference(
+    reference: Sequence[list[Any]], outputs: Sequence[list[Any]], *, samples: int | None = None
+) -> Difference:
     """Compare runs on the same samples.
 
     Args:
         reference: For each run its outputs.
         outputs: The others, in the same order.
+        samples: How many samples they were; one a run by default.
 
     Example:
         >>> one = [[np.array([[1.0, 3.0]], np.float32)]]
@@ -43,7 +49,7 @@ def difference(reference: Sequence[list[Any]], outputs: Sequence[list[Any]]) -> 
     error = max((_error(column) for column in by_output), default=0.0)
     agreements = [found for column in by_output if (found := _agreement(column)) is not None]
     return Difference(
-        samples=sum(len(a) if a.ndim else 1 for a, _ in by_output[0]) if by_output else 0,
+        samples=len(pairs) if samples is None else samples,
         equal=equal,
         error=error,
         sqnr_db=math.inf if equal else to_decibels(error),
@@ -52,22 +58,24 @@ def difference(reference: Sequence[list[Any]], outputs: Sequence[list[Any]]) -> 
     )
 
 
-def too_far(here: Difference, there: Difference, apart: Difference) -> str | None:
+def too_far(here: Difference, there: Difference, apart: Difference, rounding: float = 0.0) -> str | None:
     """Why outputs are too far from those of the same model on this host's CPU; None where they are not.
 
     Of a lossy model the loss may double, as where other kernels round in other places; a float model may differ by
-    what float rounding makes. What differs from the CPU's by more than 10% is another answer, whatever the loss.
+    what float rounding makes, and one that is as quantized as its original by what its own kernels make. What differs
+    from the CPU's by more than 10% is another answer, whatever the loss.
 
     Args:
         here: From the original to this host's CPU.
         there: From the original to the outputs.
         apart: From this host's CPU to the outputs.
+        rounding: The original's own difference with ONNX Runtime's optimizations on and off.
     """
     lost = here.error if math.isfinite(here.error) else 0.0
-    allowed = max(2 * lost, lost + FLOAT_ERROR)
+    own = max(FLOAT_ERROR, ROUNDING_MARGIN * rounding)
     if apart.error > WORST_ERROR:
         return f"its outputs differ from this host's CPU provider by {apart.error:.2%}, of {WORST_ERROR:.0%} at most"
-    if there.error > allowed and apart.error > FLOAT_ERROR:
+    if there.error > max(2 * lost, lost + own) and apart.error > own:
         return (
             f"its outputs differ from the original's by {there.error:.2%} (relative), on this host's CPU by {lost:.2%}"
         )
@@ -89,9 +97,11 @@ def _error(column: Sequence[tuple[Array, Array]]) -> float:
 def _furthest(a: Array, b: Array) -> float:
     if a.shape != b.shape or a.dtype.kind not in "fiub":
         return 0.0 if _same(a, b) else math.inf
-    gaps = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    gaps[np.isnan(a.astype(np.float64)) & np.isnan(b.astype(np.float64))] = 0.0
-    return float(np.max(gaps, initial=0.0))
+    one, other = a.astype(np.float64), b.astype(np.float64)
+    equal = (one == other) | (np.isnan(one) & np.isnan(other))  # so that infinity less infinity is no difference
+    with np.errstate(invalid="ignore"):
+        gaps = np.where(equal, 0.0, np.abs(one - other))
+    return math.inf if np.isnan(gaps).any() else float(np.max(gaps, initial=0.0))
 
 
 def _agreement(column: Sequence[tuple[Array, Array]]) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 from onnxcomp.errors import OnnxcompError, RequirementError
 from onnxcomp.model import Model
 from onnxcomp.runtime import Array, Feed, Runtime
+from onnxcomp.verification.always import CPU
 from onnxcomp.verification.differences import difference, too_far
 from onnxcomp.verification.environments import Environment, Execution
 from onnxcomp.verification.results import LayerResult, NodeDifference
@@ -50,7 +51,7 @@ def run_elsewhere(
         progress: Called with a short line on what is going on.
     """
     started = time.monotonic()
-    provider = "CPU provider" if plain or environment.provider == "CPUExecutionProvider" else environment.provider
+    provider = "CPU provider" if plain or environment.provider == CPU else environment.provider
     name, what = environment.name, f"{environment.description}: {provider.removesuffix('ExecutionProvider')}"
     missing = environment.missing()
     if missing and install:
@@ -69,7 +70,8 @@ def run_elsewhere(
         return LayerResult(name, what, "failed", str(error), seconds=time.monotonic() - started)
     outputs = [[run[output] for output in few.names] for run in ran.outputs]
     cpu, original = few.new(len(outputs)), few.original(len(outputs))
-    versus_cpu = difference(cpu, outputs)
+    samples = few.count(len(outputs))
+    versus_cpu = difference(cpu, outputs, samples=samples)
     parting: tuple[NodeDifference, ...] = ()
     if not versus_cpu.equal and model is not None:
         progress(f"looking for the nodes that differ on {name}")
@@ -81,8 +83,9 @@ def run_elsewhere(
         parting = _parting(
             environment, model, feeds[:TRACED_SAMPLES], runtime, plain=plain, config=config, folder=folder
         )
-    versus_original = difference(original, outputs)
-    wrong = too_far(difference(original, cpu), versus_original, versus_cpu)
+    versus_original = difference(original, outputs, samples=samples)
+    rounding = few.rounding if versus_cpu.error else 0.0
+    wrong = too_far(difference(original, cpu), versus_original, versus_cpu, rounding)
     status, reason = ("failed", wrong) if wrong else _placement(environment, ran, plain=plain)
     return LayerResult(
         name,
@@ -100,11 +103,12 @@ def run_elsewhere(
 
 def _placement(environment: Environment, ran: Execution, *, plain: bool) -> tuple[str, str]:
     """Whether the nodes ran where they should, and what is to be said of those that did not."""
-    wanted = "CPUExecutionProvider" if plain else environment.provider
+    wanted = CPU if plain else environment.provider
     here = sum(ran.nodes.get(wanted, {}).values())
     elsewhere = {provider: sum(nodes.values()) for provider, nodes in ran.nodes.items() if provider != wanted}
-    if ran.nodes and not here:
-        return "failed", f"no node ran on {wanted}: all fell back to {', '.join(elsewhere)}"
+    if not here and (ran.nodes or wanted != CPU):
+        fell = f": all fell back to {', '.join(elsewhere)}" if elsewhere else ", as far as its profile tells"
+        return "failed", f"no node ran on {wanted}{fell}"
     if any(elsewhere.values()):
         count = sum(elsewhere.values())
         fell = ", ".join(sorted({op for provider in elsewhere for op in ran.nodes[provider]}))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from onnxcomp.data import Dataset
+from onnxcomp.errors import RuntimeFailure
 from onnxcomp.runtime import Feed, Runtime
+from onnxcomp.verification.differences import difference
 
 __all__ = ["FewSamples"]
 
@@ -28,7 +32,9 @@ class FewSamples:
         self, data: Dataset, count: int, runtime: Runtime, paths: Sequence[Path], names: Sequence[list[str]]
     ) -> None:
         few = data.subset(range(min(count, data.size)))
-        self.feeds: list[Feed] = list(few.feeds(1))
+        batches = list(few.batches(1))
+        self.feeds: list[Feed] = [batch.inputs for batch in batches]
+        self._counts = [batch.count for batch in batches]
         self._runtime, self._paths, self._names = runtime, paths, names
         self._known: tuple[list[list[Any]], list[list[Any]]] = ([], [])
 
@@ -44,6 +50,28 @@ class FewSamples:
     def new(self, count: int) -> list[list[Any]]:
         """What this host's CPU provider gives of the model that is verified."""
         return self._outputs(1, count)
+
+    @cached_property
+    def rounding(self) -> float:
+        """How far the original's outputs are from its own with optimizations off, on the first two runs."""
+        try:
+            plain = list(self._runtime.run(self._paths[0], self.feeds[:2], outputs=self._names[0], optimize=False))
+        except RuntimeFailure:
+            return 0.0
+        error = difference(self.original(len(plain)), plain).error
+        return error if math.isfinite(error) else 0.0
+
+    def count(self, runs: int) -> int:
+        """How many samples the first runs are: a model with a fixed batch takes several in each."""
+        return sum(self._counts[:runs])
+
+    def is_random(self) -> bool:
+        """Whether a model gives other outputs when it is run again."""
+        runs = ((self._outputs(which, 1), list(self._again(which))) for which in (0, 1))
+        return any(not difference(first, again).equal for first, again in runs)
+
+    def _again(self, which: int) -> Iterator[list[Any]]:
+        return self._runtime.run(self._paths[which], self.feeds[:1], outputs=self._names[which])
 
     def _outputs(self, which: int, count: int) -> list[list[Any]]:
         known = self._known[which]

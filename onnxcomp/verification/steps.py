@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.model import Model, value_of
+from onnxcomp.model import Model
+from onnxcomp.qdq import encoder, scale_of
 from onnxcomp.runtime.census import node_names
 from onnxcomp.verification.results import NodeDifference
 
@@ -56,14 +57,14 @@ def parting_nodes(model: Model, ours: Codes, theirs: Codes) -> tuple[NodeDiffere
         theirs: The same elsewhere.
     """
     names = dict(zip(map(id, model.graph.nodes), node_names(model.proto().graph), strict=False))
-    steps = {node.outputs[0].name: _scale(node) for node in model.graph.nodes if node.outputs[0].name in ours}
-    differ = {name for name in ours if not _equal(ours[name], theirs[name], steps[name])}
+    decoders = [node for node in model.graph.nodes if node.op == "DequantizeLinear" and _quantizer(node) is not None]
+    steps = {node.outputs[0].name: _scale(node) for node in decoders if node.outputs[0].name in ours}
+    differ = {name for name, step in steps.items() if not _equal(ours[name], theirs[name], step)}
     found = []
-    for decode in model.graph.nodes:
-        if decode.op != "DequantizeLinear" or decode.outputs[0].name not in differ:
-            continue
+    for decode in decoders:
         quantizer = _quantizer(decode)
-        assert quantizer is not None
+        if decode.outputs[0].name not in differ or quantizer is None:
+            continue
         if _codes_read(quantizer.inputs[0], ours.keys()) & differ:
             continue
         source = next(iter(quantizer.inputs[0].inputs), quantizer)
@@ -76,9 +77,9 @@ def parting_nodes(model: Model, ours: Codes, theirs: Codes) -> tuple[NodeDiffere
 
 
 def _quantizer(decode: gs.Node) -> gs.Node | None:
-    """The QuantizeLinear whose codes a DequantizeLinear reads."""
-    maker = next(iter(decode.inputs[0].inputs), None)
-    return maker if maker is not None and maker.op == "QuantizeLinear" else None
+    """The QuantizeLinear whose codes a DequantizeLinear reads; None also where its scale is computed, or none."""
+    scale = scale_of(decode)
+    return encoder(decode.inputs[0]) if scale is not None and np.all(scale > 0) else None
 
 
 def _equal(values: Sequence[Array], others: Sequence[Array], step: float) -> bool:
@@ -105,4 +106,6 @@ def _codes_read(tensor: gs.Tensor, exposed: Container[str]) -> set[str]:
 
 
 def _scale(decode: gs.Node) -> float:
-    return float(np.ravel(value_of(decode.inputs[1]))[0])
+    scale = scale_of(decode)
+    assert scale is not None
+    return float(scale.ravel()[0])

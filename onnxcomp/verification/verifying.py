@@ -12,7 +12,7 @@ from typing import Any
 
 from onnxcomp.comparison import GENERATED_SAMPLES
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
-from onnxcomp.errors import OptionError
+from onnxcomp.errors import OptionError, RuntimeFailure
 from onnxcomp.lints import Finding, lint_file, lint_model
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
@@ -54,6 +54,7 @@ UNVERIFIED = {
     "nnapi": "what NNAPI computes, and how fast, cannot be verified off the device: only which operators it has",
     "coreml": "what CoreML computes, and how fast, cannot be verified off the device: only which operators it has",
 }
+RANDOM = "the model's outputs are random: they differ from run to run, so nothing can be compared"
 NO_LATENCY = "speed on the device cannot be verified here: measure it there"
 
 
@@ -158,7 +159,7 @@ class _Pair:
     def open(original: ModelSource, new: ModelSource, folder: Path) -> _Pair:
         """Load both; a file in ONNX Runtime's own format is only run."""
         first = Model.load(original)
-        path = model_file(first, folder / "original.onnx")
+        path = model_file(original, first, folder / "original.onnx")
         if isinstance(new, str | Path) and is_ort(Path(new)):
             named = Path(new)
             if named.suffix != ".ort":  # ONNX Runtime knows the format by the name
@@ -166,7 +167,7 @@ class _Pair:
                 named = folder / "new.ort"
             return _Pair(first, None, (path, named))
         second = Model.load(new)
-        return _Pair(first, second, (path, model_file(second, folder / "new.onnx")))
+        return _Pair(first, second, (path, model_file(new, second, folder / "new.onnx")))
 
 
 def _config(target: Target) -> dict[str, str]:
@@ -219,7 +220,9 @@ def _findings(pair: _Pair, target: Target, runtime: Runtime) -> tuple[Finding, .
 def _run_layers(
     asked: Sequence[str], always: Always, pair: _Pair, *, install: bool, progress: Callable[[str], None]
 ) -> Iterator[LayerResult]:
-    artifact = _artifact(always, pair, asked)
+    if always.few.is_random():
+        yield from (LayerResult(name, "not compared", "skipped", RANDOM) for name in asked)
+        return
     for name in asked:
         progress(f"verifying: {name}")
         if name == "cpu":
@@ -227,6 +230,11 @@ def _run_layers(
         elif name == "ort":
             yield from always.ort()
         else:
+            try:
+                artifact = _artifact(always, pair)
+            except RuntimeFailure as error:
+                yield LayerResult(name, "the file that is shipped cannot be written", "failed", str(error))
+                continue
             yield run_elsewhere(
                 find_environment(name),
                 artifact,
@@ -241,14 +249,14 @@ def _run_layers(
             )
 
 
-def _artifact(always: Always, pair: _Pair, asked: Sequence[str]) -> Path:
+def _artifact(always: Always, pair: _Pair) -> Path:
     """The file that other environments get: what is shipped to the target."""
-    elsewhere = any(name in ENVIRONMENTS for name in asked)
-    if pair.new is None or always.target.artifact != "ort" or not elsewhere:
+    if pair.new is None or always.target.artifact != "ort":
         return always.path
     written = always.folder / "shipped.ort"
-    with ort_runtime() as runtime:
-        runtime.convert(always.path, written)
+    if not written.exists():
+        with ort_runtime() as runtime:
+            runtime.convert(always.path, written)
     return written
 
 
