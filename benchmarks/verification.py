@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -74,7 +75,8 @@ def _cells(layer: LayerResult) -> list[str]:
     label = f"{layer.name}, {layer.what}" if layer.name == "cpu" else layer.name
     near = "-" if cpu is None else "equal bits" if cpu.equal else _near(cpu.sqnr_db, cpu.max_abs)
     agreement = "-" if cpu is None or cpu.agreement is None else f"{cpu.agreement:.1%}"
-    status = layer.status if layer.status == "ran" else f"{layer.status}: {layer.reason}"
+    reason = re.sub(r"^\S+\.(onnx|ort): ", "", layer.reason)  # a temporary file
+    status = layer.status if layer.status == "ran" else f"{layer.status}: {reason}"
     return [label, status, near, agreement, ", ".join(nodes) or "not told", "; ".join(parting)]
 
 
