@@ -56,8 +56,12 @@ def check(code: int, output: str, before: set[Path], folder: Path, *, result: Pa
     assert new <= ({result} if code == 0 and result else set())
 
 
-@pytest.mark.parametrize("command", ["optimize", "inspect"])
-@pytest.mark.parametrize("name", hostile.MODELS)
+@pytest.mark.parametrize(
+    ("name", "command"),
+    # ONNX Runtime takes all the memory that it may for what is endless: with limits, below.
+    [(name, "inspect") for name in hostile.MODELS]
+    + [(name, "optimize") for name in hostile.MODELS if name not in ENDLESS],
+)
 def test_a_hostile_model_is_read_or_refused_in_a_line(name, command, folder):
     path = hostile.MODELS[name](folder)
     before = files(folder.parent)
