@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, parser
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from benchmarks.fuzzing_models import change_archive, change_model
 from onnxcomp.data import open_data
@@ -187,13 +187,17 @@ def _model_seeds() -> Iterator[bytes]:
     paths = [*sorted(folder.glob("simple/*/model.onnx")), *sorted(folder.glob("node/*/model.onnx"))[::40]]
     yield from (path.read_bytes() for path in paths if path.stat().st_size < 1 << 14)
     yield from _large_model_seeds()
+    model = parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[N] x) => (float[N] y) {y = Add(x, W)}')
+    tensors = [numpy_helper.from_array(np.array([1, 3], kind), "W") for kind in ("float32", "int64")]
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(*tensors, [5]))
+    yield model.SerializeToString()
 
 
 def _large_model_seeds() -> Iterator[bytes]:
     text = '<ir_version: 8, opset_import: ["": 17]> g (float[N, 4] x) => (float[N, 1024] y) { y = MatMul(x, W) }'
     model = parser.parse_model(text)
     values = np.zeros((4, 1024), np.float32)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(values, "W"))
+    model.graph.initializer.append(numpy_helper.from_array(values, "W"))
     yield model.SerializeToString()
     model.graph.initializer.add(name="V", data_type=TensorProto.FLOAT, dims=[2], float_data=[1, 2])
     yield model.SerializeToString()

@@ -416,6 +416,18 @@ def test_refuses_what_would_fill_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
         open_data(save(tmp_path / "a.npz", x=rows(500)), ROWS)
 
 
+def test_refuses_an_archive_whose_names_are_no_text(tmp_path: Path):
+    path = save(tmp_path / "a.npz", x=rows(2))
+    content = path.read_bytes()
+    start = content.rindex(b"PK\x01\x02")  # the entry of the directory says how its name is written, then the name
+    entry = bytearray(content[start:])
+    entry[9] |= 8
+    path.write_bytes(content[:start] + bytes(entry).replace(b"x.npy", b"\xff.npy"))
+
+    with pytest.raises(DataError, match=r"a\.npz: cannot be read: 'utf-8' codec can't decode byte 0xff"):
+        open_data(path, ROWS)
+
+
 @given(st.binary(max_size=200), st.booleans())
 @settings(max_examples=200)
 def test_no_bytes_make_the_reader_fail_otherwise(content: bytes, magic: bool):
