@@ -259,13 +259,23 @@ def judge(expected: Expected, model: onnx.ModelProto, *, lossless: bool) -> str:
             return f"the graph's {name}s changed"
     for level, wanted in expected.outputs.items():
         try:
-            results = run_model(case, model, level)
+            results = _run(case, model, level)
         except Exception as error:  # noqa: BLE001 - any refusal is a break
             return f"{level}: {type(error).__name__}: {error}"
         for outputs, got in zip(wanted, results, strict=True):
             if reason := difference(outputs, got, case) if lossless else _other_kinds(outputs, got):
                 return f"{level}: {reason}"
     return ""
+
+
+def _run(case: Case, model: onnx.ModelProto, level: str) -> list[list[Any]]:
+    """Run a model; the reference evaluator has not every version of every operator that ONNX Runtime has."""
+    try:
+        return run_model(case, model, level)
+    except RuntimeError as error:
+        if level == "REFERENCE" and "No implementation" in str(error):
+            return run_model(case, model, "ORT_DISABLE_ALL")
+        raise
 
 
 def _other_kinds(wanted: list[Any], got: list[Any]) -> str:

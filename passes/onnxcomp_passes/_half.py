@@ -222,9 +222,24 @@ def _refusal(node: gs.Node, context: Context, blocked: frozenset[str], *, has_da
     if node.op in SCATTERING and node.attrs.get("reduction", "none") != "none":
         return "ONNX Runtime has no float16 kernel for its reduction"
     beside = (*(t.inputs[0] for t in node.inputs if t.inputs), *(r for t in node.outputs for r in t.outputs))
+    if node.op == "MatMul" and any(map(_moves_first_axis, node.inputs)):
+        return "ONNX Runtime crashes on a MatMul in float16 behind a Transpose that moves the first axis to the end"
     if node.op in INTEGER or any(other.op in INTEGER for other in beside):
         return "is part of int8 computation"
     return "is a conversion" if node.op in EITHER else None
+
+
+def _moves_first_axis(tensor: gs.Tensor) -> bool:
+    """Whether a Transpose has moved the first axis to the last or second last place, and nothing else.
+
+    ONNX Runtime 1.32 fuses that with a MatMul by a matrix, and ends by SIGSEGV where it has no float16 kernel for it.
+    """
+    maker = tensor.inputs[0] if tensor.inputs else None
+    if maker is None or maker.op != "Transpose":
+        return False
+    order = [int(axis) for axis in maker.attrs.get("perm", ())]
+    others = [axis for axis in order if axis]
+    return len(order) > 2 and others == sorted(others) and 0 in order[-2:]
 
 
 def _value_refusal(
@@ -341,7 +356,9 @@ def _is_as_well_in_float(node: gs.Node, made: Plan, types: _Types) -> bool:
     for tensor in {id(node.inputs[i]): node.inputs[i] for i in ports.inputs}.values():
         if isinstance(tensor, gs.Constant):
             continue
-        from_half = made.makes_half(tensor) or (made.converts_io and not tensor.inputs) or _was_half(tensor, types)
+        from_half = (
+            made.makes_half(tensor) or (made.converts_io and not tensor.inputs) or _was_half(tensor, made, types)
+        )
         half += not from_half
         single += from_half
     for index in ports.outputs:
@@ -352,9 +369,12 @@ def _is_as_well_in_float(node: gs.Node, made: Plan, types: _Types) -> bool:
     return single <= half
 
 
-def _was_half(tensor: gs.Tensor, types: _Types) -> bool:
+def _was_half(tensor: gs.Tensor, made: Plan, types: _Types) -> bool:
+    """Whether a Cast has made a tensor of a float16 one, or of one that is going to be."""
     maker = tensor.inputs[0] if tensor.inputs else None
-    return maker is not None and maker.op == "Cast" and types.get(maker.inputs[0]) == np.float16
+    if maker is None or maker.op != "Cast":
+        return False
+    return types.get(maker.inputs[0]) == np.float16 or made.makes_half(maker.inputs[0])
 
 
 def _readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
