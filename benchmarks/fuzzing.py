@@ -188,8 +188,8 @@ def _model_seeds() -> Iterator[bytes]:
     yield from (path.read_bytes() for path in paths if path.stat().st_size < 1 << 14)
     yield from _large_model_seeds()
     model = parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[N] x) => (float[N] y) {y = Add(x, W)}')
-    tensors = [numpy_helper.from_array(np.array([1, 3], kind), "W") for kind in ("float32", "int64")]
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(*tensors, [5]))
+    values, places = (numpy_helper.from_array(np.array([1, 3], kind), "W") for kind in ("float32", "int64"))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [5]))
     yield model.SerializeToString()
 
 

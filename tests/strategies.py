@@ -176,7 +176,7 @@ def _noop(build: Builder) -> None:
 
 def _twin(build: Builder) -> None:
     """A second node that computes what another one does."""
-    candidates = [node for node in build.nodes if node.output[0] in build.tensors]
+    candidates = [node for node in build.nodes if node.output[0] in build.tensors and len(node.output) == 1]
     if candidates:
         twin = onnx.NodeProto()
         twin.CopyFrom(build.draw(st.sampled_from(candidates)))

@@ -25,7 +25,7 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, registered_passes
 from onnxcomp.runtime import Runtime
-from tests.models import graph_model, run
+from tests.models import graph_model
 from tests.wide_strategies import WideGraph, wide_graphs
 
 ROUNDING = 1e-4
@@ -76,7 +76,7 @@ def check_contract(graph: WideGraph, step: Pass, base: Context) -> None:
     assert results[0].digest == results[1].digest, "the same model gives another result"
     assert source.digest == before, "the model that was forked was touched"
     assert (changes.count == 0) == (results[0].digest == before), f"{changes.count} changes are not honest"
-    if changes.count:
+    if changes.count and can_run(graph, base):
         check_result(graph, step, results[0], base)
 
 
@@ -93,11 +93,27 @@ def check_result(graph: WideGraph, step: Pass, result: Model, base: Context) -> 
     if step.idempotent:
         again = step.rewrite(Model.load(path), context_of(step, graph, base))
         assert again.count == 0, f"a second time changes {again.changed[0]}"
-    for optimized, rows in ((False, 2), (True, 3)):
-        feed = graph.feed(rows)
-        wanted, got = (run(each, feed, optimized=optimized) for each in (graph.model, proto))
+    for wanted, got in zip(runs(graph, graph.model, base), runs(graph, proto, base), strict=True):
         for one, other in zip(wanted, got, strict=True):
             compare(np.asarray(one), np.asarray(other), lossless=step.lossless)
+
+
+def runs(graph: WideGraph, model: onnx.ModelProto, base: Context) -> list[list[Any]]:
+    """What a model gives without and with ONNX Runtime's optimizations, in another process: some models crash it."""
+    assert base.runtime is not None
+    assert base.workdir is not None
+    path = Path(base.workdir) / "run.onnx"
+    onnx.save(model, path)
+    feeds = {False: graph.feed(2), True: graph.feed(3)}
+    return [outputs for each, feed in feeds.items() for outputs in base.runtime.run(path, [feed], optimize=each)]
+
+
+def can_run(graph: WideGraph, base: Context) -> bool:
+    """Whether ONNX Runtime takes the graph itself; it breaks some between QuantizeLinear of different types."""
+    try:
+        return bool(runs(graph, graph.model, base))
+    except OnnxcompError:
+        return False
 
 
 def compare(wanted: np.ndarray[Any, Any], got: np.ndarray[Any, Any], *, lossless: bool) -> None:

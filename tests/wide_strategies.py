@@ -276,7 +276,10 @@ def _loop(build: Builder) -> None:
         helper.make_node("Tanh", [f"{name}_m"], [f"{name}_out"]),
         helper.make_node("Identity", [f"{name}_go"], [f"{name}_on"]),
     ]
-    kinds = [(f"{name}_i", TensorProto.INT64, []), (f"{name}_go", TensorProto.BOOL, [])]
+    kinds: list[tuple[str, int, list[int]]] = [
+        (f"{name}_i", TensorProto.INT64, []),
+        (f"{name}_go", TensorProto.BOOL, []),
+    ]
     inputs = [helper.make_tensor_value_info(*each) for each in kinds]
     inputs.append(helper.make_tensor_value_info(f"{name}_in", TensorProto.FLOAT, ["N", *shape]))
     outputs = [helper.make_tensor_value_info(f"{name}_on", TensorProto.BOOL, [])]
@@ -316,10 +319,13 @@ def wide_graphs(draw: Any, max_nodes: int = 10) -> WideGraph:
 
 def _model(build: Builder, outputs: list[str]) -> onnx.ModelProto:
     batch = build.draw(st.sampled_from(["N", "N", None]))
-    declared = {"x": (TensorProto.FLOAT, build.tensors["x"]), "z": (TensorProto.FLOAT, build.tensors["z"])}
+    declared: dict[str, tuple[int, tuple[Any, ...]]] = {
+        "x": (TensorProto.FLOAT, build.tensors["x"]),
+        "z": (TensorProto.FLOAT, build.tensors["z"]),
+    }
     declared["ids"] = (TensorProto.INT64, (TOKENS,))
     if build.draw(st.integers(0, 3)) == 0:  # a side that the model does not fix
-        declared["x"] = (TensorProto.FLOAT, (CHANNELS, "H", SIDE))  # type: ignore[arg-type]
+        declared["x"] = (TensorProto.FLOAT, (CHANNELS, "H", SIDE))
     inputs = [helper.make_tensor_value_info(name, kind, [batch, *shape]) for name, (kind, shape) in declared.items()]
     weights = [numpy_helper.from_array(value, name) for name, value in build.weights.items()]
     floats = [tensor for tensor in weights if tensor.data_type == TensorProto.FLOAT]
