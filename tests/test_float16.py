@@ -388,6 +388,7 @@ def test_a_matmul_that_onnx_runtime_crashes_on_stays_float32(order: str, runtime
     runtime.check(tmp_path / "m.onnx")
     assert ("y", "ONNX Runtime crashes on a MatMul") in [(left.where, left.why[:32]) for left in changes.left]
     assert "r" in [change.where for change in changes.changed]
+    assert rewritten(model.to_proto())[1].count == 0
 
 
 def test_nodes_between_float32_nodes_are_not_converted():

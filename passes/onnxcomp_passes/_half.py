@@ -235,6 +235,9 @@ def _moves_first_axis(tensor: gs.Tensor) -> bool:
     ONNX Runtime 1.32 fuses that with a MatMul by a matrix, and ends by SIGSEGV where it has no float16 kernel for it.
     """
     maker = tensor.inputs[0] if tensor.inputs else None
+    while maker is not None and maker.op == "Cast":  # ONNX Runtime looks through it, too
+        source = maker.inputs[0]
+        maker = source.inputs[0] if source.inputs else None
     if maker is None or maker.op != "Transpose":
         return False
     order = [int(axis) for axis in maker.attrs.get("perm", ())]
