@@ -31,6 +31,10 @@ from tests.wide_strategies import WideGraph, wide_graphs
 ROUNDING = 1e-4
 """Relative to the largest output: graphs of a dozen layers whose results partly cancel lose more than single ones."""
 
+FUSED_INT8 = 2e-2
+"""The same where ONNX Runtime's optimizations meet int8 weights: it fuses a MatMul with the DequantizeLinear that it
+alone reads, and rounds its other input too. Which it fuses hangs on what else reads the weight."""
+
 COUNT = int(os.environ.get("ONNXCOMP_RANDOM_GRAPHS", "2000"))
 UNTRAINED = [name for name, cls in registered_passes().items() if "torch" not in cls.requires]
 CHEAP = {"epochs": 1.0, "batch_size": 4, "held_out": 0.5}
@@ -93,9 +97,11 @@ def check_result(graph: WideGraph, step: Pass, result: Model, base: Context) -> 
     if step.idempotent:
         again = step.rewrite(Model.load(path), context_of(step, graph, base))
         assert again.count == 0, f"a second time changes {again.changed[0]}"
-    for wanted, got in zip(runs(graph, graph.model, base), runs(graph, proto, base), strict=True):
+    has_int8 = any(node.op_type == "DequantizeLinear" for node in graph.model.graph.node)
+    limits = (ROUNDING, FUSED_INT8 if has_int8 else ROUNDING)
+    for limit, wanted, got in zip(limits, runs(graph, graph.model, base), runs(graph, proto, base), strict=True):
         for one, other in zip(wanted, got, strict=True):
-            compare(np.asarray(one), np.asarray(other), lossless=step.lossless)
+            compare(np.asarray(one), np.asarray(other), limit if step.lossless else None)
 
 
 def runs(graph: WideGraph, model: onnx.ModelProto, base: Context) -> list[list[Any]]:
@@ -116,12 +122,12 @@ def can_run(graph: WideGraph, base: Context) -> bool:
         return False
 
 
-def compare(wanted: np.ndarray[Any, Any], got: np.ndarray[Any, Any], *, lossless: bool) -> None:
-    """Equal types and shapes; equal values, to rounding, where that is promised."""
+def compare(wanted: np.ndarray[Any, Any], got: np.ndarray[Any, Any], limit: float | None) -> None:
+    """Equal types and shapes; equal values, to so much of the largest, where there is a limit."""
     assert (wanted.dtype, wanted.shape) == (got.dtype, got.shape)
-    if lossless:
+    if limit is not None:
         finite = np.abs(wanted[np.isfinite(wanted)])
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=ROUNDING * float(finite.max(initial=1.0)))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=limit * float(finite.max(initial=1.0)))
 
 
 @given(wide_graphs(), st.sampled_from(UNTRAINED))
