@@ -222,27 +222,34 @@ def _refusal(node: gs.Node, context: Context, blocked: frozenset[str], *, has_da
     if node.op in SCATTERING and node.attrs.get("reduction", "none") != "none":
         return "ONNX Runtime has no float16 kernel for its reduction"
     beside = (*(t.inputs[0] for t in node.inputs if t.inputs), *(r for t in node.outputs for r in t.outputs))
-    if node.op == "MatMul" and any(map(_moves_first_axis, node.inputs)):
-        return "ONNX Runtime crashes on a MatMul in float16 behind a Transpose that moves the first axis to the end"
+    if any(map(_crashes, node.inputs if node.op == "MatMul" else node.outputs if node.op == "Transpose" else ())):
+        return "ONNX Runtime crashes on float16 where a Transpose moves the first axis to the end before a MatMul"
     if node.op in INTEGER or any(other.op in INTEGER for other in beside):
         return "is part of int8 computation"
     return "is a conversion" if node.op in EITHER else None
 
 
-def _moves_first_axis(tensor: gs.Tensor) -> bool:
-    """Whether a Transpose has moved the first axis to the last or second last place, and nothing else.
+def _crashes(tensor: gs.Tensor) -> bool:
+    """Whether a Transpose makes a tensor that a MatMul reads, and moves the first axis to one of the last two places.
 
-    ONNX Runtime 1.32 fuses that with a MatMul by a matrix, and ends by SIGSEGV where it has no float16 kernel for it.
+    ONNX Runtime 1.32 makes one node of both, also through Casts, and ends by SIGSEGV where it has no kernel for that.
     """
     maker = tensor.inputs[0] if tensor.inputs else None
-    while maker is not None and maker.op == "Cast":  # ONNX Runtime looks through it, too
-        source = maker.inputs[0]
-        maker = source.inputs[0] if source.inputs else None
-    if maker is None or maker.op != "Transpose":
+    while maker is not None and maker.op == "Cast":
+        tensor = maker.inputs[0]
+        maker = tensor.inputs[0] if tensor.inputs else None
+    if maker is None or maker.op != "Transpose" or not _is_read_by_matmul(tensor):
         return False
     order = [int(axis) for axis in maker.attrs.get("perm", ())]
     others = [axis for axis in order if axis]
     return len(order) > 2 and others == sorted(others) and 0 in order[-2:]
+
+
+def _is_read_by_matmul(tensor: gs.Tensor) -> bool:
+    return any(
+        reader.op == "MatMul" or (reader.op == "Cast" and _is_read_by_matmul(reader.outputs[0]))
+        for reader in tensor.outputs
+    )
 
 
 def _value_refusal(
