@@ -71,6 +71,13 @@ def test_lists_a_sequence_input_but_refuses_to_feed_it():
         open_data({"s": rows(3)}, specs)
 
 
+def test_refuses_a_model_whose_input_numpy_cannot_feed():
+    spec = InputSpec("b", np.dtype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)), ("N", 3))
+
+    with pytest.raises(ModelError, match="input 'b' of the model is bfloat16, which ONNX Runtime does not take"):
+        open_data({"b": rows(4)}, [spec])
+
+
 def test_an_input_without_a_rank_can_be_fed_once_its_shape_is_given():
     value = helper.make_value_info("x", helper.make_tensor_type_proto(TensorProto.FLOAT, None))
     specs = input_specs(helper.make_model(helper.make_graph([], "g", [value], [])))
