@@ -86,7 +86,7 @@ class Rivals:
         seconds = time.monotonic() - started
         if words != "ok":
             return Outcome(expected.case.name, tool, "crash", words, ran=ran, seconds=seconds)
-        reason = judge(expected, onnx.load(result), lossless=True)
+        reason = judge(expected, onnx.load(result), lossless=True, ours=False)
         outcome = judged(expected, tool, reason, (source, result), 1)
         return Outcome(**{**vars(outcome), "ran": ran, "seconds": seconds})
 
