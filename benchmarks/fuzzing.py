@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import re
 import subprocess
 import sys
@@ -28,9 +27,9 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, numpy_helper, parser
 
 from benchmarks.fuzzing_models import change_archive, change_model
+from benchmarks.fuzzing_seeds import image_seeds, large_model_seeds, model_seeds, npy_seeds, npz_seeds, recipe_seeds
 from onnxcomp.data import open_data
 from onnxcomp.data.specs import InputSpec
 from onnxcomp.errors import OnnxcompError
@@ -178,97 +177,13 @@ def check_recipe(path: Path) -> None:
         raise AssertionError(message)
 
 
-# --- where to start ---------------------------------------------------------------------------------------------------
-
-
-def _model_seeds() -> Iterator[bytes]:
-    """Models of ONNX's backend tests: of every kind, none large."""
-    folder = Path(onnx.__file__).parent / "backend" / "test" / "data"
-    paths = [*sorted(folder.glob("simple/*/model.onnx")), *sorted(folder.glob("node/*/model.onnx"))[::40]]
-    yield from (path.read_bytes() for path in paths if path.stat().st_size < 1 << 14)
-    yield from _large_model_seeds()
-    model = parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[N] x) => (float[N] y) {y = Add(x, W)}')
-    values, places = (numpy_helper.from_array(np.array([1, 3], kind), "W") for kind in ("float32", "int64"))
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [5]))
-    yield model.SerializeToString()
-
-
-def _large_model_seeds() -> Iterator[bytes]:
-    text = '<ir_version: 8, opset_import: ["": 17]> g (float[N, 4] x) => (float[N, 1024] y) { y = MatMul(x, W) }'
-    model = parser.parse_model(text)
-    values = np.zeros((4, 1024), np.float32)
-    model.graph.initializer.append(numpy_helper.from_array(values, "W"))
-    yield model.SerializeToString()
-    model.graph.initializer.add(name="V", data_type=TensorProto.FLOAT, dims=[2], float_data=[1, 2])
-    yield model.SerializeToString()
-
-
-def _npy_seeds() -> Iterator[bytes]:
-    rng = np.random.default_rng(0)
-    floats = rng.normal(size=(4, 3))
-    for array in (floats.astype(np.float32), np.asfortranarray(floats), floats.astype(">f2"), np.arange(4), floats > 0):
-        stream = io.BytesIO()
-        np.save(stream, array)
-        yield stream.getvalue()
-    stream = io.BytesIO()
-    np.save(stream, np.array([b"one", b"two"]))
-    yield stream.getvalue()
-
-
-def _npz_seeds() -> Iterator[bytes]:
-    arrays: dict[str, Any] = {"x": np.zeros((4, 3), np.float32), "ids": np.arange(4)}
-    for save in (np.savez, np.savez_compressed):
-        for more in ({}, {"label": np.arange(4)}, {"x": np.zeros((4, 1, 3)), "ids": np.int64(3)}):
-            stream = io.BytesIO()
-            save(stream, **{**arrays, **more})
-            yield stream.getvalue()
-
-
-def _image_seeds() -> Iterator[bytes]:
-    from PIL import Image
-
-    for number, kind in enumerate(("PNG", "JPEG", "BMP", "WEBP")):
-        for mode in ("RGB", "L", "P"):
-            stream = io.BytesIO()
-            image = Image.new(mode, (9, 7))
-            (image.convert("RGB") if kind in {"JPEG", "WEBP"} else image).save(stream, kind)
-            suffix = (".png", ".jpg", ".bmp", ".webp")[number]
-            yield bytes([number]) + b"\0" + stream.getvalue()
-            yield bytes([number]) + b"\0" + stream.getvalue() + f"LABELSfile,label\nimage{suffix},3\n".encode()
-
-
-def _recipe_seeds() -> Iterator[bytes]:
-    yield b'[[stage]]\npasses = ["simplify"]\n'
-    yield b"""[budget]
-max_drop = 0.005
-max_error = 1e-3
-[options]
-target = "arm64"
-metric = "top1"
-data = "samples.npz"
-exclude = ["/head/*"]
-force = true
-time_limit = "10m"
-seed = 3
-threads = 2
-shapes = {x = [1, 3]}
-keep_debug = false
-timing = false
-[[stage]]
-passes = ["quantize-weights", {name = "quantize", per_channel = false}]
-share = 0.4
-[[stage]]
-passes = [{name = "prune", sparsity = 0.5}, {name = "cluster", bits = 4}, "pack"]
-"""
-
-
 READERS = {
-    "model": Reader(check_model, ".onnx", _model_seeds, change_model),
-    "skeleton": Reader(check_skeleton, ".onnx", _large_model_seeds, change_model),
-    "npz": Reader(check_npz, ".npz", _npz_seeds, change_archive),
-    "npy": Reader(check_npy, ".npy", _npy_seeds),
-    "images": Reader(check_images, ".bin", _image_seeds),
-    "recipe": Reader(check_recipe, ".toml", _recipe_seeds),
+    "model": Reader(check_model, ".onnx", model_seeds, change_model),
+    "skeleton": Reader(check_skeleton, ".onnx", large_model_seeds, change_model),
+    "npz": Reader(check_npz, ".npz", npz_seeds, change_archive),
+    "npy": Reader(check_npy, ".npy", npy_seeds),
+    "images": Reader(check_images, ".bin", image_seeds),
+    "recipe": Reader(check_recipe, ".toml", recipe_seeds),
 }
 
 
