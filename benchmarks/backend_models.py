@@ -86,8 +86,9 @@ class Rivals:
         seconds = time.monotonic() - started
         if words != "ok":
             return Outcome(expected.case.name, tool, "crash", words, ran=ran, seconds=seconds)
-        reason = judge(expected, onnx.load(result), lossless=True, ours=False)
-        outcome = judged(expected, tool, reason, (source, result), 1)
+        made = onnx.load(result)
+        reason = judge(expected, made, lossless=True, ours=False)
+        outcome = judged(expected, tool, reason, (source, result), int(made != expected.case.model))
         return Outcome(**{**vars(outcome), "ran": ran, "seconds": seconds})
 
     def close(self) -> None:
