@@ -214,7 +214,8 @@ def _import_attribute(attribute: AttributeProto, load: LoadTensor, scope: dict[s
         return gs.Constant(attribute.t.name, load(attribute.t))
     if kind in {AttributeProto.INT, AttributeProto.FLOAT}:
         return helper.get_attribute_value(attribute)
-    if kind in {AttributeProto.INTS, AttributeProto.FLOATS} and (attribute.ints or attribute.floats):
+    numbers = {AttributeProto.INTS: attribute.ints, AttributeProto.FLOATS: attribute.floats}
+    if numbers.get(kind):
         return list(helper.get_attribute_value(attribute))
     if kind == AttributeProto.STRING:
         try:

@@ -32,10 +32,11 @@ from onnxcomp.structure import (
     read_structure,
     reference_of,
     small_tensors,
+    sparse_tensors,
     stub,
     tensors_of,
 )
-from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, check_tensor, external_blob
+from onnxcomp.weights import ArrayBlob, Blob, FileBlob, LazyWeight, check_sparse, check_tensor, external_blob
 from onnxcomp.wire import model_bytes, write_model
 
 __all__ = ["Model", "ModelSource", "model_files", "value_of"]
@@ -138,6 +139,8 @@ class Model:
             check_tensor(tensor)
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 read_in(tensor, external_blob(tensor, folder))
+        for sparse in sparse_tensors(structure.graph):
+            check_sparse(sparse)
         compact = onnx.ModelProto()  # a copy without the data: protobuf frees a message's memory only as a whole
         compact.CopyFrom(structure)
         return cls(compact, blobs, path, external=external)

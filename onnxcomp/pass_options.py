@@ -157,7 +157,10 @@ def _convert(where: str, kind: Any, value: Any) -> Any:
             raise _wrong(where, kind, value)
         return tuple(_convert(where, element, item) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _wrong(where, kind, value) from None
     expects = {bool: bool, int: int, float: float, str: str}.get(kind)
     if expects and (not isinstance(value, expects) or (isinstance(value, bool) and kind is not bool)):
         raise _wrong(where, kind, value)

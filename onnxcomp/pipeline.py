@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from onnxcomp import metrics, resume
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
-from onnxcomp.errors import DataError, OptionError, RequirementError, RuntimeFailure
+from onnxcomp.errors import DataError, ModelError, OptionError, RequirementError, RuntimeFailure
 from onnxcomp.fixed_shapes import made_static
 from onnxcomp.judge import Budget, Judge
 from onnxcomp.ledger import Report
@@ -362,6 +362,7 @@ def _judge(
     """The judge, which runs the original for the first time.
 
     Raises:
+        ModelError: ONNX Runtime does not load the original.
         DataError: The original does not run on generated inputs.
     """
     try:
@@ -383,11 +384,22 @@ def _judge(
     except RuntimeFailure as error:
         if not parts["select"].generated:
             raise
+        _check_loads(original, runtime, workdir / "probe.onnx")
         feed = next(iter(parts["select"].batches())).inputs
         shapes = ", ".join(f"{name}={','.join(map(str, array.shape))}" for name, array in feed.items())
         reason = str(error).partition(": ")[2]
         message = f"the model does not run on inputs made up for it ({shapes}); give --data or --shape: {reason}"
         raise DataError(message) from error
+
+
+def _check_loads(model: Model, runtime: Runtime, path: Path) -> None:
+    """Refuse a model that no data and no shape help, since ONNX Runtime does not even load it."""
+    model.save(path)
+    try:
+        runtime.check(path, optimize=False)
+    except RuntimeFailure as error:
+        message = f"{model.path or 'the model'}: ONNX Runtime does not load it: {str(error).partition(': ')[2]}"
+        raise ModelError(message) from error
 
 
 def _context(options: Options, data: Dataset, judge: Judge, runtime: Runtime, workdir: Path, started: float) -> Context:

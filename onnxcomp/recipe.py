@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,11 +74,9 @@ def load_recipe(path: str | Path, *, allow_code: bool = False) -> Recipe:
     except OSError as error:
         message = f"{path}: cannot be read ({error.strerror})"
         raise OptionError(message) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        message = f"{path}: is not TOML: {str(error).splitlines()[0]}"
-        raise OptionError(message) from error
-    except RecursionError as error:
-        message = f"{path}: is nested too deeply for a recipe"
+    except (ValueError, RecursionError) as error:  # ValueError: TOML's and UTF-8's, and of numbers with many digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        message = f"{path}: is not TOML: {reason}"
         raise OptionError(message) from error
     reader = _Reader(path, allow_code=allow_code)
     reader.known("", document, ("budget", "options", "stage"))
@@ -85,10 +84,6 @@ def load_recipe(path: str | Path, *, allow_code: bool = False) -> Recipe:
     reader.known("budget.", budget, BUDGET_KEYS)
     limits = {key: reader.number(f"budget.{key}", value, 0.0) for key, value in budget.items()}
     return Recipe(reader.stages(document.get("stage")), options=reader.options(document.get("options", {})), **limits)
-
-
-LARGEST = 1e300
-"""Numbers in a recipe are smaller; whole ones of TOML may be too large for a float."""
 
 
 class _Reader:
@@ -115,7 +110,7 @@ class _Reader:
         return value
 
     def number(self, key: str, value: Any, minimum: float) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < LARGEST:
+        if not _is_number(value) or not value >= minimum:
             self.fail(key, f"a number of at least {minimum:g}", value)
         return float(value)
 
@@ -165,7 +160,7 @@ class _Reader:
     def data(self, key: str, value: Any) -> str:
         text = self.text(key, value)
         beside = self._path.parent / text
-        return str(beside) if beside.exists() else self._no_code(key, text)
+        return str(beside) if _exists(beside) else self._no_code(key, text)
 
     def _no_code(self, key: str, text: str) -> str:
         if is_reference(text) and not self._allow_code:
@@ -189,7 +184,7 @@ class _Reader:
         return tuple(value)
 
     def duration(self, key: str, value: Any) -> float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        if _is_number(value) and value > 0:
             return float(value)
         if not isinstance(value, str):
             self.fail(key, "seconds, or a time such as '10m'", value)
@@ -205,6 +200,20 @@ class _Reader:
             if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
                 self.fail(f"{key}.{name}", "a list of sizes of at least 1", sizes)
         return {name: tuple(sizes) for name, sizes in table.items()}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, and none that is too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False  # a name that is too long, or a folder that may not be entered
 
 
 _OPTIONS: dict[str, Callable[[_Reader, str, Any], Any]] = {

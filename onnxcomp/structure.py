@@ -27,6 +27,7 @@ __all__ = [
     "read_structure",
     "reference_of",
     "small_tensors",
+    "sparse_tensors",
     "spooled",
     "stub",
     "tensors_of",
@@ -82,9 +83,14 @@ def small_tensors(structure: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """The tensors that always stay in the structure: those of functions and of sparse tensors."""
     for function in structure.functions:
         yield from _attribute_tensors(function.node)
-    for graph in _graphs(structure.graph):
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
+    for sparse in sparse_tensors(structure.graph):
+        yield from (sparse.values, sparse.indices)
+
+
+def sparse_tensors(graph: onnx.GraphProto) -> Iterator[onnx.SparseTensorProto]:
+    """Every sparse initializer of a graph and of its subgraphs."""
+    for each in _graphs(graph):
+        yield from each.sparse_initializer
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

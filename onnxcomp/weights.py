@@ -35,6 +35,7 @@ __all__ = [
     "SparseWeight",
     "Spool",
     "SpooledBlob",
+    "check_sparse",
     "check_tensor",
     "external_blob",
     "numpy_dtype",
@@ -43,6 +44,9 @@ __all__ = [
 
 CHUNK_BYTES = 1 << 22
 """Files are read and written in pieces of this size, so that a large weight needs no memory."""
+
+MOST_DENSE_BYTES = 1 << 31
+"""A sparse tensor is written out to be run, and no tensor inside a model may be larger; a few bytes can claim more."""
 
 BITS_OF_SUBBYTE = {
     onnx.TensorProto.UINT4: 4,
@@ -87,6 +91,9 @@ def check_tensor(tensor: onnx.TensorProto) -> None:
     if any(dim < 0 for dim in dims):
         message = f"{where}: its shape {list(dims)} has a negative dimension"
         raise ModelError(message)
+    if tensor.HasField("segment"):
+        message = f"{where}: it is one segment of a tensor, which no runtime reads; join the segments"
+        raise ModelError(message)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return
     if tensor.HasField("raw_data"):
@@ -96,6 +103,31 @@ def check_tensor(tensor: onnx.TensorProto) -> None:
         got = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type)))
     if got != expected:
         message = f"{where}: shape {list(dims)} needs {expected} {unit}, the file has {got}"
+        raise ModelError(message)
+
+
+def check_sparse(tensor: onnx.SparseTensorProto) -> None:
+    """Refuse a sparse tensor that cannot be written out as a dense one.
+
+    Raises:
+        ModelError: Its values and places do not fit each other or its shape, or it would take more than 2 GiB.
+    """
+    where, dims = f"sparse tensor {tensor.values.name!r}", tuple(tensor.dims)
+    count = math.prod(tensor.values.dims)
+    problem = ""
+    if any(dim < 0 for dim in dims) or stored_bytes(dims, tensor.values.data_type) > MOST_DENSE_BYTES:
+        problem = f"its shape {list(dims)} is negative, or has more than 2 GiB of numbers"
+    elif tensor.indices.data_type != onnx.TensorProto.INT64:
+        problem = "its indices must be int64"
+    elif tuple(tensor.indices.dims) not in {(count,), (count, len(dims))}:
+        problem = f"{count} values of {len(dims)} axes do not go with indices of shape {list(tensor.indices.dims)}"
+    else:
+        indices = numpy_helper.to_array(tensor.indices)
+        limits = np.array([math.prod(dims)] if indices.ndim == 1 else dims, np.int64)
+        if np.any(indices < 0) or np.any(indices >= limits):
+            problem = f"some of its indices are outside of its shape {list(dims)}"
+    if problem:
+        message = f"{where}: {problem}"
         raise ModelError(message)
 
 
@@ -282,11 +314,6 @@ class SparseWeight(SparseValues):  # type: ignore[misc] # graphsurgeon has no ty
         """The dense array."""
         values = numpy_helper.to_array(self.tensor.values)
         indices = numpy_helper.to_array(self.tensor.indices)
-        limits = [math.prod(self.shape)] if indices.ndim == 1 else self.shape
-        if np.any(indices < 0) or np.any(indices >= np.asarray(limits)):
-            name = self.tensor.values.name
-            message = f"the sparse initializer {name!r} has indices outside of its shape {tuple(self.shape)}"
-            raise ModelError(message)
         dense = np.zeros(self.shape, self.dtype)
         if indices.ndim == 1:
             dense.reshape(-1)[indices] = values

@@ -10,13 +10,14 @@ import onnx
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["small_graphs"]
+__all__ = ["Builder", "small_graphs"]
 
 CHANNELS, SIDE = 4, 5
+OPSET = 17
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
-class _Builder:
+class Builder:
     """Grows a graph node by node; every tensor has N (unknown) as its first dimension."""
 
     def __init__(self, draw: Draw) -> None:
@@ -26,6 +27,7 @@ class _Builder:
         self.weights: dict[str, np.ndarray[Any, Any]] = {}
         self.tensors: dict[str, tuple[int, ...]] = {"x": (CHANNELS, SIDE, SIDE), "z": (CHANNELS,)}
         self.count = 0
+        self.opset = OPSET
 
     def name(self, stem: str) -> str:
         self.count += 1
@@ -72,12 +74,12 @@ class _Builder:
         return str(self.draw(st.sampled_from(fitting)))
 
 
-def _activation(build: _Builder) -> None:
+def _activation(build: Builder) -> None:
     source = build.pick()
     build.add(build.draw(st.sampled_from(["Relu", "Tanh", "Neg", "Identity"])), [source], build.tensors[source])
 
 
-def _conv(build: _Builder) -> None:
+def _conv(build: Builder) -> None:
     source = build.pick(3)
     channels, *sides = build.tensors[source]
     pads: dict[str, Any] = {"pads": [1, 1, 1, 1]}
@@ -90,7 +92,7 @@ def _conv(build: _Builder) -> None:
     build.add("Conv", inputs, (CHANNELS, *sides), **pads)
 
 
-def _batch_norm(build: _Builder) -> None:
+def _batch_norm(build: Builder) -> None:
     source = build.pick()
     channels = build.tensors[source][0]
     scale, bias, mean = (build.normal(channels) for _ in range(3))
@@ -98,7 +100,7 @@ def _batch_norm(build: _Builder) -> None:
     build.add("BatchNormalization", [source, scale, bias, mean, variance], build.tensors[source])
 
 
-def _arithmetic(build: _Builder) -> None:
+def _arithmetic(build: Builder) -> None:
     source = build.pick()
     shape = build.tensors[source]
     kind = build.draw(st.sampled_from(["neutral", "scalar", "channel", "last", "self"]))
@@ -114,7 +116,7 @@ def _arithmetic(build: _Builder) -> None:
     build.add(op, [other, source] if swapped else [source, other], shape)
 
 
-def _dense(build: _Builder) -> None:
+def _dense(build: Builder) -> None:
     source = build.pick(1)
     weight = build.normal(build.tensors[source][0], CHANNELS)
     if build.draw(st.booleans()):
@@ -123,18 +125,18 @@ def _dense(build: _Builder) -> None:
         build.add("MatMul", [source, weight], (CHANNELS,))
 
 
-def _transpose(build: _Builder) -> None:
+def _transpose(build: Builder) -> None:
     source = build.pick(3)
     order = build.draw(st.permutations([0, 1, 2]))
     shape = build.tensors[source]
     build.add("Transpose", [source], tuple(shape[i] for i in order), perm=[0, *(i + 1 for i in order)])
 
 
-def _reshape(build: _Builder) -> None:
+def _reshape(build: Builder) -> None:
     """To two dimensions or back, by a constant or a computed shape."""
     source = build.pick()
     shape = build.tensors[source]
-    target = (int(np.prod(shape)),) if len(shape) == 3 else (1, 1, shape[0])
+    target = (int(np.prod(shape)),) if len(shape) > 1 else (1, 1, shape[0])
     how = build.draw(st.sampled_from(["constant", "copied", "computed", "same"]))
     if how == "same":
         build.add("Reshape", [source, build.inner("Shape", [source])], shape)
@@ -147,7 +149,7 @@ def _reshape(build: _Builder) -> None:
         build.add("Reshape", [source, build.constant(np.array([0 if how == "copied" else -1, *target]))], target)
 
 
-def _concat(build: _Builder) -> None:
+def _concat(build: Builder) -> None:
     source = build.pick()
     shape = build.tensors[source]
     same = [name for name, other in build.tensors.items() if other == shape]
@@ -156,7 +158,7 @@ def _concat(build: _Builder) -> None:
         build.add("Concat", [source, *others], (shape[0] * (1 + len(others)), *shape[1:]), axis=1)
 
 
-def _noop(build: _Builder) -> None:
+def _noop(build: Builder) -> None:
     source = build.pick()
     shape = build.tensors[source]
     kind = build.draw(st.sampled_from(["Dropout", "Cast", "Slice", "Squeeze", "Expand"]))
@@ -172,9 +174,9 @@ def _noop(build: _Builder) -> None:
         build.add(kind, [source], shape, **({"to": TensorProto.FLOAT} if kind == "Cast" else {}))
 
 
-def _twin(build: _Builder) -> None:
+def _twin(build: Builder) -> None:
     """A second node that computes what another one does."""
-    candidates = [node for node in build.nodes if node.output[0] in build.tensors]
+    candidates = [node for node in build.nodes if node.output[0] in build.tensors and len(node.output) == 1]
     if candidates:
         twin = onnx.NodeProto()
         twin.CopyFrom(build.draw(st.sampled_from(candidates)))
@@ -193,7 +195,7 @@ STEPS = [
 @st.composite
 def small_graphs(draw: Any, max_nodes: int = 12) -> onnx.ModelProto:
     """Models with inputs x: (N, 4, 5, 5) and z: (N, 4), some dead nodes, and one to three outputs."""
-    build = _Builder(draw)
+    build = Builder(draw)
     for step in draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=max_nodes)):
         step(build)
     made = [name for node in build.nodes for name in node.output if name in build.tensors]
@@ -209,4 +211,4 @@ def small_graphs(draw: Any, max_nodes: int = 12) -> onnx.ModelProto:
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *build.tensors[name]]) for name in outputs],
         [numpy_helper.from_array(value, name) for name, value in build.weights.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)

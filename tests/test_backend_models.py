@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import os
 import random
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from benchmarks.backend_models import Case, check_cases, difference, load_cases
+from benchmarks.backend_cases import Case, difference, load_cases
+from benchmarks.backend_checks import LOAD_AND_SAVE, OPTIMIZE
+from benchmarks.backend_models import check_cases, everything
 from benchmarks.large_model import make_large_model, simplify_in_fresh_process
+from onnxcomp.errors import ModelError
 from onnxcomp.model import Model
 from tests.models import graph_model
 
-SAMPLE = 150
+SAMPLE, SMALL_SAMPLE = 150, 12
 SEED = 20
+SIMPLIFIED = (LOAD_AND_SAVE, "simplify")
+UNTRAINED = [name for name in everything() if name not in {*SIMPLIFIED, "distill", "fine-tune", "qat", OPTIMIZE}]
 
 
 def has_graphs_or_sequences(case: Case) -> bool:
@@ -23,30 +30,40 @@ def has_graphs_or_sequences(case: Case) -> bool:
     return own or bool(kinds & {"sequence_type", "optional_type"}) or bool(case.model.functions)
 
 
-def broken(names: list[str]) -> list[tuple[str, str]]:
-    outcomes = check_cases(names)
-    assert {outcome.name for outcome in outcomes} == set(names)
-    assert sum(outcome.status == "ok" for outcome in outcomes) > 0.6 * len(names)
-    return [(outcome.name, outcome.why) for outcome in outcomes if outcome.status == "broken"]
+def broken(names: list[str], what: Sequence[str]) -> list[tuple[str, str, str]]:
+    outcomes = check_cases(names, what)
+    assert {(outcome.name, outcome.what) for outcome in outcomes} == {(name, each) for name in names for each in what}
+    assert sum(outcome.ran for outcome in outcomes) > 0.9 * len(outcomes)
+    return [(outcome.name, outcome.what, outcome.why) for outcome in outcomes if outcome.broken]
+
+
+def sample_of(size: int) -> list[str]:
+    return random.Random(SEED).sample(sorted(load_cases()), size)
 
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_sample_of_onnx_s_own_models_survives(half):
-    names = sorted(load_cases())
-    sample = random.Random(SEED).sample(names, SAMPLE)
+    assert broken(sample_of(SAMPLE)[half::2], SIMPLIFIED) == []
 
-    assert broken(sample[half::2]) == []
+
+def test_a_smaller_sample_survives_every_pass_that_does_not_train():
+    assert broken(sample_of(SMALL_SAMPLE), UNTRAINED) == []
+
+
+def test_the_whole_pipeline_has_a_verdict_for_each_stage():
+    assert broken(["pytorch-converted/test_Conv2d", "node/test_if"], [OPTIMIZE]) == []
 
 
 def test_models_with_control_flow_sequences_and_functions_survive():
     names = sorted(name for name, case in load_cases().items() if has_graphs_or_sequences(case) and "light" not in name)
 
-    assert broken(names) == []
+    assert broken(names, SIMPLIFIED) == []
 
 
 @pytest.mark.slow
-def test_all_of_onnx_s_own_models_survive():
-    assert broken(sorted(load_cases())) == []
+@pytest.mark.parametrize("what", everything())
+def test_all_of_onnx_s_own_models_survive(what):
+    assert broken(sorted(load_cases()), [what]) == []
 
 
 @pytest.mark.parametrize(
@@ -74,9 +91,29 @@ def test_a_wrong_rewrite_is_found(monkeypatch):
 
     monkeypatch.setattr("onnxcomp_passes.simplify.drop_traces", negate)
 
-    outcomes = check_cases(["node/test_relu", "node/test_abs"])
+    outcomes = check_cases(["node/test_relu", "node/test_abs"], ["simplify"])
 
-    assert {outcome.name: outcome.status for outcome in outcomes} == {"node/test_relu": "broken", "node/test_abs": "ok"}
+    assert {outcome.name: outcome.status for outcome in outcomes} == {"node/test_relu": "wrong", "node/test_abs": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("act", "status"),
+    [
+        ("raise ValueError", "crash"),
+        ("os._exit(3)", "crash"),
+        ("model.graph.nodes[0].inputs.clear()", "invalid"),
+        ("model.graph.nodes[0].op = 'Exp'", "wrong"),
+        ("raise ModelError('no')", "refused"),
+        ("", "ok"),
+    ],
+)
+def test_what_goes_wrong_is_called_by_its_name(act, status, monkeypatch):
+    def fail(model: Model) -> None:
+        exec(act, {"model": model, "os": os, "ModelError": ModelError})
+
+    monkeypatch.setattr("onnxcomp_passes.simplify.drop_traces", fail)
+
+    assert [outcome.status for outcome in check_cases(["node/test_abs"], ["simplify"])] == [status]
 
 
 @pytest.mark.slow

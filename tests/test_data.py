@@ -71,6 +71,13 @@ def test_lists_a_sequence_input_but_refuses_to_feed_it():
         open_data({"s": rows(3)}, specs)
 
 
+def test_refuses_a_model_whose_input_numpy_cannot_feed():
+    spec = InputSpec("b", np.dtype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)), ("N", 3))
+
+    with pytest.raises(ModelError, match="input 'b' of the model is bfloat16, which ONNX Runtime does not take"):
+        open_data({"b": rows(4)}, [spec])
+
+
 def test_an_input_without_a_rank_can_be_fed_once_its_shape_is_given():
     value = helper.make_value_info("x", helper.make_tensor_type_proto(TensorProto.FLOAT, None))
     specs = input_specs(helper.make_model(helper.make_graph([], "g", [value], [])))
@@ -414,6 +421,18 @@ def test_refuses_what_would_fill_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(DataError, match=r"it unpacks to 4,000 bytes.*has room for 100"):
         open_data(save(tmp_path / "a.npz", x=rows(500)), ROWS)
+
+
+def test_refuses_an_archive_whose_names_are_no_text(tmp_path: Path):
+    path = save(tmp_path / "a.npz", x=rows(2))
+    content = path.read_bytes()
+    start = content.rindex(b"PK\x01\x02")  # the entry of the directory says how its name is written, then the name
+    entry = bytearray(content[start:])
+    entry[9] |= 8
+    path.write_bytes(content[:start] + bytes(entry).replace(b"x.npy", b"\xff.npy"))
+
+    with pytest.raises(DataError, match=r"a\.npz: cannot be read: 'utf-8' codec can't decode byte 0xff"):
+        open_data(path, ROWS)
 
 
 @given(st.binary(max_size=200), st.booleans())

@@ -238,6 +238,19 @@ def test_a_loss_that_is_no_number_is_an_error():
         distill(LENET, LENET, arrays(), options=dataclasses.replace(QUICK, learning_rate=1e30, epochs=10))
 
 
+def test_weights_that_no_gradient_reaches_are_told_of():
+    text = """g (float[N, 4] x) => (float[N, 4] y) {
+        cast = CastLike(bound, x)
+        low = Less(x, cast)
+        z = Neg(x)
+        y = Where(low, z, x)
+    }"""
+    model = graph_model(text, bound=np.zeros(4, np.float32))
+
+    with pytest.raises(ModelError, match="no gradient of the loss reaches the weights that are to be trained: bound"):
+        distill(model, model, {"x": random_weights(16, 4)}, options=TrainOptions(epochs=1), resume=False)
+
+
 def test_outputs_that_are_not_finite_are_told_of_before_any_step():
     text = "g (float[N, 4] x) => (float[N, 4] y) { a = MatMul(x, W) y = Sqrt(a) }"
     student = graph_model(text, W=random_weights(4, 4))

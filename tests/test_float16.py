@@ -365,6 +365,49 @@ def test_casts_that_were_there_are_used():
     assert ops(model) == ["Cast", "MatMul", "Cast", "Cast", "MatMul", "Cast"]
 
 
+def test_a_cast_that_does_nothing_is_no_border():
+    text = "g (float[N, 32] x) => (float[N, 8] y) { a = MatMul(x, W) c = Cast<to = 1>(a) r = Relu(c) y = MatMul(r, V) }"
+    proto = graph_model(text, W=random_weights(32, 16), V=random_weights(16, 8))
+
+    model, changes = rewritten(proto)
+
+    assert [change.where for change in changes.changed] == ["a", "r", "y"]
+    assert rewritten(model.to_proto())[1].count == 0
+
+
+@pytest.mark.parametrize("order", ["[1, 0, 2]", "[1, 2, 0]"])
+def test_a_matmul_that_onnx_runtime_crashes_on_stays_float32(order: str, runtime: Runtime, tmp_path: Path):
+    text = f"""g (float[8, 8, 8] x) => (float[8, 8, 4] y) {{
+        r = MatMul(x, V)
+        t = Transpose<perm = {order}>(r)
+        y = MatMul(t, W)
+    }}"""
+    model, changes = rewritten(graph_model(text, W=random_weights(8, 4), V=random_weights(8, 8)))
+    model.save(tmp_path / "m.onnx")
+
+    runtime.check(tmp_path / "m.onnx")
+    assert [left.where for left in changes.left if "crashes" in left.why] == ["t", "y"]
+    assert "r" in [change.where for change in changes.changed]
+    assert rewritten(model.to_proto())[1].count == 0
+
+
+def test_a_transpose_before_a_matmul_in_a_branch_stays_float32(runtime: Runtime, tmp_path: Path):
+    text = """g (float[8, 8, 8] x) => (float[8, 8, 4] y) {
+        yes = Constant<value = bool {1}>()
+        r = MatMul(x, V)
+        t = Transpose<perm = [1, 0, 2]>(r)
+        y = If(yes) <
+            then_branch = a () => (float[8, 8, 4] m) { m = MatMul(t, W) },
+            else_branch = b () => (float[8, 8, 4] n) { o = MatMul(t, W) n = Relu(o) }
+        >
+    }"""
+    model, changes = rewritten(graph_model(text, W=random_weights(8, 4), V=random_weights(8, 8)))
+    model.save(tmp_path / "m.onnx")
+
+    runtime.check(tmp_path / "m.onnx")
+    assert "t" in [left.where for left in changes.left if "crashes" in left.why]
+
+
 def test_nodes_between_float32_nodes_are_not_converted():
     text = "g (float[N, 24] x) => (float[N, 24] y) { a = Exp(x) b = Relu(a) c = Neg(b) d = Exp(c) y = MatMul(d, W) }"
     model, _ = rewritten(graph_model(text, W=random_weights(24, 24)))

@@ -120,6 +120,13 @@ def test_keeps_sparse_initializers():
     np.testing.assert_array_equal(model.weight("w"), dense)
 
 
+def test_keeps_a_list_that_is_said_to_hold_numbers_of_another_type():
+    proto = graph_model("g (float[N] x) => (float[N] y) { y = Relu(x) }")
+    proto.graph.node[0].attribute.add(name="odd", type=onnx.AttributeProto.INTS, floats=[1.0])
+
+    assert Model.load(proto).to_proto() == proto
+
+
 def test_omitted_inputs_and_outputs_stay_omitted():
     text = "g (float[N, 4] x) => (float[N, 4] y) { y = Clip(x, , high) }"
     proto = graph_model(text, high=np.float32(1))

@@ -237,6 +237,40 @@ def test_more_than_two_gigabytes_are_saved_with_external_data(tmp_path, monkeypa
     assert Model.load(tmp_path / "m.onnx").digest == Model.load(mlp_model()).digest
 
 
+# --- sparse tensors and segments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dims", "indices", "problem"),
+    [
+        ([-5], [1, 3], "its shape \\[-5\\] is negative"),
+        ([1 << 45], [1, 3], "has more than 2 GiB of numbers"),
+        ([5], [1, 5], "some of its indices are outside of its shape \\[5\\]"),
+        ([5], [-1, 3], "some of its indices are outside"),
+        ([5], [1, 2, 3], "2 values of 1 axes do not go with indices of shape \\[3\\]"),
+        ([5], np.array([1, 2], np.int32), "its indices must be int64"),
+    ],
+)
+def test_refuses_a_sparse_initializer_that_cannot_be_written_out(dims, indices, problem):
+    proto = graph_model("g (float[N] x) => (float[N] y) { y = Add(x, w) }")
+    values = onnx.numpy_helper.from_array(np.array([1, 2], np.float32), "w")
+    places = onnx.numpy_helper.from_array(np.asarray(indices))
+    sparse = proto.graph.sparse_initializer.add(dims=dims)
+    sparse.values.CopyFrom(values)
+    sparse.indices.CopyFrom(places)
+
+    with pytest.raises(ModelError, match=f"sparse tensor 'w': .*{problem}"):
+        Model.load(proto)
+
+
+def test_refuses_a_tensor_in_segments():
+    proto = mlp_model()
+    proto.graph.initializer[0].segment.end = 4
+
+    with pytest.raises(ModelError, match="tensor 'W0': it is one segment of a tensor"):
+        Model.load(proto)
+
+
 # --- changing ---------------------------------------------------------------------------------------------------------
 
 

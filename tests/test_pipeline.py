@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxcomp import pipeline
-from onnxcomp.errors import DataError, OptionError, RequirementError
+from onnxcomp.errors import DataError, ModelError, OptionError, RequirementError
 from onnxcomp.judge import Judge
 from onnxcomp.ledger import Report, StageEntry
 from onnxcomp.model import Model
@@ -453,6 +453,13 @@ def test_generated_inputs_that_do_not_fit_ask_for_a_shape() -> None:
 
     with pytest.raises(DataError, match="give --data or --shape"):
         optimize(proto)
+
+
+def test_a_model_that_onnx_runtime_does_not_load_is_not_asked_for_data() -> None:
+    old = '<ir_version: 3, opset_import: ["": 6]> g (float[N, 4] x) => (float[N, 4] y) { y = Add(x, x) }'
+
+    with pytest.raises(ModelError, match=r"the model: ONNX Runtime does not load it: Could not find.*Add\(6\)"):
+        optimize(parser.parse_model(old), timing=False)
 
 
 def test_weights_decoded_at_load_are_as_large_in_memory_as_before() -> None:

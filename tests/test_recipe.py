@@ -223,6 +223,14 @@ STAGE = '[[stage]]\npasses = ["simplify"]\n'
         (STAGE + '[options]\ntime_limit = "x"', "options.time_limit: expected a time such as 90s, 10m or 1h, got 'x'"),
         (STAGE + "[options]\nshapes = {x = [0]}", "options.shapes.x must be a list of sizes of at least 1, got [0]"),
         ("a = [", "is not TOML: "),
+        ("a = " + 5000 * "[" + 5000 * "]", "is not TOML: nested too deeply"),
+        (STAGE + "share = " + 5000 * "9", "is not TOML: "),
+        (STAGE + "[budget]\nmax_drop = 1" + 400 * "0", "budget.max_drop must be a number of at least 0, got 1000"),
+        (STAGE + "[options]\ntime_limit = 1" + 400 * "0", "options.time_limit must be seconds, or a time such as"),
+        (
+            '[[stage]]\npasses = [{name = "sample", share = 1' + 400 * "0" + "}]",
+            "stage[0].passes[0]: sample: share must be a number, got 1000",
+        ),
     ],
 )
 def test_names_the_file_the_key_and_what_was_expected(tmp_path, text, message):
@@ -231,6 +239,12 @@ def test_names_the_file_the_key_and_what_was_expected(tmp_path, text, message):
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
+
+
+def test_data_with_a_name_too_long_for_a_file_are_taken_by_that_name(tmp_path):
+    recipe = load_recipe(write(tmp_path, STAGE + f'[options]\ndata = "{"a" * 5000}"'))
+
+    assert recipe.options["data"] == "a" * 5000
 
 
 def test_a_missing_recipe_is_an_option_error(tmp_path):

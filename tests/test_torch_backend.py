@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from benchmarks.backend_models import Case, difference, load_cases
+from benchmarks.backend_cases import Case, difference, load_cases
 from onnxcomp.errors import ModelError, RequirementError
 from onnxcomp.torch_bridge import load
 from onnxcomp.torch_bridge.dtypes import as_tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import tempfile
 import tokenize
 import zipfile
@@ -20,7 +21,10 @@ from onnxcomp.data.specs import Array, InputSpec
 from onnxcomp.errors import DataError
 
 _CHUNK_BYTES = 8 << 20
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
+_ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, NotImplementedError),
+    UnicodeDecodeError,  # a member's name
+)
 
 
 @contextmanager

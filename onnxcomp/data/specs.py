@@ -108,6 +108,12 @@ def feedable(specs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
                 "export the model with tensors as inputs"
             )
             raise ModelError(message)
+        if spec.dtype.kind == "V":  # bfloat16, float8, int4, ...
+            message = (
+                f"input {spec.name!r} of the model is {spec.dtype.name}, which ONNX Runtime does not take from numpy; "
+                "let the model take float32 and begin with a Cast"
+            )
+            raise ModelError(message)
     return tuple(specs)
 
 

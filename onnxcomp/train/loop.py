@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from onnxcomp.data import Batch, Dataset
-from onnxcomp.errors import OptionError
+from onnxcomp.errors import ModelError, OptionError
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.torch_bridge import GraphModule
 from onnxcomp.train.checkpoint import load_checkpoint, save_checkpoint
@@ -183,6 +183,8 @@ class Trainer:
                 loss = self._loss_of(part) * part.share
                 if self._pruner is not None and index == len(parts) - 1:
                     loss = loss + self._pruner.penalty(step)
+                if not loss.requires_grad:
+                    self._refuse_unreached()
                 loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
@@ -205,6 +207,13 @@ class Trainer:
         if not step:
             message = "the loss is no number from the start: look for outputs that are not finite"
         raise OptionError(message)
+
+    def _refuse_unreached(self) -> NoReturn:
+        """Say that training can do nothing: all operators on the way round, compare or count."""
+        names = ", ".join(name for name, _ in self._parameters[:3])
+        more = f" and {len(self._parameters) - 3} more" if len(self._parameters) > 3 else ""
+        message = f"no gradient of the loss reaches the weights that are to be trained: {names}{more}"
+        raise ModelError(message)
 
     def _loss_of(self, part: Part) -> Tensor:
         batch = part.batch

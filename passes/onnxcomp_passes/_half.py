@@ -222,9 +222,34 @@ def _refusal(node: gs.Node, context: Context, blocked: frozenset[str], *, has_da
     if node.op in SCATTERING and node.attrs.get("reduction", "none") != "none":
         return "ONNX Runtime has no float16 kernel for its reduction"
     beside = (*(t.inputs[0] for t in node.inputs if t.inputs), *(r for t in node.outputs for r in t.outputs))
+    if any(map(_crashes, node.inputs if node.op == "MatMul" else node.outputs if node.op == "Transpose" else ())):
+        return "ONNX Runtime crashes on float16 where a Transpose moves the first axis to the end before a MatMul"
     if node.op in INTEGER or any(other.op in INTEGER for other in beside):
         return "is part of int8 computation"
     return "is a conversion" if node.op in EITHER else None
+
+
+def _crashes(tensor: gs.Tensor) -> bool:
+    """Whether a Transpose makes a tensor that a MatMul reads, and moves the first axis to one of the last two places.
+
+    ONNX Runtime 1.32 makes one node of both, also through Casts, and ends by SIGSEGV where it has no kernel for that.
+    """
+    maker = tensor.inputs[0] if tensor.inputs else None
+    while maker is not None and maker.op == "Cast":
+        tensor = maker.inputs[0]
+        maker = tensor.inputs[0] if tensor.inputs else None
+    if maker is None or maker.op != "Transpose" or not _is_read_by_matmul(tensor):
+        return False
+    order = [int(axis) for axis in maker.attrs.get("perm", ())]
+    others = [axis for axis in order if axis]
+    return len(order) > 2 and others == sorted(others) and 0 in order[-2:]
+
+
+def _is_read_by_matmul(tensor: gs.Tensor) -> bool:
+    return any(
+        reader.op == "MatMul" or (reader.op == "Cast" and _is_read_by_matmul(reader.outputs[0]))
+        for reader in tensor.outputs
+    )
 
 
 def _value_refusal(
@@ -341,7 +366,9 @@ def _is_as_well_in_float(node: gs.Node, made: Plan, types: _Types) -> bool:
     for tensor in {id(node.inputs[i]): node.inputs[i] for i in ports.inputs}.values():
         if isinstance(tensor, gs.Constant):
             continue
-        from_half = made.makes_half(tensor) or (made.converts_io and not tensor.inputs) or _was_half(tensor, types)
+        from_half = (
+            made.makes_half(tensor) or (made.converts_io and not tensor.inputs) or _was_half(tensor, made, types)
+        )
         half += not from_half
         single += from_half
     for index in ports.outputs:
@@ -352,9 +379,12 @@ def _is_as_well_in_float(node: gs.Node, made: Plan, types: _Types) -> bool:
     return single <= half
 
 
-def _was_half(tensor: gs.Tensor, types: _Types) -> bool:
+def _was_half(tensor: gs.Tensor, made: Plan, types: _Types) -> bool:
+    """Whether a Cast has made a tensor of a float16 one, or of one that is going to be."""
     maker = tensor.inputs[0] if tensor.inputs else None
-    return maker is not None and maker.op == "Cast" and types.get(maker.inputs[0]) == np.float16
+    if maker is None or maker.op != "Cast":
+        return False
+    return types.get(maker.inputs[0]) == np.float16 or made.makes_half(maker.inputs[0])
 
 
 def _readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
