@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from onnxcomp import deploy
 from onnxcomp.verification.environments.android import installing
+from onnxcomp.verification.environments.web import Web
 from tests.models import mlp_model
 
 pytestmark = pytest.mark.slow
@@ -47,6 +49,35 @@ def test_the_kotlin_lines_compile_against_the_android_build(java_api, tmp_path, 
     (tmp_path / "use.kt").write_text(USE)
     command = ["kotlinc", "load.kt", "use.kt", "-cp", str(java_api), "-d", "out.jar"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-500:]
     with zipfile.ZipFile(tmp_path / "out.jar") as classes:
         assert "Model.class" in classes.namelist()
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="there is no node")
+def test_the_javascript_lines_run_and_give_what_is_expected(tmp_path):
+    web = Web()
+    web.install(lambda _: None)
+    package = deploy(mlp_model(), "web", tmp_path / "app")
+    readme = (package.folder / "README.md").read_text()
+    [code] = re.findall(r"```js\n(.*?)```", readme, re.DOTALL)
+    library = web.folder / "ort.wasm.min.mjs"
+    assert code.count('"onnxruntime-web"') == 1
+    (package.folder / "load.mjs").write_text(code.replace('"onnxruntime-web"', json.dumps(library.as_uri())))
+    sample = package.manifest["samples"][0]
+    source, result = (next(iter(sample[side].values()))["file"] for side in ("inputs", "outputs"))
+    (package.folder / "run.mjs").write_text(
+        'import { readFileSync } from "node:fs";\n'
+        f"import {{ env }} from {json.dumps(library.as_uri())};\n"
+        'import { Model } from "./load.mjs";\n'
+        "env.wasm.numThreads = 1; // the browser's build counts cores in a way that Node has not\n"
+        "const numbers = (path) => new Float32Array(new Uint8Array(readFileSync(path)).buffer);\n"
+        f"const model = await Model.load();\nconst found = await model.run(numbers({json.dumps(source)}));\n"
+        f"const expected = numbers({json.dumps(result)});\n"
+        "const gap = Math.max(...expected.map((value, index) => Math.abs(value - found[index])));\n"
+        "if (!(found.length === expected.length && gap < 1e-4)) throw new Error(`differs by ${gap}`);\n"
+    )
+    done = subprocess.run(
+        ["node", "run.mjs"], cwd=package.folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-500:]

@@ -54,7 +54,7 @@ SWIFT = _Language(
     },
 )
 JAVASCRIPT = _Language(
-    "Browser and Node (JavaScript)",
+    "Browser (JavaScript)",
     "load.mjs",
     "js",
     "The npm package `onnxruntime-web`, VERSION or later.",

@@ -43,7 +43,7 @@ class Web(InstalledEnvironment):
     """
 
     name = "web"
-    description = f"the WebAssembly build for browsers ({PACKAGE} {VERSION}), in Node"
+    description = "the WebAssembly build, in Node"
     size = "33 MB to download, 15 MB to keep"
 
     def __init__(self) -> None:
