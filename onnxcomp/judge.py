@@ -12,6 +12,8 @@ import numpy as np
 
 from onnxcomp import analysis
 from onnxcomp.data import Dataset
+from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
+from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
 from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference, flatten
@@ -259,6 +261,21 @@ class Judge:
     def few_feeds(self) -> list[Feed]:
         """A few samples, as they are fed to a model."""
         return list(self._few.feeds())
+
+    def layer_table(self, original: Model, new: Model) -> list[LayerRow]:
+        """The layers of two models side by side, with their errors on a few samples.
+
+        Raises:
+            OnnxcompError: ONNX Runtime cannot show the tensors between the layers.
+        """
+        wide = self.target.rules.wide if self.target.rules else None
+        paths = [self.path_of(model) for model in (original, new)]
+        tables = [
+            ModelLayers(model, self.runtime.census(path), self._shapes, wide=wide)
+            for model, path in zip((original, new), paths, strict=True)
+        ]
+        tensors = tables[0].results(tensor_pairs(original.proto(), new.proto()))
+        return layer_rows(*tables, layer_errors(self.runtime, *paths, self._few.feeds, tensors))
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""

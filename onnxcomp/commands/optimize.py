@@ -209,7 +209,7 @@ def _run(
     from onnxcomp.report import print_report, to_json
 
     with progress_to(verbose=verbose, quiet=quiet) as progress:
-        result = optimize(source, progress=progress, **arguments)
+        result = optimize(source, progress=progress, layers=report_path is not None, **arguments)
         result.save(path)
     taken = emit_json(to_json(result.report), report_path)
     if not quiet and not taken:
