@@ -269,13 +269,11 @@ class Judge:
             OnnxcompError: ONNX Runtime cannot show the tensors between the layers.
         """
         wide = self.target.rules.wide if self.target.rules else None
-        paths = [self.path_of(model) for model in (original, new)]
-        tables = [
-            ModelLayers(model, self.runtime.census(path), self._shapes, wide=wide)
-            for model, path in zip((original, new), paths, strict=True)
-        ]
-        tensors = tables[0].results(tensor_pairs(original.proto(), new.proto()))
-        return layer_rows(*tables, layer_errors(self.runtime, *paths, self._few.feeds, tensors))
+        first, second = self.path_of(original), self.path_of(new)
+        ours = ModelLayers(original, self.runtime.census(first), self._shapes, wide=wide)
+        theirs = ModelLayers(new, self.runtime.census(second), self._shapes, wide=wide)
+        tensors = ours.results(tensor_pairs(original.proto(), new.proto()))
+        return layer_rows(ours, theirs, layer_errors(self.runtime, first, second, self._few.feeds, tensors))
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made", bound="DataclassInstance")
 
-__all__ = ["jsonable", "read_json", "schema", "to_json", "write_json", "write_text"]
+__all__ = ["from_json", "jsonable", "read_json", "schema", "to_json", "write_json", "write_text"]
 
 LARGEST_BYTES = 1 << 28
 """A report of 100,000 layers has a third of that; what is larger is something else."""
@@ -51,15 +51,30 @@ def read_json(path: str | Path) -> Report:
         if path.stat().st_size > LARGEST_BYTES:
             message = f"{path}: expected a report as --json writes it, got a file of more than 256 MB"
             raise OptionError(message)
-        loaded = json.loads(path.read_bytes(), parse_constant=_no_number)
+        text = path.read_bytes()
     except OSError as error:
         message = f"{path}: cannot be read ({error.strerror})"
         raise OptionError(message) from error
+    return from_json(text, str(path))
+
+
+def from_json(text: str | bytes, name: str = "the report") -> Report:
+    """The report that `to_json` wrote.
+
+    Args:
+        text: The JSON.
+        name: What to call it in an error.
+
+    Raises:
+        OptionError: It is not such a report.
+    """
+    try:
+        loaded = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        message = f"{path}: expected a report as --json writes it, got what is no JSON ({error})"
+        message = f"{name}: expected a report as --json writes it, got what is no JSON ({error})"
         raise OptionError(message) from error
     if (wrong := first_mismatch(loaded, schema())) is not None:
-        message = f"{path}: is not a report as --json writes it: {wrong}"
+        message = f"{name}: is not a report as --json writes it: {wrong}"
         raise OptionError(message)
     return _report(loaded)
 
