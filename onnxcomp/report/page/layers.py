@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.report.text import printable
 
 if TYPE_CHECKING:
-    from onnxcomp.ledger import PassEntry, Report
+    from onnxcomp.ledger import Report
 
 __all__ = ["COLUMNS", "layer_data"]
+
+Told = list[tuple[int, str]]
+"""Texts of passes, each with the number of its pass."""
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("layer", "text", "Layer"),
@@ -29,6 +32,12 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 """Key, kind and title of each column."""
 
+TOLD = ("done", "left")
+"""The columns that say what passes did."""
+
+SEVERAL = "\n"
+"""Divides what several passes say of one layer: no text that was made printable holds it."""
+
 DIGITS = 4
 """Digits of a number that the page holds."""
 
@@ -45,7 +54,8 @@ def layer_data(report: Report) -> dict[str, Any]:
     def cell(row: Mapping[str, Any], key: str, kind: str) -> int | float | None:
         value = row.get(key)
         if kind == "text":
-            return texts.setdefault(printable(value or ""), len(texts))
+            text = value or ""
+            return texts.setdefault(text if key in TOLD else printable(text), len(texts))
         return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
     cells = [[cell(row, key, kind) for key, kind, _ in used] for row in rows]
@@ -64,18 +74,16 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     for layer in report.layers:
         names = dict.fromkeys(layer[key] for key in ("name", "weight_before", "weight_after") if layer[key])
         row = _layer_row(layer)
-        row["done"], row["left"] = ("; ".join(_taken(told, names)) for told in (done, left))
+        row["done"], row["left"] = _taken(done, names), _taken(left, names)
         rows.append(row)
     others = dict.fromkeys([*done, *left])
-    return rows + [
-        {"layer": place, "done": "; ".join(done.get(place, ())), "left": "; ".join(left.get(place, ()))}
-        for place in others
-    ]
+    return rows + [{"layer": place, "done": _taken(done, [place]), "left": _taken(left, [place])} for place in others]
 
 
-def _taken(told: dict[str, list[str]], names: Iterable[str]) -> list[str]:
-    """What was told of any of these names, which then needs no row of its own."""
-    return list(dict.fromkeys(text for name in names for text in told.pop(name, ())))
+def _taken(told: dict[str, Told], names: Iterable[str]) -> str:
+    """What was told of any of these names, in the order in which it was; they need no row of their own then."""
+    texts = sorted(item for name in names for item in told.pop(name, ()))
+    return SEVERAL.join(dict.fromkeys(text for _, text in texts))
 
 
 def _layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,19 +117,18 @@ def _shape(sizes: Sequence[Any] | None) -> str:
     return "" if sizes is None else "\N{MULTIPLICATION SIGN}".join("?" if size is None else str(size) for size in sizes)
 
 
-def _told(report: Report) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _told(report: Report) -> tuple[dict[str, Told], dict[str, Told]]:
     """What passes did to each place, and why they left others: in the form of each stage that was tried last.
 
     What a stage did that was not kept is not told: it is not in the result.
     """
-    done: dict[str, list[str]] = defaultdict(list)
-    left: dict[str, list[str]] = defaultdict(list)
-    for stage in report.stages:
-        passes: list[PassEntry] = stage.attempts[-1].passes if stage.attempts else []
-        for entry in passes:
-            if stage.verdict in {"kept", "forced"}:
-                for place in entry.changed:
-                    done[place["where"]].append(f"{entry.name}: {place['what']}")
-            for place in entry.left:
-                left[place["where"]].append(f"{entry.name}: {place['why']}")
+    done: dict[str, Told] = defaultdict(list)
+    left: dict[str, Told] = defaultdict(list)
+    passes = [(stage, entry) for stage in report.stages if stage.attempts for entry in stage.attempts[-1].passes]
+    for number, (stage, entry) in enumerate(passes):
+        if stage.verdict in {"kept", "forced"}:
+            for place in entry.changed:
+                done[place["where"]].append((number, printable(f"{entry.name}: {place['what']}")))
+        for place in entry.left:
+            left[place["where"]].append((number, printable(f"{entry.name}: {place['why']}")))
     return done, left

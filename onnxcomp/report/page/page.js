@@ -54,10 +54,10 @@ const scatterSets = (chart) => {
     const [x, y] = chart.result;
     sets.push({ label: "result, confirmed", data: [{ x, y: Math.min(y, top), label: "the result", told: `${x.toFixed(2)}x, ${y.toPrecision(3)} on samples that no choice saw` }], backgroundColor: "transparent", borderColor: colour("accent"), borderWidth: 3, pointStyle: "star", pointRadius: 10, pointHoverRadius: 12, order: 1 });
   }
-  sets.push({ label: "not beaten in both", type: "line", data: chart.front.map(([x, y]) => ({ x, y: Math.min(y, top) })), borderColor: colour("mark"), borderWidth: 1.5, pointRadius: 0, pointHitRadius: 0, order: 6 });
+  sets.push({ label: "not beaten in both", type: "line", data: chart.front.map(([x, y]) => ({ x, y: Math.min(y, top) })), borderColor: colour("mark"), borderWidth: 1.5, pointStyle: "line", pointRadius: 0, pointHitRadius: 0, order: 6 });
   if (chart.budget !== null) {
     const [low, high] = [Math.min(...xs), Math.max(...xs)];
-    sets.push({ label: `budget ${chart.budget}`, type: "line", data: [{ x: low, y: chart.budget }, { x: high, y: chart.budget }], borderColor: colour("warn-mark"), borderWidth: 2, borderDash: [6, 4], pointRadius: 0, pointHitRadius: 0, order: 5 });
+    sets.push({ label: `budget ${chart.budget}`, type: "line", data: [{ x: low, y: chart.budget }, { x: high, y: chart.budget }], borderColor: colour("warn-mark"), borderWidth: 2, borderDash: [6, 4], pointStyle: "line", pointRadius: 0, pointHitRadius: 0, order: 5 });
   }
   return sets;
 };
@@ -148,7 +148,21 @@ window.addEventListener("afterprint", toPaper);
 
 // --- the table of layers ---------------------------------------------------------------------------------------------
 
-const ROWS_A_PAGE = 50;
+const ROWS_A_PAGE = 25;
+
+// Names of nodes are paths: lines may break behind a slash before they break anywhere.
+const breakable = (text) => text.split(/(?<=[/_.])/).flatMap((part) => [part, document.createElement("wbr")]);
+
+// What several passes said of one layer is folded away behind their names: a row stays a line or two.
+const sentences = (text) => {
+  const parts = text.split("\n").filter(Boolean);
+  if (parts.length < 2) return parts;
+  const [details, summary, list] = ["details", "summary", "ul"].map((name) => document.createElement(name));
+  summary.textContent = Array.from(new Set(parts.map((part) => part.split(":")[0]))).join(", ");
+  for (const part of parts) list.append(Object.assign(document.createElement("li"), { textContent: part }));
+  details.append(summary, list);
+  return [details];
+};
 
 const layers = () => {
   const { columns, texts, rows } = data.layers;
@@ -165,8 +179,11 @@ const layers = () => {
     const element = document.createElement(index === 0 ? "th" : "td");
     if (index === 0) element.scope = "row";
     if (isText(column)) {
-      element.className = column.key === "done" || column.key === "left" ? "text told" : "text";
-      element.textContent = texts[row[index]];
+      const told = column.key === "done" || column.key === "left";
+      element.className = told ? "text told" : "text";
+      if (told) element.append(...sentences(texts[row[index]]));
+      else if (index === 0) element.append(...breakable(texts[row[index]]));
+      else element.textContent = texts[row[index]];
       return element;
     }
     element.className = "number";

@@ -88,7 +88,7 @@ def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Samples", report.data),
         ("Run", {"target": report.target, "created": report.created, "seconds": round(report.seconds, 1)}),
         ("Budget", report.budget),
-        ("Options", report.options),
+        ("Options", {name: value for name, value in report.options.items() if name != "command"}),
         ("Machine", host),
         ("Versions", {**report.environment.get("versions", {}), "report": report.schema_version}),
     ]
