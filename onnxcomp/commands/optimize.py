@@ -234,9 +234,9 @@ def _run(source: Path, job: _Job, arguments: dict[str, Any], given: list[str], *
     from onnxcomp.pipeline import optimize
     from onnxcomp.report import from_json, print_report, to_json
 
-    told = job.json is not None or job.page is not None
+    asked: dict[str, Any] = {"layers": True} if job.json is not None or job.page is not None else {}
     with progress_to(verbose=verbose, quiet=quiet) as progress:
-        result = optimize(source, progress=progress, layers=told, **arguments)
+        result = optimize(source, progress=progress, **asked, **arguments)
         result.save(job.model)
     result.report.options["command"] = given
     text = to_json(result.report)
