@@ -230,6 +230,20 @@ def test_it_prints_without_what_only_a_screen_can_do(shown):
     assert page.pdf(format="A4").startswith(b"%PDF")
 
 
+def test_charts_are_printed_in_the_light_colours_and_shown_in_the_dark_ones_again(shown):
+    shot = "document.querySelector('canvas').toDataURL()"
+    light = shown(full_report(), color_scheme="light").evaluate(shot)
+    page = shown(full_report(), color_scheme="dark")
+    dark = page.evaluate(shot)
+
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    printed = page.evaluate(shot)
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+
+    assert printed == light != dark
+    assert page.evaluate(shot) == dark
+
+
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The accessibility checks of axe-core, fetched from the npm registry."""

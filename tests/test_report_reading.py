@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -11,6 +14,7 @@ import pytest
 from onnxcomp.errors import OptionError
 from onnxcomp.report import from_json, read_json, schema, to_json, write_json
 from onnxcomp.report.checking import first_mismatch
+from onnxcomp.report.page import page_html
 from tests.reports import layer, sample_report
 from tests.test_cli import one_error_line, run
 
@@ -108,6 +112,40 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(OptionError, match=r"none\.json: cannot be read \(No such file or directory\)"):
         read_json(tmp_path / "none.json")
+
+
+WRONG = [None, -1, 10**29, 1e300, True, "", "<b>\n", [], {}, [None, None], {"a": None}]
+"""What each field of a report is replaced by, in turn."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a document."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def test_a_report_with_any_field_replaced_is_shown_or_refused():
+    facts, outcomes = loaded(), Counter[str]()
+    for index, path in enumerate(places(facts)):
+        changed = copy.deepcopy(facts)
+        inner: Any = changed
+        for step in path[:-1]:
+            inner = inner[step]
+        inner[path[-1]] = WRONG[index % len(WRONG)]
+        try:
+            page_html(from_json(json.dumps(changed)))
+        except OptionError:
+            outcomes["refused"] += 1
+        else:
+            outcomes["shown"] += 1
+    assert min(outcomes["refused"], outcomes["shown"]) > 20
+
+
+def test_an_interval_without_ends_is_shown():
+    facts = loaded()
+    facts["after"]["drop_interval"] = facts["stages"][2]["attempts"][0]["drop_interval"] = [None, None]
+    assert "+0.0020" in page_html(from_json(json.dumps(facts)))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def _quality_rows(report: Figured) -> Iterator[Row]:
 
 
 def _interval(figures: Figures) -> str:
-    if figures.drop_interval is None:
+    if figures.drop_interval is None or None in figures.drop_interval:  # an infinite end is null in the JSON
         return ""
     low, high = figures.drop_interval
     return f"{signed(low)} to {signed(high)}"

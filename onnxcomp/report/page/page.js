@@ -142,9 +142,13 @@ const draw = () => {
 };
 draw();
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-const toPaper = () => drawn.forEach((chart) => chart.resize());
-window.addEventListener("beforeprint", toPaper);
-window.addEventListener("afterprint", toPaper);
+// Paper is white: charts are drawn again in the light colours, and back afterwards.
+const onPaper = (paper) => () => {
+  document.documentElement.toggleAttribute("data-paper", paper);
+  draw();
+};
+window.addEventListener("beforeprint", onPaper(true));
+window.addEventListener("afterprint", onPaper(false));
 
 // --- the table of layers ---------------------------------------------------------------------------------------------
 
