@@ -18,19 +18,19 @@ Told = list[tuple[int, str]]
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("layer", "text", "Layer"),
-    ("op", "text", "Operator"),
-    ("weight", "text", "Weight"),
-    ("output", "text", "Output"),
-    ("macs", "count", "MACs"),
+    ("error", "error", "Error"),
     ("before", "bytes", "Bytes before"),
     ("after", "bytes", "Bytes after"),
+    ("macs", "count", "MACs"),
     ("zeros", "share", "Zeros"),
     ("kernel", "text", "Kernel"),
-    ("error", "error", "Error"),
     ("done", "text", "What was done"),
     ("left", "text", "What was not, and why"),
+    ("weight", "text", "Weight"),
+    ("output", "text", "Output"),
+    ("op", "text", "Operator"),
 )
-"""Key, kind and title of each column."""
+"""Key, kind and title of each column: what tells the worst and the heaviest first, also on a narrow screen."""
 
 TOLD = ("done", "left")
 """The columns that say what passes did."""
