@@ -27,7 +27,6 @@ from onnxcomp.commands.options import (
     shape_option,
     shapes_from,
 )
-from onnxcomp.commands.report import write_page
 from onnxcomp.errors import OptionError, OutputError
 from onnxcomp.values import parse_duration, parse_share
 
@@ -232,17 +231,17 @@ def _check_files(source: Path, jobs: list[_Job], read: list[Any]) -> None:
 def _run(source: Path, job: _Job, arguments: dict[str, Any], given: list[str], *, quiet: bool, verbose: bool) -> bool:
     """Optimize for one target, write and show what came of it; whether the result is inside the budget."""
     from onnxcomp.pipeline import optimize
-    from onnxcomp.report import from_json, print_report, to_json
+    from onnxcomp.report import print_report, to_json
+    from onnxcomp.report.page import write_page
 
     asked: dict[str, Any] = {"layers": True} if job.json is not None or job.page is not None else {}
     with progress_to(verbose=verbose, quiet=quiet) as progress:
         result = optimize(source, progress=progress, **asked, **arguments)
         result.save(job.model)
     result.report.options["command"] = given
-    text = to_json(result.report)
-    taken = emit_json(text, job.json)
+    taken = emit_json(to_json(result.report), job.json)
     if job.page is not None:
-        write_page(from_json(text), job.page)
+        write_page(result.report, job.page)
     if not quiet and not taken:
         print_report(result.report, stdout_console(), verbose=verbose)
     return bool(result.report.budget_met)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -11,10 +10,7 @@ from onnxcomp.commands.guard import GuardedCommand
 from onnxcomp.commands.options import output_options
 from onnxcomp.report.text import bytes_text, printable
 
-if TYPE_CHECKING:
-    from onnxcomp.ledger import Report
-
-__all__ = ["report_command", "write_page"]
+__all__ = ["report_command"]
 
 
 @click.command("report", cls=GuardedCommand, short_help="Make a page of an earlier run's JSON report.")
@@ -30,19 +26,10 @@ def report_command(source: Path, output: Path | None, *, quiet: bool, verbose: b
     """
     from onnxcomp.files import check_writable
     from onnxcomp.report import read_json
+    from onnxcomp.report.page import write_page
 
     path = output or source.with_suffix(".html")
     check_writable(path, inputs=(source,))
     size = write_page(read_json(source), path)
     if not quiet:
         click.echo(f"{printable(path)}: {bytes_text(size)}")
-
-
-def write_page(report: Report, path: Path) -> int:
-    """Write a report as a page, whole or not at all; its size in bytes."""
-    from onnxcomp.report.document import write_text
-    from onnxcomp.report.page import page_html
-
-    text = page_html(report)
-    write_text(text, path)
-    return len(text.encode())
