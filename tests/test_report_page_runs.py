@@ -217,8 +217,10 @@ def test_a_hostile_report_does_nothing(shown):
 
 
 @pytest.mark.parametrize("width", [320, 375, 768])
-def test_nothing_sticks_out_on_a_small_screen(shown, width):
-    page = shown(full_report(), viewport={"width": width, "height": 700})
+@pytest.mark.parametrize("report", [full_report, hostile_report])
+def test_nothing_sticks_out_on_a_small_screen(shown, report, width):
+    page = shown(report(), viewport={"width": width, "height": 700})
+    page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
