@@ -11,6 +11,7 @@ from onnxcomp.commands.export import export_command
 from onnxcomp.commands.inspect import inspect_command
 from onnxcomp.commands.optimize import optimize_command
 from onnxcomp.commands.passes import passes_command
+from onnxcomp.commands.report import report_command
 from onnxcomp.commands.verify import verify_command
 
 __all__ = ["main"]
@@ -31,5 +32,6 @@ for _command in (
     distill_command,
     export_command,
     passes_command,
+    report_command,
 ):
     main.add_command(_command)

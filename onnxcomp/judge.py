@@ -12,6 +12,8 @@ import numpy as np
 
 from onnxcomp import analysis
 from onnxcomp.data import Dataset
+from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
+from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
 from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference, flatten
@@ -259,6 +261,19 @@ class Judge:
     def few_feeds(self) -> list[Feed]:
         """A few samples, as they are fed to a model."""
         return list(self._few.feeds())
+
+    def layer_table(self, original: Model, new: Model) -> list[LayerRow]:
+        """The layers of two models side by side, with their errors on a few samples.
+
+        Raises:
+            OnnxcompError: ONNX Runtime cannot show the tensors between the layers.
+        """
+        wide = self.target.rules.wide if self.target.rules else None
+        first, second = self.path_of(original), self.path_of(new)
+        ours = ModelLayers(original, self.runtime.census(first), self._shapes, wide=wide)
+        theirs = ModelLayers(new, self.runtime.census(second), self._shapes, wide=wide)
+        tensors = ours.results(tensor_pairs(original.proto(), new.proto()))
+        return layer_rows(ours, theirs, layer_errors(self.runtime, first, second, self._few.feeds, tensors))
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""

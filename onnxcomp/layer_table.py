@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import inliner
 
-from onnxcomp.analysis import weight_table
+from onnxcomp.analysis import WeightRow, weight_table
 from onnxcomp.deviation import TensorError
 from onnxcomp.layers import CLIPS, GraphView
 from onnxcomp.macs import LAYER_OPERATORS
@@ -49,6 +49,12 @@ class LayerRow:
         reason: Why it has no sound int8 kernel in the new model although it is quantized there.
         sqnr_db: Signal-to-noise ratio of the tensor; infinite where it is equal. None without a tensor.
         error: Relative error of the tensor. None without a tensor.
+        weight_before: The name of that weight in the original.
+        weight_after: The name of what holds it in the new model.
+        weight_type_before: The type that its largest weight, or that weight's codes, are stored as in the original.
+        weight_type_after: The same in the new model.
+        weight_zeros_before: Which share of that weight is zero in the original.
+        weight_zeros_after: The same in the new model.
     """
 
     name: str
@@ -64,6 +70,12 @@ class LayerRow:
     reason: str | None
     sqnr_db: float | None
     error: float | None
+    weight_before: str | None = None
+    weight_after: str | None = None
+    weight_type_before: str | None = None
+    weight_type_after: str | None = None
+    weight_zeros_before: float | None = None
+    weight_zeros_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +85,21 @@ class _Layer:
     op: str
     tensors: tuple[str, ...]
     output_shape: Shape | None
-    weight_shape: Shape | None
-    weight_bytes: int | None
+    weight: WeightRow | None
     kernel: str | None
     reason: str | None
+
+    @property
+    def weight_bytes(self) -> int | None:
+        return self.weight.bytes if self.weight else None
+
+    @property
+    def weight_type(self) -> str | None:
+        return self.weight.dtype if self.weight else None
+
+    @property
+    def weight_zeros(self) -> float | None:
+        return self.weight.zeros / self.weight.elements if self.weight and self.weight.elements else None
 
 
 class ModelLayers:
@@ -96,10 +119,11 @@ class ModelLayers:
         missed = {miss.node: miss.reason for miss in explain(proto, census, wide=wide).missed}
         if proto.functions:
             proto = inliner.inline_local_functions(proto)
-        weights: dict[str, tuple[Shape, int, int]] = {}
+        weights: dict[str, WeightRow] = {}
         for row in weight_table(model):
-            if len(row.shape) > 1 and row.elements > weights.get(row.node, ((), 0, 0))[2]:
-                weights[row.node] = row.shape, row.bytes, row.elements
+            largest = weights.get(row.node)
+            if len(row.shape) > 1 and row.elements > (largest.elements if largest else 0):
+                weights[row.node] = row
         view = GraphView(proto.graph)
         traced = [
             node
@@ -111,13 +135,11 @@ class ModelLayers:
         self.by_name: dict[str, _Layer] = {}
         self.by_tensor: dict[str, str] = {}
         for layer in traced:
-            shape, size, _ = weights.get(layer.name, (None, None, 0))
             self.by_name[layer.name] = _Layer(
                 op=layer.node.op_type,
                 tensors=chains[layer.name],
                 output_shape=layer.shapes[len(layer.node.input) + list(map(bool, layer.node.output)).index(True)],
-                weight_shape=shape,
-                weight_bytes=size,
+                weight=weights.get(layer.name),
                 kernel=kernels.get(layer.name),
                 reason=missed.get(layer.name),
             )
@@ -170,7 +192,7 @@ def _row(
         where=where,
         tensor=tensor,
         output_shape=layer.output_shape,
-        weight_shape=layer.weight_shape,
+        weight_shape=layer.weight.shape if layer.weight else None,
         weight_bytes_before=before.weight_bytes if before else None,
         weight_bytes_after=other.weight_bytes if other else None,
         kernel_before=before.kernel if before else None,
@@ -178,6 +200,12 @@ def _row(
         reason=other.reason if other else None,
         sqnr_db=errors[tensor].sqnr_db if tensor is not None else None,
         error=errors[tensor].relative_error if tensor is not None else None,
+        weight_before=before.weight.name if before and before.weight else None,
+        weight_after=other.weight.name if other and other.weight else None,
+        weight_type_before=before.weight_type if before else None,
+        weight_type_after=other.weight_type if other else None,
+        weight_zeros_before=before.weight_zeros if before else None,
+        weight_zeros_after=other.weight_zeros if other else None,
     )
 
 

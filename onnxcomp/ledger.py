@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["SCHEMA_VERSION", "Attempt", "Figures", "PassEntry", "Report", "StageEntry"]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 """Of the report's JSON. The first number changes when a reader of the old form would break."""
 
 
@@ -122,6 +122,8 @@ class Report:
         environment: Versions, platform, CPU features, threads.
         warnings: What the user should know before trusting a figure.
         notes: What was not done and why.
+        layers: A row for each layer of the original and of the result, the least signal-to-noise ratio first; empty
+            unless `optimize` was asked for them. See `onnxcomp.layer_table.LayerRow`.
     """
 
     verdict: str
@@ -144,6 +146,7 @@ class Report:
     created: str
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     schema_version: str = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class Options:
     timing: bool
     allow_code: bool
     resume: bool
+    layers: bool = field(repr=False, default=False)
     progress: Callable[[str], None] = field(repr=False, compare=False, default=lambda _: None)
 
 
@@ -123,6 +124,7 @@ def optimize(
     image: ImageOptions | None = None,
     progress: Callable[[str], None] | None = None,
     resume: bool = True,
+    layers: bool = False,
 ) -> Result:
     """Make a model smaller and faster, and never worse: every stage is measured, and kept only if it pays.
 
@@ -151,6 +153,7 @@ def optimize(
         image: How to read a folder of images.
         progress: Called with a short line on what is going on.
         resume: Whether to take over the finished stages of an interrupted run.
+        layers: Whether the report lists every layer with its weight, kernel and error; a few samples run for it.
 
     Returns:
         The model and the report.
@@ -181,6 +184,7 @@ def optimize(
         timing=timing and replay is None,
         allow_code=allow_code,
         resume=resume,
+        layers=layers,
         **({"progress": progress} if progress else {}),
     )
     loaded = Model.load(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp import analysis
-from onnxcomp.errors import OptionError
+from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.fixed_shapes import dynamic_inputs
 from onnxcomp.judge import Judge, Score
 from onnxcomp.ledger import Figures, Report, StageEntry
@@ -61,6 +62,7 @@ def build_report(
     before = _figures(judge, original, first, timings[0], judge.confirm(original))
     after = _figures(judge, kept.model, last, timings[1], quality)
     met = judge.allows(quality)
+    layers, missing = _layers(judge, original, kept.model) if options.layers else ([], [])
     data = {
         "description": samples.description,
         "sha256": samples.digest,
@@ -90,7 +92,8 @@ def build_report(
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=_warnings(judge, quality, samples, kept.model),
-        notes=[*notes, *_alone(kept.stages)],
+        notes=[*notes, *_alone(kept.stages), *missing],
+        layers=layers,
     )
 
 
@@ -167,6 +170,16 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
         agreement=quality.agreement,
         kernels=score.census.counts(),
     )
+
+
+def _layers(judge: Judge, original: Model, new: Model) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each layer, and what to say where there are none: a table must not cost the run."""
+    try:
+        rows = judge.layer_table(original, new)
+        macs = judge.layer_macs(original)
+    except OnnxcompError as error:
+        return [], [f"the layers are not listed: {error}"]
+    return [{**dataclasses.asdict(row), "macs": macs.get(row.name) if row.where != "new" else None} for row in rows], []
 
 
 def _speed(last: Score, timings: Sequence[Timing | None]) -> float | None:

@@ -125,3 +125,45 @@ def sample_report(**changes: Any) -> Report:
         "notes": ["the labels look like classes: judged by top1"],
     }
     return Report(**{**facts, **changes})
+
+
+def layer(name: str, **changes: Any) -> dict[str, Any]:
+    """A row of the report's layers: a convolution that was made int8."""
+    facts: dict[str, Any] = {
+        "name": name,
+        "op": "Conv",
+        "where": "both",
+        "tensor": f"{name}_output_0",
+        "output_shape": [1, 24, 14, 14],
+        "weight_shape": [24, 1, 3, 3],
+        "weight_bytes_before": 864,
+        "weight_bytes_after": 216,
+        "kernel_before": "Conv",
+        "kernel_after": "QLinearConv",
+        "reason": None,
+        "sqnr_db": 31.2,
+        "error": 0.0275,
+        "weight_before": f"{name}.weight",
+        "weight_after": f"{name}.weight_quantized",
+        "weight_type_before": "float32",
+        "weight_type_after": "int8",
+        "weight_zeros_before": 0.0,
+        "weight_zeros_after": 0.25,
+        "macs": 42_336,
+    }
+    assert changes.keys() <= facts.keys()
+    return {**facts, **changes}
+
+
+def large_report(rows: int) -> Report:
+    """A report of a model with this many layers, each changed by two passes and left alone by one."""
+    names = [f"/encoder/layers.{index // 8}/block.{index % 8}/attention/query/MatMul" for index in range(rows)]
+    changed = [{"where": name, "what": f"{index % 97} of 4,096 weights are zero"} for index, name in enumerate(names)]
+    left = [{"where": name, "why": f"costs {index % 89 / 1000:.3f} of the metric"} for index, name in enumerate(names)]
+    entries = [PassEntry(name, {}, changed=changed, left=left) for name in ("prune", "quantize")]
+    attempts = [Attempt(entries, "kept", "2.00 times smaller", 1.0, 1.5, 2.0, 0.001, (0.0, 0.002), 0.01, "measured")]
+    layers = [
+        layer(name, error=index / rows, weight_bytes_before=4 * index, weight_bytes_after=index, macs=index * 1009)
+        for index, name in enumerate(names)
+    ]
+    return sample_report(stages=[StageEntry("prune", "kept", "2.00 times smaller", 1.0, attempts)], layers=layers)

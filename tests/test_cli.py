@@ -22,7 +22,8 @@ from onnxcomp import pipeline
 from onnxcomp.cli import main
 from onnxcomp.data import ImageOptions
 from onnxcomp.pipeline import Budget, Shared
-from onnxcomp.report import plain_text, schema
+from onnxcomp.report import plain_text, read_json, schema
+from onnxcomp.report.page import page_html
 from onnxcomp.stages import Stage
 from onnxcomp_passes import Quantize, QuantizeWeights, Simplify
 from tests.reports import sample_report
@@ -75,7 +76,7 @@ def commands() -> list[tuple[str, click.Command]]:
 
 
 def test_has_the_commands_that_the_docs_name():
-    names = ["compare", "deploy", "distill", "export", "inspect", "optimize", "passes", "verify"]
+    names = ["compare", "deploy", "distill", "export", "inspect", "optimize", "passes", "report", "verify"]
     assert sorted(main.commands) == names
 
 
@@ -256,6 +257,35 @@ def test_verbose_tells_progress_on_stderr(model, monkeypatch):
     assert run("optimize", model).stderr == ""
 
 
+def test_the_page_is_made_of_the_json(model, calls, tmp_path):
+    result = run("optimize", model, "--json", tmp_path / "r.json", "--report", tmp_path / "r.html")
+    assert result.exit_code == 0
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == page_html(read_json(tmp_path / "r.json"))
+    assert calls[0]["layers"]
+
+
+def test_the_report_holds_the_command(model, calls, tmp_path):
+    run("optimize", model, "--json", tmp_path / "r.json", "-q")
+    command = read_json(tmp_path / "r.json").options["command"]
+    assert command == [str(model), "--json", str(tmp_path / "r.json"), "-q"]
+
+
+def test_a_page_for_each_of_several_targets(model, calls, tmp_path):
+    run(
+        "optimize",
+        model,
+        "--target",
+        "arm64",
+        "--target",
+        "x86",
+        "-o",
+        tmp_path / "out",
+        "--report",
+        tmp_path / "r.html",
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.html")) == ["r.arm64.html", "r.x86.html"]
+
+
 def test_writes_json_as_the_schema_says(model, calls, tmp_path):
     assert run("optimize", model, "--json", tmp_path / "r.json").exit_code == 0
     document = json.loads((tmp_path / "r.json").read_text())
@@ -264,7 +294,7 @@ def test_writes_json_as_the_schema_says(model, calls, tmp_path):
 
 
 def test_json_to_stdout_is_all_there_is(model, calls):
-    assert json.loads(run("optimize", model, "--json", "-").stdout)["schema_version"] == "1.0"
+    assert json.loads(run("optimize", model, "--json", "-").stdout)["schema_version"] == "1.1"
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,13 @@ def test_the_output_and_the_report_are_two_files(model, tmp_path):
     assert "-o and --json both name" in one_error_line(result)
 
 
-@pytest.mark.parametrize("option", ["-o", "--json"])
+def test_the_page_is_a_file_of_its_own(model, tmp_path):
+    result = run("optimize", model, "--json", tmp_path / "a", "--report", tmp_path / "a")
+    assert result.exit_code == 2
+    assert "--json and --report both name" in one_error_line(result)
+
+
+@pytest.mark.parametrize("option", ["-o", "--json", "--report"])
 def test_a_missing_folder_is_told_before_any_work(model, tmp_path, option):
     result = run("optimize", model, option, tmp_path / "no" / "out")
     assert result.exit_code == 1

@@ -87,6 +87,19 @@ def test_writes_a_model_for_each_target_into_a_new_folder(folder):
         onnx.checker.check_model(onnx.load(folder / "out" / f"model.{name}.onnx"))
 
 
+def test_the_report_lists_each_layer_with_its_weight_kernel_and_error(folder):
+    run(
+        *("optimize", folder / "model.onnx", "-p", "quantize-weights", "--force", "--no-timing"),
+        *("-o", folder / "small.onnx", "--json", folder / "r.json", "--report", folder / "r.html"),
+    )
+    layers = report_of(folder / "r.json")["layers"]
+    told = {row["name"]: (row["weight_before"], row["weight_bytes_after"], row["weight_type_after"]) for row in layers}
+    assert told == {"first": ("w1", 32 * 48, "int8"), "head": ("w2", 48 * 4, "int8")}
+    assert all(0 < row["error"] < 0.05 and row["kernel_after"].endswith("Gemm") for row in layers)
+    assert [row["sqnr_db"] for row in layers] == sorted(row["sqnr_db"] for row in layers)
+    assert (folder / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 def test_runs_only_the_passes_that_are_named(folder):
     run("optimize", folder / "model.onnx", "-p", "simplify", "--json", folder / "r.json", "--no-timing")
     report = report_of(folder / "r.json")

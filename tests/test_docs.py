@@ -245,7 +245,7 @@ def _field_names(part: dict[str, Any]) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("title", "definition"),
-    [("The run", None), ("Figures", "figures"), ("The ledger", "stage"), ("The ledger", "pass")],
+    [("The run", None), ("Figures", "figures"), ("The ledger", "stage"), ("The ledger", "pass"), ("Layers", "layer")],
 )
 def test_every_field_of_the_schema_is_told(title, definition):
     whole = schema()

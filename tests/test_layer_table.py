@@ -231,6 +231,16 @@ def test_a_kernel_is_found_by_its_name_or_by_what_it_writes(kernel: tuple[str, s
     assert row.kernel_before == row.kernel_after == expected
 
 
+def test_a_layer_tells_how_its_weight_is_stored_and_how_much_of_it_is_zero():
+    weight = random_weights(4, 3, 3, 3)
+    weight[0] = 0
+    text = "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { [c1] y = Conv(x, w) }"
+    layers = ModelLayers(Model.load(graph_model(text, w=weight)), census_of(("Conv", "c1", "y")), {"x": (1, 3, 8, 8)})
+    (row,) = layer_rows(layers, layers, {})
+    assert (row.weight_before, row.weight_type_before, row.weight_zeros_before) == ("w", "float32", 0.25)
+    assert (row.weight_after, row.weight_type_after, row.weight_zeros_after) == ("w", "float32", 0.25)
+
+
 # --- shown ------------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.markdown import ROOT
 
+SHIPPED = {".py", ".json", ".typed", ".c", ".kt", ".swift", ".mjs", ".txt", ".jinja", ".css", ".js", ".md"}
 NOT_PROJECT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "sample_models", "dist", "build")
 
 
@@ -41,7 +42,7 @@ def test_holds_every_module_of_the_two_packages_and_nothing_else(wheel):
         str(path.relative_to(root))
         for root, package in ((ROOT, "onnxcomp"), (ROOT / "passes", "onnxcomp_passes"))
         for path in (root / package).rglob("*")
-        if path.is_file() and path.suffix in {".py", ".json", ".typed", ".c", ".kt", ".swift", ".mjs", ".txt"}
+        if path.is_file() and path.suffix in SHIPPED
     }
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
@@ -51,6 +52,8 @@ def test_holds_every_module_of_the_two_packages_and_nothing_else(wheel):
     [
         "onnxcomp/py.typed",
         "onnxcomp/report/schema.json",
+        "onnxcomp/report/page/page.html.jinja",
+        "onnxcomp/report/page/vendor/chart-LICENSE.txt",
         "onnxcomp/deployment/snippets/load.kt",
         "onnxcomp/verification/environments/android/runner.c",
         "onnxcomp/verification/environments/android/shim.c",

@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxcomp import pipeline
-from onnxcomp.errors import DataError, ModelError, OptionError, RequirementError
+from onnxcomp.errors import DataError, ModelError, OptionError, RequirementError, RuntimeFailure
 from onnxcomp.judge import Judge
 from onnxcomp.ledger import Report, StageEntry
 from onnxcomp.model import Model
@@ -469,3 +469,22 @@ def test_weights_decoded_at_load_are_as_large_in_memory_as_before() -> None:
     computed = optimize(small_model(outputs=48), passes=[QuantizeWeights(form="compute")], force=True).report
     assert computed.after.resident_bytes is not None
     assert computed.after.resident_bytes < 0.3 * 64 * 48 * 4
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_listed_only_where_they_are_asked_for() -> None:
+    results = [optimize(mlp_model(), passes=[Simplify()], timing=False, layers=layers) for layers in (False, True)]
+    assert [bool(result.report.layers) for result in results] == [False, True]
+
+
+def test_layers_that_cannot_be_observed_do_not_cost_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(judge: Judge, original: Model, new: Model) -> None:
+        message = "the tensors cannot be shown"
+        raise RuntimeFailure(message)
+
+    monkeypatch.setattr(Judge, "layer_table", refuse)
+    report = optimize(mlp_model(), passes=[Simplify()], timing=False, layers=True).report
+    assert report.layers == []
+    assert "the layers are not listed: the tensors cannot be shown" in report.notes

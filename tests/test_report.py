@@ -197,8 +197,8 @@ def validator() -> jsonschema.Draft202012Validator:
 
 def test_the_schema_is_a_valid_schema_with_a_version():
     jsonschema.Draft202012Validator.check_schema(schema())
-    assert schema()["$id"] == "urn:onnxcomp:report:1.0"
-    assert sample_report().schema_version == "1.0"
+    assert schema()["$id"] == "urn:onnxcomp:report:1.1"
+    assert sample_report().schema_version == "1.1"
 
 
 @pytest.mark.parametrize(

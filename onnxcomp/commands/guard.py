@@ -17,9 +17,21 @@ from onnxcomp.report.text import duration_text, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BUDGET_NOT_MET", "STOPPED", "GuardedCommand", "emit_json", "parsed", "progress_to", "stdout_console"]
+__all__ = [
+    "BUDGET_NOT_MET",
+    "GIVEN",
+    "STOPPED",
+    "GuardedCommand",
+    "emit_json",
+    "parsed",
+    "progress_to",
+    "stdout_console",
+]
 
 BUDGET_NOT_MET = 3
+GIVEN = "onnxcomp.given"
+"""Where a command's context holds the words that it was given."""
+
 STOPPED = 130
 """As a shell counts a process that Ctrl-C ended."""
 
@@ -28,6 +40,11 @@ Value = TypeVar("Value")
 
 class GuardedCommand(click.Command):
     """A command whose failures are one line on stderr, and no traceback unless `-v` asks for one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note what was given, in `ctx.meta`, and parse it."""
+        ctx.meta[GIVEN] = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command.

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.commands.guard import BUDGET_NOT_MET, GuardedCommand, emit_json, parsed, progress_to, stdout_console
+from onnxcomp.commands.guard import (
+    BUDGET_NOT_MET,
+    GIVEN,
+    GuardedCommand,
+    emit_json,
+    parsed,
+    progress_to,
+    stdout_console,
+)
 from onnxcomp.commands.options import (
     check_code,
     data_options,
@@ -71,6 +80,7 @@ def _target(text: str) -> str:
 @click.option("--replay", type=click.Path(path_type=Path), help="Take over the decisions of an earlier run's report.")
 @click.option("--no-resume", is_flag=True, help="Start over instead of going on with an interrupted run.")
 @json_option
+@click.option("--report", "page_path", metavar="PATH", help="Write a page to show to others: one HTML file.")
 @output_options
 @click.pass_context
 def optimize_command(ctx: click.Context, /, **options: Any) -> None:
@@ -83,21 +93,22 @@ def optimize_command(ctx: click.Context, /, **options: Any) -> None:
     asked for.
     """
     source: Path = options.pop("model")
-    quiet, verbose, json_path = (options.pop(name) for name in ("quiet", "verbose", "json_path"))
+    quiet, verbose = (options.pop(name) for name in ("quiet", "verbose"))
+    json_path, page_path = options.pop("json_path"), options.pop("page_path")
     targets: tuple[str, ...] = options.pop("targets")
     output: Path | None = options.pop("output")
     arguments, asked_budget = _arguments(options)
     targets = targets or ((arguments.pop("target"),) if "target" in arguments else ())
-    jobs = list(_jobs(source, output, json_path, targets))
+    jobs = list(_jobs(source, output, json_path, page_path, targets))
     if len(jobs) > 1:
         from onnxcomp.pipeline import Shared
 
         arguments["shared"] = Shared()
     _check_files(source, jobs, [arguments.get("data"), options["recipe"], options["replay"]])
     met = True
-    for target, path, report_path in jobs:
-        arguments["target"] = target
-        met &= _run(source, path, report_path, arguments, quiet=quiet, verbose=verbose)
+    for job in jobs:
+        arguments["target"] = job.target
+        met &= _run(source, job, arguments, ctx.meta[GIVEN], quiet=quiet, verbose=verbose)
     if asked_budget and not met:
         ctx.exit(BUDGET_NOT_MET)
 
@@ -157,13 +168,23 @@ def _recipe(path: Path | None, passes: tuple[Any, ...], *, allow_code: bool) -> 
     return load_recipe(path, allow_code=allow_code)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A target, and where its model, its JSON report and its page go."""
+
+    target: str | None
+    model: Path
+    json: str | None
+    page: Path | None
+
+
 def _jobs(
-    source: Path, output: Path | None, json_path: str | None, targets: tuple[str, ...]
-) -> Iterator[tuple[str | None, Path, str | None]]:
-    """For each target: its name, where its model goes, and where its report."""
+    source: Path, output: Path | None, json_path: str | None, page_path: str | None, targets: tuple[str, ...]
+) -> Iterator[_Job]:
+    """A job for each target."""
     if len(targets) < 2:
         path = output or source.with_name(f"{source.stem}.opt.onnx")
-        yield (targets[0] if targets else None), path, json_path
+        yield _Job(targets[0] if targets else None, path, json_path, Path(page_path) if page_path else None)
         return
     if output is None:
         message = "several targets are written to a folder; give one with -o"
@@ -173,8 +194,10 @@ def _jobs(
         raise OptionError(message)
     _make_folder(output)
     for target in dict.fromkeys(targets):
-        named = Path(json_path).with_suffix(f".{target}{Path(json_path).suffix}") if json_path else None
-        yield target, output / f"{source.stem}.{target}.onnx", str(named) if named else None
+        named, page = (
+            Path(path).with_suffix(f".{target}{Path(path).suffix}") if path else None for path in (json_path, page_path)
+        )
+        yield _Job(target, output / f"{source.stem}.{target}.onnx", str(named) if named else None, page)
 
 
 def _make_folder(path: Path) -> None:
@@ -185,33 +208,40 @@ def _make_folder(path: Path) -> None:
         raise OutputError(message) from error
 
 
-def _check_files(source: Path, jobs: list[tuple[str | None, Path, str | None]], read: list[Any]) -> None:
+def _check_files(source: Path, jobs: list[_Job], read: list[Any]) -> None:
     """Refuse outputs that cannot be written, or would overwrite what is read, before any work starts."""
     from onnxcomp.files import check_writable
     from onnxcomp.structure import model_files
 
     inputs = (*model_files(source), *(Path(path) for path in read if path))
-    for _, path, report_path in jobs:
-        check_writable(path, inputs=inputs)
-        if report_path not in {None, "-"}:
-            report = Path(str(report_path))
-            check_writable(report, inputs=(*inputs, path))
-            if report.absolute() == path.absolute():
-                message = f"-o and --json both name {str(path)!r}; give one of them another name"
+    for job in jobs:
+        check_writable(job.model, inputs=inputs)
+        taken = {job.model.absolute(): "-o"}
+        json_path = Path(job.json) if job.json not in {None, "-"} else None
+        for option, report in (("--json", json_path), ("--report", job.page)):
+            if report is None:
+                continue
+            check_writable(report, inputs=(*inputs, job.model))
+            other = taken.setdefault(report.absolute(), option)
+            if other != option:
+                message = f"{other} and {option} both name {str(report)!r}; give one of them another name"
                 raise OptionError(message)
 
 
-def _run(
-    source: Path, path: Path, report_path: str | None, arguments: dict[str, Any], *, quiet: bool, verbose: bool
-) -> bool:
+def _run(source: Path, job: _Job, arguments: dict[str, Any], given: list[str], *, quiet: bool, verbose: bool) -> bool:
     """Optimize for one target, write and show what came of it; whether the result is inside the budget."""
     from onnxcomp.pipeline import optimize
     from onnxcomp.report import print_report, to_json
+    from onnxcomp.report.page import write_page
 
+    asked: dict[str, Any] = {"layers": True} if job.json is not None or job.page is not None else {}
     with progress_to(verbose=verbose, quiet=quiet) as progress:
-        result = optimize(source, progress=progress, **arguments)
-        result.save(path)
-    taken = emit_json(to_json(result.report), report_path)
+        result = optimize(source, progress=progress, **asked, **arguments)
+        result.save(job.model)
+    result.report.options["command"] = given
+    taken = emit_json(to_json(result.report), job.json)
+    if job.page is not None:
+        write_page(result.report, job.page)
     if not quiet and not taken:
         print_report(result.report, stdout_console(), verbose=verbose)
     return bool(result.report.budget_met)

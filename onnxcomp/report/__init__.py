@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from onnxcomp.report.document import schema, to_json, write_json
+from onnxcomp.report.document import from_json, read_json, schema, to_json, write_json
 from onnxcomp.report.html import html_summary
 from onnxcomp.report.plain import plain_text
 
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from onnxcomp.ledger import Report
 
-__all__ = ["html_summary", "plain_text", "print_report", "schema", "to_json", "write_json"]
+__all__ = [
+    "from_json",
+    "html_summary",
+    "plain_text",
+    "print_report",
+    "read_json",
+    "schema",
+    "to_json",
+    "write_json",
+]
 
 
 def print_report(report: Report, console: Console, *, verbose: bool = False) -> None:

@@ -7,14 +7,23 @@ import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from onnxcomp.errors import OptionError
 from onnxcomp.files import check_writable, replaced_whole
+from onnxcomp.report.checking import first_mismatch
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from onnxcomp.ledger import Report
 
-__all__ = ["jsonable", "schema", "to_json", "write_json", "write_text"]
+Made = TypeVar("Made", bound="DataclassInstance")
+
+__all__ = ["from_json", "jsonable", "read_json", "schema", "to_json", "write_json", "write_text"]
+
+LARGEST_BYTES = 1 << 28
+"""A report of 100,000 layers has a third of that; what is larger is something else."""
 
 
 def to_json(report: Report) -> str:
@@ -29,6 +38,70 @@ def write_json(report: Report, path: str | Path) -> None:
         OutputError: It cannot be written.
     """
     write_text(to_json(report), path)
+
+
+def read_json(path: str | Path) -> Report:
+    """Read a report that `write_json` wrote, in this version or an earlier one of the same form.
+
+    Raises:
+        OptionError: It cannot be read, or is not such a report.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            message = f"{path}: expected a report as --json writes it, got a file of more than 256 MB"
+            raise OptionError(message)
+        text = path.read_bytes()
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror})"
+        raise OptionError(message) from error
+    return from_json(text, str(path))
+
+
+def from_json(text: str | bytes, name: str = "the report") -> Report:
+    """The report that `to_json` wrote.
+
+    Args:
+        text: The JSON.
+        name: What to call it in an error.
+
+    Raises:
+        OptionError: It is not such a report.
+    """
+    try:
+        loaded = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        message = f"{name}: expected a report as --json writes it, got what is no JSON ({error})"
+        raise OptionError(message) from error
+    if (wrong := first_mismatch(loaded, schema())) is not None:
+        message = f"{name}: is not a report as --json writes it: {wrong}"
+        raise OptionError(message)
+    return _report(loaded)
+
+
+def _no_number(text: str) -> object:
+    message = f"{text} is none"
+    raise ValueError(message)
+
+
+def _report(loaded: dict[str, Any]) -> Report:
+    """The report that checked data tell of."""
+    from onnxcomp.ledger import Attempt, Figures, PassEntry, Report, StageEntry
+
+    def stage(entry: dict[str, Any]) -> StageEntry:
+        attempts = [
+            _known(Attempt, {**attempt, "passes": [_known(PassEntry, step) for step in attempt["passes"]]})
+            for attempt in entry["attempts"]
+        ]
+        return _known(StageEntry, {**entry, "attempts": attempts})
+
+    figures = {name: _known(Figures, loaded[name]) for name in ("before", "after")}
+    return _known(Report, {**loaded, **figures, "stages": [stage(entry) for entry in loaded["stages"]]})
+
+
+def _known(made: type[Made], values: Mapping[str, Any]) -> Made:
+    """An object of the fields that this version knows."""
+    return made(**{name: value for name, value in values.items() if name in made.__dataclass_fields__})
 
 
 def write_text(text: str, path: str | Path) -> None:

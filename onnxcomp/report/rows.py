@@ -44,7 +44,18 @@ class Figured(Protocol):
     def data(self) -> Mapping[str, Any]: ...
 
 
-__all__ = ["Line", "Row", "figure_rows", "ledger_lines", "outcome", "summary_lines", "title"]
+__all__ = [
+    "Line",
+    "Row",
+    "attempt_setting",
+    "figure_rows",
+    "ledger_lines",
+    "options_text",
+    "outcome",
+    "summary_lines",
+    "tables",
+    "title",
+]
 
 ALIKE_SHOWN = 3
 """Places that share one reason are named up to this many; the rest are counted."""
@@ -200,7 +211,7 @@ def _quality_rows(report: Figured) -> Iterator[Row]:
 
 
 def _interval(figures: Figures) -> str:
-    if figures.drop_interval is None:
+    if figures.drop_interval is None or None in figures.drop_interval:  # an infinite end is null in the JSON
         return ""
     low, high = figures.drop_interval
     return f"{signed(low)} to {signed(high)}"
@@ -258,21 +269,26 @@ def ledger_lines(report: Report, *, verbose: bool) -> Iterator[Line]:
         several = len(stage.attempts) > 1
         for number, attempt in enumerate(stage.attempts, start=1):
             if several:
-                yield _attempt_line(number, attempt, stage.attempts)
+                yield _attempt_line(number, stage.attempts)
             for entry in attempt.passes:
                 yield from _pass_lines(entry, depth=2 if several else 1, verbose=verbose)
 
 
-def _attempt_line(number: int, attempt: Attempt, attempts: Sequence[Attempt]) -> Line:
-    """An attempt, named by the options that tell it from the others."""
+def attempt_setting(number: int, attempts: Sequence[Attempt]) -> str:
+    """The options that tell an attempt, counted from 1, from the first one."""
     first = {(entry.name, key): value for entry in attempts[0].passes for key, value in entry.options.items()}
     differing = [
         f"{key}={_value_text(value)}"
-        for entry in attempt.passes
+        for entry in attempts[number - 1].passes
         for key, value in entry.options.items()
         if number > 1 and first.get((entry.name, key)) != value
     ]
-    label = f"form {number}" + (f": {_short(', '.join(differing))}" if differing else "")
+    return _short(", ".join(differing))
+
+
+def _attempt_line(number: int, attempts: Sequence[Attempt]) -> Line:
+    attempt, setting = attempts[number - 1], attempt_setting(number, attempts)
+    label = f"form {number}" + (f": {setting}" if setting else "")
     return Line(1, attempt.verdict, printable(label), printable(attempt.reason), duration_text(attempt.seconds))
 
 
@@ -281,12 +297,13 @@ def _pass_lines(entry: PassEntry, *, depth: int, verbose: bool) -> Iterator[Line
         yield Line(depth, "", "note", printable(note))
     if not verbose:
         return
-    yield Line(depth, "", printable(entry.name), _options_text(entry), duration_text(entry.seconds))
+    yield Line(depth, "", printable(entry.name), options_text(entry), duration_text(entry.seconds))
     yield from _places(entry.changed, "what", "changed", depth + 1)
     yield from _places(entry.left, "why", "left", depth + 1)
 
 
-def _options_text(entry: PassEntry) -> str:
+def options_text(entry: PassEntry) -> str:
+    """The options of a pass as `-p NAME:option=value` takes them, long values cut."""
     options = ", ".join(f"{key}={_short(_value_text(value))}" for key, value in entry.options.items())
     return printable(options)
 

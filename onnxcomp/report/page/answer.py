@@ -1,0 +1,177 @@
+"""What stands on top of the page: the figures before and after, and the commands that come next."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from onnxcomp.report.rows import Row, figure_rows
+from onnxcomp.report.text import bytes_text, count_text, error_text, printable, signed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from onnxcomp.ledger import Figures, Report
+
+__all__ = ["Card", "Step", "cards", "evidence_text", "next_steps"]
+
+PLACEHOLDER = "DATA"
+"""Stands for the path of the samples where a report does not tell it."""
+
+_EVIDENCE = {
+    "measured": "timed in turn with the original on the machine below, which is the target",
+    "same kernels": "not timed: ONNX Runtime makes the same program of both",
+    "executed": "run on the target, but timed by no clock that can be trusted",
+    "estimated": "an estimate from the kernels that ONNX Runtime chooses; nothing was timed",
+    "not measured": "nothing was timed",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure before and after. `tone`: "good", "bad" or "" for how the change is to be seen."""
+
+    title: str
+    before: str
+    after: str
+    change: str
+    tone: str
+    details: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that the reader may want to run, and what for."""
+
+    what: str
+    command: str
+    note: str = ""
+
+
+def evidence_text(label: str) -> str:
+    """How a speed is known, in words."""
+    return _EVIDENCE.get(label, printable(label))
+
+
+def cards(report: Report) -> list[Card]:
+    """The four figures: size, latency, accuracy, share of the work in int8."""
+    rows = {row.label.partition(",")[0]: row for row in figure_rows(report)}
+    return [_size(rows), _latency(report, rows), _accuracy(report), _int8(report, rows)]
+
+
+def _size(rows: dict[str, Row]) -> Card:
+    row = rows.get("size", Row("size"))
+    details = []
+    if deflated := rows.get("deflated"):
+        details.append(f"deflated {deflated.before} \N{RIGHTWARDS ARROW} {deflated.after}, {deflated.change}")
+    return Card("Size", row.before, row.after, row.change, _tone(row.good), details)
+
+
+def _latency(report: Report, rows: dict[str, Row]) -> Card:
+    row = rows.get("latency", Row("latency", "-", "-"))
+    label = report.after.latency_evidence
+    before, after = (text.replace("+-", "\N{PLUS-MINUS SIGN}") for text in (row.before, row.after))
+    details = [f"{printable(label)}: {evidence_text(label)}"]
+    if "+-" in row.after:
+        details.append("median of one run; \N{PLUS-MINUS SIGN} is half the way from the 10th to the 90th percentile")
+    return Card("Latency", before or "-", after or "-", row.change, _tone(row.good), details)
+
+
+def _accuracy(report: Report) -> Card:
+    old, new = report.before, report.after
+    if new.drop is None:
+        return _error_card(report)
+    limit = report.budget.get("max_drop")
+    inside = limit is None or new.drop <= limit
+    details = list(_drop_details(new, limit))
+    if report.quality == "expected-drop" or new.metric is None:
+        details.append("without labels: estimated from how sure the original is of its own answers")
+        return Card("Expected drop", "0", signed(new.drop), "", _tone(inside), details)
+    name = printable((report.metric or {}).get("name", "metric"))
+    before = "-" if old.metric is None else f"{old.metric:.4f}"
+    return Card(f"Accuracy ({name})", before, f"{new.metric:.4f}", f"drop {signed(new.drop)}", _tone(inside), details)
+
+
+def _drop_details(new: Figures, limit: float | None) -> Iterator[str]:
+    if new.drop_interval is not None and None not in new.drop_interval:
+        low, high = new.drop_interval
+        yield f"95 % interval of the drop {signed(low)} to {signed(high)}"
+    if limit is not None and new.drop is not None:
+        yield f"budget {limit:g}: {'met' if new.drop <= limit else 'NOT met'}"
+
+
+def _error_card(report: Report) -> Card:
+    error, limit = report.after.error, report.budget.get("max_error")
+    if error is None:
+        return Card("Relative error", "-", "-", "", "", ["was not measured"])
+    if report.data.get("generated"):
+        note = "on made-up inputs, as there were no data: it says nothing of accuracy"
+        return Card("Relative error", "0", error_text(error), "", "", [note])
+    details = [] if limit is None else [f"budget {error_text(limit)}: {'met' if error <= limit else 'NOT met'}"]
+    return Card("Relative error", "0", error_text(error), "", _tone(limit is None or error <= limit), details)
+
+
+def _int8(report: Report, rows: dict[str, Row]) -> Card:
+    row = rows.get("MACs in int8", Row("", "-", "-"))
+    details = []
+    if report.after.macs:
+        details.append(f"{count_text(report.after.macs)} multiply-accumulates a run")
+    if report.after.resident_bytes:
+        details.append(f"{bytes_text(report.after.resident_bytes)} of weights in memory once loaded")
+    return Card("Work in int8", row.before, row.after, "", _tone(row.good), details)
+
+
+def _tone(good: bool | None) -> str:
+    return {True: "good", False: "bad", None: ""}[good]
+
+
+# --- what to do next --------------------------------------------------------------------------------------------------
+
+
+def next_steps(report: Report) -> list[Step]:
+    """The command that makes the model again, and the one that verifies it."""
+    source = str(report.model.get("path") or "ORIGINAL.onnx")
+    output = str((report.output or {}).get("path") or f"{PurePath(source).stem}.opt.onnx")
+    command = report.options.get("command")
+    if isinstance(command, list) and all(isinstance(word, str) for word in command):
+        again = Step("Do it again", _line(["onnxcomp", "optimize", *command]), "as it was run")
+    else:
+        again = Step(
+            "Do it again", _line(_rebuilt(report, source, output)), f"put the path of your samples for {PLACEHOLDER}"
+        )
+    data = [] if report.data.get("generated") else ["--data", _data_path(command)]
+    verify = ["onnxcomp", "verify", source, output, "--target", report.target, *data]
+    note = f"put the path of your samples for {PLACEHOLDER}" if PLACEHOLDER in verify else ""
+    return [again, Step("Verify the result as its target runs it", _line(verify), note)]
+
+
+def _data_path(command: object) -> str:
+    """The samples that the command named."""
+    words = [str(word) for word in command] if isinstance(command, list) else []
+    for index, word in enumerate(words):
+        if word == "--data" and index + 1 < len(words):
+            return words[index + 1]
+        if word.startswith("--data="):
+            return word.partition("=")[2]
+    return PLACEHOLDER
+
+
+def _rebuilt(report: Report, source: str, output: str) -> list[str]:
+    """The command line that a report without one tells of."""
+    options = report.options
+    words = ["onnxcomp", "optimize", source]
+    words += [] if report.data.get("generated") else ["--data", PLACEHOLDER]
+    words += ["--metric", str(report.metric["name"])] if report.metric and report.metric.get("name") else []
+    words += [word for name, flag in (("max_drop", "--max-drop"), ("max_error", "--max-error"))
+              if (limit := report.budget.get(name)) is not None for word in (flag, f"{limit:g}")]  # fmt: skip
+    words += ["--target", report.target, "--threads", str(report.environment.get("threads", 1))]
+    words += ["--seed", str(options.get("seed") or 0)]
+    words += ["--force"] if options.get("force") else []
+    words += ["--no-timing"] if options.get("timing") is False else []
+    return [*words, "-o", output]
+
+
+def _line(words: list[str]) -> str:
+    return printable(shlex.join(words))

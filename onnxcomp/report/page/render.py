@@ -1,0 +1,148 @@
+"""Puts the page together: a template, a style, a script and a charting library, all in one file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from onnxcomp.report.document import jsonable
+from onnxcomp.report.page.answer import cards, next_steps
+from onnxcomp.report.page.candidates import candidates, chart_data
+from onnxcomp.report.page.history import curves, measured, stages, time_line
+from onnxcomp.report.page.layers import layer_data
+from onnxcomp.report.rows import figure_rows, outcome, summary_lines, title
+from onnxcomp.report.text import printable
+
+if TYPE_CHECKING:
+    from onnxcomp.ledger import Report
+
+__all__ = ["page_html"]
+
+SOURCE_MAP = "//# sourceMappingURL="
+"""A comment by which developers' tools ask for a further file, which is not there."""
+
+
+def page_html(report: Report) -> str:
+    """Write a report as one HTML page that needs nothing else.
+
+    Every text of the report is escaped. The page forbids itself, in a Content-Security-Policy, to load anything, and to
+    run any script but its own, whose hashes it names.
+
+    Args:
+        report: The report, as `from_json` gives it.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_file("page.html.jinja"))
+    style, script, library = _file("page.css"), _file("page.js"), _library()
+    return template.render(
+        **_view(report),
+        policy=_policy(style, [library, script]),
+        style=_inline(style),
+        script=_inline(script),
+        library=_inline(library),
+        licence=_file("vendor/chart-LICENSE.txt"),
+    )
+
+
+def _view(report: Report) -> dict[str, Any]:
+    """What the template shows."""
+    tried = candidates(report)
+    data = {
+        "candidates": chart_data(report, tried),
+        "layers": layer_data(report),
+        "time": time_line(report),
+        "curves": curves(report),
+    }
+    verdict = printable(report.verdict)
+    return {
+        "title": title(report).replace(" -> ", " \N{RIGHTWARDS ARROW} "),
+        "verdict": verdict[:1].upper() + verdict[1:],
+        "outcome": outcome(report),
+        "summary": "; ".join(summary_lines(report)),
+        "cards": cards(report),
+        "figures": [(row.label, row.before, row.after, row.change) for row in figure_rows(report)],
+        "steps": next_steps(report),
+        "warnings": [printable(text) for text in report.warnings],
+        "notes": [printable(text) for text in report.notes],
+        "tried": tried,
+        "relative": report.quality == "relative-error",
+        "stages": stages(report),
+        "measured": measured(report),
+        "facts": _facts(report),
+        "data": data,
+        "embedded": _embedded(data),
+    }
+
+
+def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the figures depend on, in groups."""
+    host = {name: value for name, value in report.environment.items() if name != "versions"}
+    groups = [
+        ("Original", report.model),
+        ("Result", report.output or {}),
+        ("Samples", report.data),
+        ("Run", {"target": report.target, "created": report.created, "seconds": round(report.seconds, 1)}),
+        ("Budget", report.budget),
+        ("Options", {name: value for name, value in report.options.items() if name != "command"}),
+        ("Machine", host),
+        ("Versions", {**report.environment.get("versions", {}), "report": report.schema_version}),
+    ]
+    return [
+        (name, [(printable(key.replace("_", " ")), _fact(value)) for key, value in values.items()])
+        for name, values in groups
+        if values
+    ]
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return printable(" ".join(map(str, value))) or "-"
+    if isinstance(value, dict):
+        return printable(", ".join(f"{key}={item}" for key, item in value.items())) or "-"
+    return f"{value:,}" if isinstance(value, int) else printable(value)
+
+
+# --- what is put into the page as it is -------------------------------------------------------------------------------
+
+
+def _file(name: str) -> str:
+    return resources.files("onnxcomp.report.page").joinpath(name).read_text(encoding="utf-8")
+
+
+def _library() -> str:
+    return _file("vendor/chart.umd.min.js").partition(SOURCE_MAP)[0]
+
+
+def _inline(code: str) -> Any:
+    """Code of ours or of the library, which the template must not escape."""
+    from markupsafe import Markup
+
+    return Markup(code)  # package data, which no report reaches
+
+
+def _embedded(data: object) -> Any:
+    """JSON that cannot end the script element that it is in, and whose letters mean nothing to HTML."""
+    from markupsafe import Markup
+
+    text = json.dumps(jsonable(data), allow_nan=False, separators=(",", ":"))
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return Markup(text)  # ASCII without < > &
+
+
+def _policy(style: str, scripts: list[str]) -> str:
+    allowed = " ".join(_digest(script) for script in scripts)
+    return f"default-src 'none'; style-src {_digest(style)}; script-src {allowed}; base-uri 'none'; form-action 'none'"
+
+
+def _digest(code: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"

@@ -1,0 +1,273 @@
+"""The report's page in a real browser, opened from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from onnxcomp.ledger import PassEntry, Report
+from onnxcomp.report import from_json, to_json
+from onnxcomp.report.page import page_html
+from tests.reports import large_report, layer, sample_report
+from tests.test_demo_runs import CHROMIUM, QUIET
+from tests.test_report_page import hostile_report
+
+pytestmark = pytest.mark.slow
+
+AXE = "axe-core@4.14.1"
+AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
+ROWS_A_PAGE = 25
+WHOLE_SECONDS = 5
+"""In which a page of 20,000 layers is there, sorted and searched."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not Path(CHROMIUM).exists():
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+def full_report() -> Report:
+    """A report with something for each chart and table."""
+    names = [f"/features/{index}/Conv" for index in range(60)]
+    layers = [
+        layer(
+            name,
+            error=index / 100,
+            weight_bytes_before=1000 + index,
+            reason="its bias is float" if index == 7 else None,
+        )
+        for index, name in enumerate(names)
+    ]
+    report = sample_report(layers=layers)
+    curves = {
+        "title": "accuracy against sparsity",
+        "columns": ["weight", "error at 50%", "error at 75%", "error at 90%"],
+        "rows": [[name, 0.01 * index, 0.02 * index, 0.04 * index] for index, name in enumerate(names[:4])],
+    }
+    report.stages[-1].attempts[-1].passes.append(PassEntry("prune", {}, tables=[curves], notes=["a note"]))
+    report.stages[-1].attempts[0].drop = 0.4
+    return report
+
+
+@pytest.fixture
+def shown(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Page]]:
+    """Opens a report's page from disk; in the end it must have said nothing and asked for nothing but itself."""
+    contexts: list[BrowserContext] = []
+    said: list[str] = []
+    asked: list[str] = []
+    path = tmp_path / "report.html"
+
+    def show(report: Report, **options: Any) -> Page:
+        path.write_text(page_html(from_json(to_json(report))), encoding="utf-8")
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        context.on("request", lambda request: asked.append(request.url))
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-ready]")
+        return page
+
+    yield show
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert set(asked) == {path.as_uri()}
+
+
+def column(page: Page, key: str) -> list[str]:
+    """The cells of a column of the table of layers, by its title."""
+    place = page.locator("#table thead th").evaluate_all(
+        "(cells, key) => cells.findIndex(c => c.dataset.key === key)", key
+    )
+    return page.locator(f"#table tbody tr > :nth-child({place + 1})").all_inner_texts()
+
+
+def header(page: Page, title: str) -> Any:
+    return page.locator("#table thead").get_by_role("button", name=title, exact=True)
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_chart_has_drawn_a_mark_for_each_thing_that_it_shows(shown):
+    page = shown(full_report())
+    marks = [
+        (figure.get_attribute("data-chart"), figure.locator("canvas").get_attribute("data-marks"))
+        for figure in page.locator("figure").all()
+    ]
+    # Two candidates, the original, the result, the budget's two ends, and a front of three.
+    assert marks == [("candidates", "9"), ("candidates", "9"), ("time", "3"), ("curves", "12")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_each_chart_has_ink_in_the_colours_of_the_scheme(shown, scheme):
+    page = shown(full_report(), color_scheme=scheme)
+    inked = page.locator("canvas").evaluate_all(
+        """canvases => canvases.map(canvas => {
+            const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+            return pixels.filter((_, index) => index % 4 === 3 && pixels[index] > 200).length;
+        })"""
+    )
+    assert len(inked) == 4
+    assert min(inked) > 500
+
+
+def test_the_charts_follow_a_change_of_the_colour_scheme(shown):
+    page = shown(full_report(), color_scheme="light")
+    shot = "document.querySelector('canvas').toDataURL()"
+    light = page.evaluate(shot)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"light => {shot} !== light", arg=light)
+
+
+def test_a_loss_far_over_the_budget_is_drawn_at_the_edge_and_told(shown):
+    page = shown(full_report())
+    hint = page.locator('figure[data-chart="candidates"] .hint').first.inner_text()
+    assert hint == "1 with more than 0.020 is drawn at the upper edge, as a triangle."
+
+
+# --- the table of layers ----------------------------------------------------------------------------------------------
+
+
+def test_the_worst_layers_come_first_a_page_at_a_time(shown):
+    page = shown(full_report())
+    errors = [float(text.removesuffix("%")) for text in column(page, "error")]
+    assert errors == [float(number) for number in range(59, 59 - ROWS_A_PAGE, -1)]
+    assert page.inner_text("#count").startswith("Rows 1 to 25 of ")
+
+
+def test_a_header_sorts_and_sorts_the_other_way_when_pressed_again(shown):
+    page = shown(full_report())
+    header(page, "Layer").click()
+    first = column(page, "layer")
+    header(page, "Layer").click()
+
+    assert first == sorted(first)
+    assert column(page, "layer")[0] == "bn1" or column(page, "layer")[0].startswith("node")
+    assert page.locator('#table th[data-key="layer"]').get_attribute("aria-sort") == "descending"
+    assert page.locator("#table th[aria-sort]").count() == 1
+
+
+def test_searching_shows_the_rows_that_have_every_word(shown):
+    page = shown(full_report())
+    page.fill("#search", "bias FLOAT")
+    assert column(page, "layer") == ["/features/7/Conv"]
+    page.fill("#search", "no such thing")
+    assert page.inner_text("#count").startswith("None of ")
+
+
+def test_only_layers_that_were_left_can_be_shown(shown):
+    page = shown(full_report())
+    page.select_option("#filter", "left")
+    assert set(column(page, "layer")) == {"/head/Gemm", *(f"node{index}" for index in range(5))}
+
+
+def test_the_table_is_worked_with_the_keyboard_alone(shown):
+    page = shown(full_report())
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.locator("#search").focus()
+    page.keyboard.type("features/1")
+    assert len(column(page, "layer")) == 11
+    header(page, "Bytes before").focus()
+    page.keyboard.press("Enter")
+    assert column(page, "layer")[0] == "/features/19/Conv"
+    page.locator("#search").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.press("Delete")
+    page.locator("#following").focus()
+    page.keyboard.press("Space")
+    assert page.inner_text("#page").startswith("Page 2 of ")
+
+
+def test_20000_layers_are_there_sorted_and_searched_in_5_seconds(shown):
+    report = large_report(20_000)
+    path_clock = "performance.now()"
+    page = shown(report)
+    header(page, "Layer").click()
+    page.fill("#search", "layers.2499 block.7")
+    assert column(page, "layer") == ["/encoder/layers.2499/block.7/attention/query/MatMul"]
+    assert page.evaluate(path_clock) < WHOLE_SECONDS * 1000  # since the page was opened
+
+
+# --- safe, readable, usable -------------------------------------------------------------------------------------------
+
+
+def test_a_hostile_report_does_nothing(shown):
+    page = shown(hostile_report())
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 3
+    assert column(page, "layer")[0].startswith("</script><script>alert(1)</script>")
+
+
+@pytest.mark.parametrize("width", [320, 375, 768])
+@pytest.mark.parametrize("report", [full_report, hostile_report])
+def test_nothing_sticks_out_on_a_small_screen(shown, report, width):
+    page = shown(report(), viewport={"width": width, "height": 700})
+    page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_it_prints_without_what_only_a_screen_can_do(shown):
+    page = shown(full_report(), color_scheme="dark")
+    page.emulate_media(media="print")
+    assert not page.locator(".copy, .tools, .pager").locator("visible=true").count()
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_charts_are_printed_in_the_light_colours_and_shown_in_the_dark_ones_again(shown):
+    shot = "document.querySelector('canvas').toDataURL()"
+    light = shown(full_report(), color_scheme="light").evaluate(shot)
+    page = shown(full_report(), color_scheme="dark")
+    dark = page.evaluate(shot)
+
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    printed = page.evaluate(shot)
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+
+    assert printed == light != dark
+    assert page.evaluate(shot) == dark
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The accessibility checks of axe-core, fetched from the npm registry."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("there is no npm: apt-get install npm")
+    folder = tmp_path_factory.mktemp("axe")
+    if subprocess.run([npm, "pack", "--silent", AXE], cwd=folder, stdin=subprocess.DEVNULL).returncode:
+        pytest.skip(f"{AXE} cannot be fetched here")
+    [archive] = folder.glob("*.tgz")
+    shutil.unpack_archive(archive, folder, filter="data")
+    text = (folder / "package" / "axe.min.js").read_bytes()
+    assert hashlib.sha256(text).hexdigest() == AXE_SHA256
+    return text.decode()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_axe_finds_no_violation(shown, axe, scheme, width):
+    page = shown(full_report(), color_scheme=scheme, viewport={"width": width, "height": 900})
+    page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
+    page.evaluate(axe)
+    found = page.evaluate("axe.run().then(found => found.violations)")
+    told = [(one["id"], one["help"], [node["html"] for node in one["nodes"]]) for one in found]
+    assert told == [], json.dumps(told, indent=2)
