@@ -32,6 +32,7 @@ from onnxcomp.pairs import (
 from onnxcomp.quality import Array, Quality, Reference, flatten, relative_error, to_decibels, trim
 from onnxcomp.runtime import Runtime, Timing, explain
 from onnxcomp.targets import Target, find_target, host_target
+from onnxcomp.trial_runs import Trial
 
 __all__ = ["Comparison", "compare", "shortfalls"]
 
@@ -136,7 +137,10 @@ def compare(
         task = chosen_metric(metric, samples, allow_code=allow_code)
         paths = [model_file(model, Path(folder) / f"{index}.onnx") for index, model in enumerate(models)]
         names = common_outputs(runtime, paths)
-        reference, losses, sqnr_db = _qualities(runtime, paths, names, samples, task, seed)
+        trial = Trial(models[0], lambda: paths[0], runtime, seed, shapes or static_shapes(specs))
+        (reference, losses, sqnr_db), samples = trial.use(
+            samples, lambda fed: _qualities(runtime, paths, names, fed, task, seed)
+        )
         feed = next(iter(samples.subset([0]).batches(1))).inputs
         timings: Sequence[Timing | None] = (None, None)
         if timing and chosen.is_host:
