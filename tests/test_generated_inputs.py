@@ -390,6 +390,17 @@ def test_ids_that_are_compared_with_other_numbers_are_a_mask(row: list[int]):
     assert set(ids.ravel().tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize(("name", "shape"), [("scales", [3]), ("noise_scale", []), ("speed", [1]), ("temperature", [])])
+def test_a_factor_that_a_user_sets_is_1(name: str, shape: list[int | str | None]):
+    values = all_of(generate(model([("ids", INT64, ["N", "L"]), (name, FLOAT, shape)])), name)
+
+    assert set(values.ravel().tolist()) == {1.0}
+
+
+def test_a_large_input_with_such_a_name_is_not_constant():
+    assert all_of(generate(model([("scale", FLOAT, ["N", 8])])), "scale").std() > 0.1
+
+
 def test_a_wanted_size_holds_for_axes_that_nothing_implies():
     proto = model(
         [("image", FLOAT, ["N", None, "H", "W"]), ("x", FLOAT, ["N", "L", None]), ("ids", INT64, ["N", "T"])],

@@ -44,7 +44,7 @@ def generate(
 
     What each input is follows from what the graph does with it, its type and shape, and its name: indices stay in
     the tables they index, masks are ones with some zeros at the end, images are smooth and in 0 to 1 (or 0 to 255),
-    recurrent states are near 0, a sample rate is 16000; other floats are normally distributed.
+    recurrent states are near 0, a sample rate is 16000, a speed or scale 1; other floats are normally distributed.
 
     Args:
         proto: The model; large weights may be stubs without data.
@@ -283,6 +283,8 @@ class _Maker:
             return lambda shape: self._rng.integers(0, 1000, shape)
         if _is_image(self._original, role):
             return self._image
+        if spec.rank <= 1 and re.search(r"(^|[^a-z])(scales?|speed|temperature)([^a-z]|$)", spec.name.lower()):
+            return np.ones  # a factor that a user sets: 1 changes nothing
         if role.positive:
             return lambda shape: 0.1 + np.abs(self._rng.standard_normal(shape))
         return self._rng.standard_normal
