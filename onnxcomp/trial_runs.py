@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from onnxcomp.data import Dataset, generate
 from onnxcomp.errors import RuntimeFailure
 from onnxcomp.model import Model
+from onnxcomp.quality import flatten
 from onnxcomp.runtime import Runtime
 
-__all__ = ["SIZES", "Trial"]
+__all__ = ["SIZES", "Trial", "agrees_with_itself"]
 
 SIZES = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 """What is tried in turn: powers of two, since layers halve sizes; the largest first, since it tests most."""
@@ -86,6 +89,12 @@ class Trial:
         except RuntimeFailure:
             return False
         return True
+
+
+def agrees_with_itself(runtime: Runtime, path: Path, feed: Mapping[str, Any]) -> bool:
+    """Return whether two runs of a model on one feed agree; random operators make them differ."""
+    first, second = (flatten(run) for run in runtime.run(path, [feed, feed]))
+    return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(first, second, strict=True))
 
 
 def _shapes(samples: Dataset) -> dict[str, tuple[int, ...]]:
