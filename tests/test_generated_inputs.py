@@ -383,6 +383,17 @@ def test_ids_that_are_compared_with_all_classes_are_of_all_classes():
     assert set(ids.ravel().tolist()) == set(range(40))
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stub_of_all_classes_is_taken_for_what_its_size_says(elsewhere: bool):
+    proto = one_hot(list(range(400)))
+    row = next(tensor for tensor in proto.graph.initializer if tensor.name == "row")
+    row.ClearField("raw_data")
+    if elsewhere:
+        row.data_location = TensorProto.EXTERNAL
+
+    assert all_of(generate(proto), "ids").max() > 300
+
+
 @pytest.mark.parametrize("row", [[0, 1], [3, 1, 2]])
 def test_ids_that_are_compared_with_other_numbers_are_a_mask(row: list[int]):
     ids = all_of(generate(one_hot(row)), "ids")

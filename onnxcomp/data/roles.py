@@ -41,7 +41,7 @@ _RECURRENT = frozenset(("GRU", "LSTM", "RNN"))
 # Fused transformers' embedding: the table that goes with each index input.
 _EMBED_TABLES = {0: 2, 1: 4}
 _SMALL = 16  # elements of a constant worth reading
-_FEWEST_CLASSES, _MOST_CLASSES = 3, 1 << 16  # of a one-hot; 0 and 1 alone are what masks are compared with
+_FEWEST_CLASSES = 3  # of a one-hot; 0 and 1 alone are what masks are compared with
 
 
 @dataclass
@@ -225,19 +225,19 @@ class Roles:
         return None
 
     def _classes(self, name: str) -> int | None:
-        """Return n where a tensor holds 0, 1, ... n - 1 along one axis, or None."""
+        """Return n where a tensor holds 0, 1, ... n - 1 along one axis, as far as a stub tells; or None."""
         import onnx
 
         tensor = self._tensors.get(name)
-        if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        count = max(tensor.dims, default=0) if tensor is not None else 0
+        if tensor is None or count < _FEWEST_CLASSES or int(np.prod(tensor.dims, dtype=object)) != count:
             return None
-        count = max(tensor.dims, default=0)
-        if not _FEWEST_CLASSES <= count <= _MOST_CLASSES or int(np.prod(tensor.dims, dtype=object)) != count:
-            return None
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return count
         try:
             values = onnx.numpy_helper.to_array(tensor).reshape(-1)
         except (ValueError, TypeError):
-            return None  # a stub has no values
+            return count  # a stub has no values; a long row that is compared is hardly anything else
         return count if values.dtype.kind in "iuf" and np.array_equal(values, np.arange(count)) else None
 
     def _size(self, name: str, axis: int) -> int | None:
