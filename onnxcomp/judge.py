@@ -16,9 +16,10 @@ from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
 from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
-from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference, flatten
+from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference
 from onnxcomp.runtime import Census, Feed, Runtime, Timing, explain
 from onnxcomp.targets import Target
+from onnxcomp.trial_runs import agrees_with_itself
 
 __all__ = ["Budget", "Judge", "Score"]
 
@@ -184,7 +185,7 @@ class Judge:
         self._shapes = {name: list(np.shape(value)) for name, value in self.feed.items()}
         self._references = {} if references is None else references
         self._computed_for = target.name if analysis.is_quantized(original) else None
-        self.deterministic = self._is_deterministic()
+        self.deterministic = agrees_with_itself(runtime, self.original_path, self.feed)
         self._few = select.subset(range(min(FEW_SAMPLES, select.size)))
         self._few_reference = self._refer(self._few, None, False, seed)
         self.rounding = ROUNDING_MARGIN * self._rounding()
@@ -199,11 +200,6 @@ class Judge:
         if key not in self._references:
             self._references[key] = Reference(data, self._run(self.original_path, data), metric, classifier, seed)
         return self._references[key]
-
-    def _is_deterministic(self) -> bool:
-        """Whether two runs on one sample agree; random operators make them differ."""
-        first, second = (flatten(run) for run in self.runtime.run(self.original_path, [self.feed, self.feed]))
-        return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(first, second, strict=True))
 
     def _rounding(self) -> float:
         """The original's own relative error between ONNX Runtime's optimized and unoptimized graphs: float rounding."""

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from onnxcomp import metrics, resume
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
 from onnxcomp.errors import DataError, ModelError, OptionError, RequirementError, RuntimeFailure
+from onnxcomp.first_run import first_judge, written_file
 from onnxcomp.fixed_shapes import made_static
 from onnxcomp.judge import Budget, Judge
 from onnxcomp.ledger import Report
@@ -30,13 +32,12 @@ from onnxcomp.reporting import build_report, file_facts, replayed_stages
 from onnxcomp.runtime import Runtime
 from onnxcomp.stages import Stage, default_stages, joined
 from onnxcomp.targets import Target, find_target, host_target
+from onnxcomp.trial_runs import Trial
 from onnxcomp.verdict import Kept, StageRunner
 
 __all__ = ["Budget", "Options", "Result", "Shared", "optimize"]
 
 GENERATED_SAMPLES = 8
-SHARES = {"calibrate": 0.5, "select": 0.25, "confirm": 0.25}
-"""Ranges are fitted, layers chosen and the final figures measured on samples of their own."""
 
 
 @dataclass
@@ -210,11 +211,13 @@ def optimize(
             threadpool_limits(blas_threads, user_api="blas"),
             Runtime(threads=threads, session_config=config, blas_threads=blas_threads) as runtime,
         ):
-            parts = samples.split(SHARES, seed) if not samples.generated else dict.fromkeys(SHARES, samples)
             options.progress("measuring the original")
             file = Path(source) if isinstance(source, str | Path) and original is loaded else None
             shared = shared or Shared()
-            judge = _judge(original, parts, options, runtime, workdir, chosen_metric, classifier, file, shared)
+            make = _judge_maker(original, options, runtime, workdir, chosen_metric, classifier, file, shared)
+            written = partial(written_file, original, file, workdir)
+            trial = Trial(original, written, runtime, seed, options.shapes)
+            judge, samples, parts = first_judge(make, samples, trial, lambda: _check_loads(runtime, written()))
             context = _context(options, parts["calibrate"], judge, runtime, workdir, started)
             context.activations = shared.activations
             runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
@@ -352,9 +355,8 @@ def _metric(options: Options, samples: Dataset) -> tuple[Metric | None, bool | N
     raise DataError(message)
 
 
-def _judge(
+def _judge_maker(
     original: Model,
-    parts: Mapping[str, Dataset],
     options: Options,
     runtime: Runtime,
     workdir: Path,
@@ -362,47 +364,30 @@ def _judge(
     classifier: bool | None,
     file: Path | None,
     shared: Shared,
-) -> Judge:
-    """The judge, which runs the original for the first time.
-
-    Raises:
-        ModelError: ONNX Runtime does not load the original.
-        DataError: The original does not run on generated inputs.
-    """
-    try:
-        return Judge(
-            original,
-            select=parts["select"],
-            confirm=parts["confirm"],
-            metric=metric,
-            budget=options.budget,
-            runtime=runtime,
-            target=options.target,
-            workdir=workdir,
-            seed=options.seed,
-            timing=options.timing,
-            classifier=classifier,
-            original_file=file,
-            references=shared.references,
-        )
-    except RuntimeFailure as error:
-        if not parts["select"].generated:
-            raise
-        _check_loads(original, runtime, workdir / "probe.onnx")
-        feed = next(iter(parts["select"].batches())).inputs
-        shapes = ", ".join(f"{name}={','.join(map(str, array.shape))}" for name, array in feed.items())
-        reason = str(error).partition(": ")[2]
-        message = f"the model does not run on inputs made up for it ({shapes}); give --data or --shape: {reason}"
-        raise DataError(message) from error
+) -> Callable[..., Judge]:
+    """A judge that lacks only the samples."""
+    return partial(
+        Judge,
+        original,
+        metric=metric,
+        budget=options.budget,
+        runtime=runtime,
+        target=options.target,
+        workdir=workdir,
+        seed=options.seed,
+        timing=options.timing,
+        classifier=classifier,
+        original_file=file,
+        references=shared.references,
+    )
 
 
-def _check_loads(model: Model, runtime: Runtime, path: Path) -> None:
+def _check_loads(runtime: Runtime, path: Path) -> None:
     """Refuse a model that no data and no shape help, since ONNX Runtime does not even load it."""
-    model.save(path)
     try:
         runtime.check(path, optimize=False)
     except RuntimeFailure as error:
-        message = f"{model.path or 'the model'}: ONNX Runtime does not load it: {str(error).partition(': ')[2]}"
+        message = f"the model: ONNX Runtime does not load it: {str(error).partition(': ')[2]}"
         raise ModelError(message) from error
 
 

@@ -60,17 +60,25 @@ def cut_weights(path: Path) -> bytes:
 def _without_weights(data: mmap.mmap, start: int, end: int, way: list[int], name: bytes) -> bytes:
     """A message's bytes, with the raw data replaced in the messages that the fields of `way` lead to."""
     parts = []
+    place = b""
     kept = start
     for number, head, body, after in _long_fields(data, start, end):
         if way and number == way[0]:
             parts += [data[kept:head], _field(number, _without_weights(data, body, after, way[1:], name))]
             kept = after
         elif not way and number == RAW_DATA and after - body >= CUT_BYTES:
-            entries = {b"location": name, b"offset": b"%d" % body, b"length": b"%d" % (after - body)}
-            parts += [data[kept:head], varint(DATA_LOCATION << 3 | VARINT) + EXTERNAL]
-            parts += [_field(EXTERNAL_DATA, _field(KEY, key) + _field(VALUE, value)) for key, value in entries.items()]
+            parts.append(data[kept:head])
+            place = _place(name, body, after - body)
             kept = after
-    return b"".join((*parts, data[kept:end]))
+    # At the end: of a field that comes twice the last counts, and some writers say where data lie even if here.
+    return b"".join((*parts, data[kept:end], place))
+
+
+def _place(name: bytes, offset: int, length: int) -> bytes:
+    """The fields that say that a tensor's data lie in another file."""
+    entries = {b"location": name, b"offset": b"%d" % offset, b"length": b"%d" % length}
+    fields = [_field(EXTERNAL_DATA, _field(KEY, key) + _field(VALUE, value)) for key, value in entries.items()]
+    return b"".join((varint(DATA_LOCATION << 3 | VARINT) + EXTERNAL, *fields))
 
 
 def _long_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -176,3 +176,13 @@ def test_an_external_model_file_is_compared_where_it_lies(folder, tmp_path):
     found = compare(folder / "a.onnx", tmp_path / "e.onnx", timing=False)
     assert found.after.error == 0
     assert found.size == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(("body", "random"), [("RandomNormalLike(x)", True), ("Exp(x)", False)])
+def test_says_that_the_original_is_random(body, random):
+    one = model(f"g (float[N, 4] x) => (float[N, 4] y) {{ y = {body} }}")
+    other = model("g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }")
+
+    found = compare(one, other, timing=False)
+
+    assert any("random" in warning for warning in found.warnings) is random

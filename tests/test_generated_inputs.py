@@ -370,6 +370,64 @@ def test_large_samples_are_fewer():
         generate(model([("x", FLOAT, ["N", "L"])]), shapes={"x": (1, 2 << 30)})
 
 
+def one_hot(classes: list[int]) -> onnx.ModelProto:
+    """Compares ids with a row of numbers."""
+    nodes = [node("Unsqueeze", "ids axis", "column"), node("Equal", "column row", "y")]
+    weights = {"axis": np.array([-1]), "row": np.array(classes)}
+    return model([("ids", INT64, ["N", 32])], nodes, weights)
+
+
+def test_ids_that_are_compared_with_all_classes_are_of_all_classes():
+    ids = all_of(generate(one_hot(list(range(40)))), "ids")
+
+    assert set(ids.ravel().tolist()) == set(range(40))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stub_of_all_classes_is_taken_for_what_its_size_says(elsewhere: bool):
+    proto = one_hot(list(range(400)))
+    row = next(tensor for tensor in proto.graph.initializer if tensor.name == "row")
+    row.ClearField("raw_data")
+    if elsewhere:
+        row.data_location = TensorProto.EXTERNAL
+
+    assert all_of(generate(proto), "ids").max() > 300
+
+
+@pytest.mark.parametrize("row", [[0, 1], [3, 1, 2]])
+def test_ids_that_are_compared_with_other_numbers_are_a_mask(row: list[int]):
+    ids = all_of(generate(one_hot(row)), "ids")
+
+    assert set(ids.ravel().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(("name", "shape"), [("scales", [3]), ("noise_scale", []), ("speed", [1]), ("temperature", [])])
+def test_a_factor_that_a_user_sets_is_1(name: str, shape: list[int | str | None]):
+    values = all_of(generate(model([("ids", INT64, ["N", "L"]), (name, FLOAT, shape)])), name)
+
+    assert set(values.ravel().tolist()) == {1.0}
+
+
+def test_a_large_input_with_such_a_name_is_not_constant():
+    assert all_of(generate(model([("scale", FLOAT, ["N", 8])])), "scale").std() > 0.1
+
+
+def test_a_wanted_size_holds_for_axes_that_nothing_implies():
+    proto = model(
+        [("image", FLOAT, ["N", None, "H", "W"]), ("x", FLOAT, ["N", "L", None]), ("ids", INT64, ["N", "T"])],
+        [node("MatMul", "x w", "y")],
+        {"w": table(12)},
+    )
+
+    feed = next(generate(proto, size=20).feeds(1))
+
+    assert {name: array.shape for name, array in feed.items()} == {
+        "image": (1, 3, 20, 20),
+        "x": (1, 20, 12),
+        "ids": (1, 20),
+    }
+
+
 KINDS = st.sampled_from([FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, INT64, INT32, BOOL, UINT8, TensorProto.INT8])
 SHAPES = st.lists(st.one_of(st.integers(1, 5), st.sampled_from(["N", "L", None])), max_size=5)
 NAMES = st.sampled_from(

@@ -76,7 +76,10 @@ def test_says_exact_where_outputs_are_equal_and_infinite_where_they_are_lost():
     same = Figures(size_bytes=1, error=0.0, sqnr_db=math.inf)
     lost = Figures(size_bytes=1, error=math.inf, sqnr_db=-math.inf)
     assert "exact" in plain_text(sample_report(after=same))
-    assert "infinite" in plain_text(sample_report(after=lost))
+    text = plain_text(sample_report(after=lost))
+    assert "infinite" in text
+    assert "no match" in text
+    assert "exact" not in text
 
 
 def test_shows_attempts_only_where_there_were_several():

@@ -74,3 +74,14 @@ def test_a_file_that_is_cut_short_is_left_to_the_parser(path: Path):
     path.write_bytes(data)
 
     assert cut_weights(path) == data
+
+
+def test_a_weight_that_is_said_to_lie_here_is_cut_all_the_same(path: Path):
+    model = onnx.load(path)
+    model.graph.initializer[0].data_location = TensorProto.DEFAULT  # written after the data, where it would win
+    onnx.save(model, path)
+
+    big = load_skeleton(path).graph.initializer[0]
+
+    assert big.data_location == TensorProto.EXTERNAL
+    np.testing.assert_array_equal(numpy_helper.to_array(big, str(path.parent)), BIG)

@@ -249,6 +249,13 @@ class Dataset:
         part.size = len(chosen)
         return part
 
+    def one_by_one(self) -> Dataset:
+        """Return the same samples in batches of 1, for a model that takes no others whatever its shapes say."""
+        part = object.__new__(Dataset)
+        part.__dict__.update(self.__dict__)
+        part._rows, part._fixed = 1, True
+        return part
+
     def split(self, shares: Mapping[str, float], seed: int) -> dict[str, Dataset]:
         """Divide the samples at random.
 

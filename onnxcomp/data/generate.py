@@ -33,13 +33,18 @@ _WORDS = ("the", "model", "is", "small", "and", "fast", "on", "a", "phone")
 
 
 def generate(
-    proto: onnx.ModelProto, *, count: int = 8, seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None
+    proto: onnx.ModelProto,
+    *,
+    count: int = 8,
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    size: int | None = None,
 ) -> Dataset:
     """Return made-up samples that a model can take.
 
     What each input is follows from what the graph does with it, its type and shape, and its name: indices stay in
     the tables they index, masks are ones with some zeros at the end, images are smooth and in 0 to 1 (or 0 to 255),
-    recurrent states are near 0, a sample rate is 16000; other floats are normally distributed.
+    recurrent states are near 0, a sample rate is 16000, a speed or scale 1; other floats are normally distributed.
 
     Args:
         proto: The model; large weights may be stubs without data.
@@ -47,6 +52,7 @@ def generate(
         seed: The same seed gives the same samples.
         shapes: Sizes for dynamic axes, by input name. Axes without one get: 1 run a sample along the batch axis,
             what a weight implies, 224 for images, 16 for sequences of ids, 100 for others; equal for equal names.
+        size: The size of dynamic axes that nothing implies, instead of 224, 16 or 100.
 
     Raises:
         OptionError: A shape does not fit the model, or `count` is below 1.
@@ -61,7 +67,7 @@ def generate(
         raise ModelError(message)
     roles = Roles(proto)
     known = {spec.name: roles.of(spec.name) for spec in specs}
-    concrete, feeds = _sizes(specs, known)
+    concrete, feeds = _sizes(specs, known, size)
     item_bytes = sum(spec.dtype.itemsize * int(np.prod(_sample_shape(spec, feeds), dtype=object)) for spec in concrete)
     if item_bytes > _LARGEST_SAMPLE_BYTES:
         message = f"one sample would take {item_bytes:,} bytes; give smaller shapes"
@@ -84,7 +90,9 @@ def _sample_shape(spec: InputSpec, feeds: Mapping[str, Feed]) -> tuple[int, ...]
 # Shapes
 
 
-def _sizes(specs: Sequence[InputSpec], roles: Mapping[str, Role]) -> tuple[list[InputSpec], dict[str, Feed]]:
+def _sizes(
+    specs: Sequence[InputSpec], roles: Mapping[str, Role], wanted: int | None
+) -> tuple[list[InputSpec], dict[str, Feed]]:
     """Settle every dynamic axis, and how each input is cut into samples."""
     batch_names = {spec.shape[0] for spec in specs if spec.rank >= 2 and isinstance(spec.shape[0], str)}
     feeds = {spec.name: Feed.ROW if _has_batch_axis(spec, batch_names, len(specs)) else Feed.RUN for spec in specs}
@@ -103,9 +111,10 @@ def _sizes(specs: Sequence[InputSpec], roles: Mapping[str, Role]) -> tuple[list[
     for spec in sorted(specs, key=lambda spec: spec.dtype.kind not in "iu"):
         for axis, dim in enumerate(spec.shape):
             if isinstance(dim, str) and dim not in known and not _terms(dim):
-                known[dim] = _guess(spec, axis, roles[spec.name])
+                known[dim] = _guess(spec, axis, roles[spec.name], wanted)
     return [
-        replace(spec, shape=tuple(_size(spec, axis, roles, known) for axis in range(spec.rank))) for spec in specs
+        replace(spec, shape=tuple(_size(spec, axis, roles, known, wanted) for axis in range(spec.rank)))
+        for spec in specs
     ], feeds
 
 
@@ -116,15 +125,15 @@ def _has_batch_axis(spec: InputSpec, batch_names: Set[str], inputs: int) -> bool
     return spec.rank == 1 and (spec.shape[0] in batch_names or (not isinstance(spec.shape[0], str) and inputs > 1))
 
 
-def _size(spec: InputSpec, axis: int, roles: Mapping[str, Role], known: Mapping[str, int]) -> int:
+def _size(spec: InputSpec, axis: int, roles: Mapping[str, Role], known: Mapping[str, int], wanted: int | None) -> int:
     dim = spec.shape[axis]
     if isinstance(dim, int):
         return dim
     if dim is None:
-        return 1 if axis == 0 and spec.rank >= 2 else _guess(spec, axis, roles[spec.name])
+        return 1 if axis == 0 and spec.rank >= 2 else _guess(spec, axis, roles[spec.name], wanted)
     if dim in known:
         return known[dim]
-    return sum(int(term) if term.isdigit() else known.get(term, _IDS_LENGTH) for term in _terms(dim))
+    return sum(int(term) if term.isdigit() else known.get(term, wanted or _IDS_LENGTH) for term in _terms(dim))
 
 
 def _terms(dim: str) -> list[str]:
@@ -135,18 +144,24 @@ def _terms(dim: str) -> list[str]:
     return terms if len(terms) > 1 and all(re.fullmatch(r"\w+", term) for term in terms) else []
 
 
-def _guess(spec: InputSpec, axis: int, role: Role) -> int:
-    """Return a sensible size for a dynamic axis that is not the batch."""
+def _guess(spec: InputSpec, axis: int, role: Role, wanted: int | None) -> int:
+    """Return a sensible size for a dynamic axis that is not the batch, or the one wanted where nothing implies one."""
     implied = role.dims.get(axis, role.dims.get(axis - spec.rank))
     if implied:
         return implied
     if spec.rank == 3 and axis == 1 and spec.dtype.kind == "f" and _is_state(spec, role):
         return 1  # (layers, batch, features)
-    if spec.dtype.kind in "iub" and not _is_image(spec, role):
+    if _is_image(spec, role) and axis == (3 if spec.shape[3] in _IMAGE_CHANNELS else 1):
+        return 3
+    return wanted or _usual(spec, role)
+
+
+def _usual(spec: InputSpec, role: Role) -> int:
+    """Return the size of most axes of inputs of this kind."""
+    if _is_image(spec, role):
+        return _IMAGE_SIZE
+    if spec.dtype.kind in "iub":
         return _IDS_LENGTH
-    if spec.rank == 4 and _is_image(spec, role):
-        last = spec.shape[3] in _IMAGE_CHANNELS
-        return 3 if axis == (3 if last else 1) else _IMAGE_SIZE
     if spec.rank <= 2 and _named(spec, "audio", "wav", "waveform", "speech", "signal", "pcm"):
         return _AUDIO_SAMPLES
     return _AXIS if spec.rank <= 3 else _IDS_LENGTH
@@ -268,6 +283,8 @@ class _Maker:
             return lambda shape: self._rng.integers(0, 1000, shape)
         if _is_image(self._original, role):
             return self._image
+        if spec.rank <= 1 and re.search(r"(^|[^a-z])(scales?|speed|temperature)([^a-z]|$)", spec.name.lower()):
+            return np.ones  # a factor that a user sets: 1 changes nothing
         if role.positive:
             return lambda shape: 0.1 + np.abs(self._rng.standard_normal(shape))
         return self._rng.standard_normal

@@ -41,6 +41,7 @@ _RECURRENT = frozenset(("GRU", "LSTM", "RNN"))
 # Fused transformers' embedding: the table that goes with each index input.
 _EMBED_TABLES = {0: 2, 1: 4}
 _SMALL = 16  # elements of a constant worth reading
+_FEWEST_CLASSES = 3  # of a one-hot; 0 and 1 alone are what masks are compared with
 
 
 @dataclass
@@ -147,6 +148,8 @@ class Roles:
         elif kind == "OneHot" and number == 0:
             depth = self.constant(node.input[1])
             role.index(None if depth is None else int(depth.reshape(-1)[0]), place.offset)
+        elif kind == "Equal" and (classes := self._classes(node.input[1 - number])):
+            role.index(classes, place.offset)  # one-hot, as some exporters write it
         elif kind == "EmbedLayerNormalization" and number in _EMBED_TABLES:
             role.index(self._size(node.input[_EMBED_TABLES[number]], 0), place.offset)
         elif kind == "Embedding" and number == 0:
@@ -220,6 +223,22 @@ class Roles:
                 if attribute.name in ("value_int", "value_float", "value_ints", "value_floats"):
                     return np.atleast_1d(np.asarray(onnx.helper.get_attribute_value(attribute)))
         return None
+
+    def _classes(self, name: str) -> int | None:
+        """Return n where a tensor holds 0, 1, ... n - 1 along one axis, as far as a stub tells; or None."""
+        import onnx
+
+        tensor = self._tensors.get(name)
+        count = max(tensor.dims, default=0) if tensor is not None else 0
+        if tensor is None or count < _FEWEST_CLASSES or int(np.prod(tensor.dims, dtype=object)) != count:
+            return None
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return count
+        try:
+            values = onnx.numpy_helper.to_array(tensor).reshape(-1)
+        except (ValueError, TypeError):
+            return count  # a stub has no values; a long row that is compared is hardly anything else
+        return count if values.dtype.kind in "iuf" and np.array_equal(values, np.arange(count)) else None
 
     def _size(self, name: str, axis: int) -> int | None:
         """Return the size of an axis of a tensor, or None if the graph does not say."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from onnxcomp.report.text import (
     bytes_text,
     count_text,
+    decibels_text,
     duration_text,
     error_text,
     milliseconds,
@@ -207,7 +208,7 @@ def _quality_rows(report: Figured) -> Iterator[Row]:
         limit = report.budget.get("max_error") if judged else None
         yield Row("relative error", "", error_text(new.error), "", _fits(new.error, limit) if judged else None)
     if new.sqnr_db is not None:
-        yield Row("SQNR", "", f"{new.sqnr_db:.1f} dB" if math.isfinite(new.sqnr_db) else "exact")
+        yield Row("SQNR", "", decibels_text(new.sqnr_db))
 
 
 def _interval(figures: Figures) -> str:

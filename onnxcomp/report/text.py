@@ -98,6 +98,13 @@ def percent(share: float) -> str:
     return "<0.1%" if 0 < value < 0.1 else ">99.9%" if 99.9 < value < 100 else f"{value:.1f}%"
 
 
+def decibels_text(value: float) -> str:
+    """Return a signal-to-noise ratio, such as ``24.0 dB``; "exact" for equal outputs, "no match" for lost ones."""
+    if math.isinf(value):
+        return "exact" if value > 0 else "no match"
+    return f"{value:.1f} dB"
+
+
 def error_text(error: float) -> str:
     """A relative error in percent; what is not zero does not read as zero."""
     if error == 0:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from onnxcomp.report.rows import figure_rows
 from onnxcomp.report.sections import ROWS_SHOWN, Section, cut, show
-from onnxcomp.report.text import bytes_text, count_text, error_text, percent, printable, shortened
+from onnxcomp.report.text import bytes_text, count_text, decibels_text, error_text, percent, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,16 +124,12 @@ def print_comparison(comparison: Comparison, console: Console, *, verbose: bool 
     ]
     sections = []
     if len(comparison.sqnr_db) > 1:
-        rows = [(printable(name), _decibels(value)) for name, value in comparison.sqnr_db.items()]
+        rows = [(printable(name), decibels_text(value)) for name, value in comparison.sqnr_db.items()]
         sections.append(cut(Section("SQNR of each output", rows=rows), verbose=verbose))
     sections.append(cut(_kernels(comparison), verbose=verbose))
     if comparison.layers is not None:
         sections += [cut(section, verbose=verbose) for section in _layer_errors(comparison.layers, verbose=verbose)]
     show(console, head, sections, figures=figure_rows(comparison), warnings=comparison.warnings)
-
-
-def _decibels(value: float) -> str:
-    return "exact" if value == float("inf") else "no match" if value == float("-inf") else f"{value:.1f} dB"
 
 
 def _kernels(comparison: Comparison) -> Section:
@@ -176,7 +172,7 @@ def _layer_errors(layers: Sequence[LayerRow], *, verbose: bool) -> Iterator[Sect
 def _layer_decibels(row: LayerRow) -> str:
     if row.where != "both":
         return f"not in both: {row.where} only"
-    return "not in both" if row.sqnr_db is None else _decibels(row.sqnr_db)
+    return "not in both" if row.sqnr_db is None else decibels_text(row.sqnr_db)
 
 
 def _change(before: str | None, after: str | None, row: LayerRow) -> str:

@@ -29,6 +29,7 @@ from onnxcomp.pairs import (
 from onnxcomp.quality import Quality, Reference
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import Target, find_target, host_target
+from onnxcomp.trial_runs import Trial
 from onnxcomp.verification.always import Always, ort_runtime
 from onnxcomp.verification.coverage import coverages
 from onnxcomp.verification.elsewhere import run_elsewhere
@@ -123,7 +124,10 @@ def verify(
             outputs = common_outputs(runtime, pair.paths)
             before = time.monotonic()
             task = chosen_metric(metric, dataset, allow_code=allow_code)
-            quality = _quality(runtime, pair.paths, outputs, dataset, task, seed)
+            sizes = shapes or static_shapes(dataset.specs)
+            quality, dataset = Trial(pair.original, lambda: pair.paths[0], runtime, seed, sizes).use(
+                dataset, lambda fed: _quality(runtime, pair.paths, outputs, fed, task, seed)
+            )
             seconds = SHARE * (time.monotonic() - before)
             few = FewSamples(dataset, samples, runtime, pair.paths, outputs)
             always = Always(runtime, few, pair.paths[1], chosen, seconds, folder)
