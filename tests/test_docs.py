@@ -97,6 +97,8 @@ def test_every_other_command_is_set_up_or_a_benchmark_that_is_there(document):
                 "utf-8"
             )
             assert all(f'"{option}"' in source for option in options if option.startswith("--")), command.line
+        elif words[0] == "pytest":
+            assert all((ROOT / word).exists() for word in words if word.endswith(".py")), command.line
         else:
             assert words[0] == "onnxcomp", command.line
 

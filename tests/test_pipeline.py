@@ -338,6 +338,7 @@ def test_optimizing_twice_changes_nothing(tmp_path: Path) -> None:
     assert again.model.digest == once.model.digest
 
 
+@pytest.mark.slow
 def test_without_timing_the_same_input_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         optimize(MOBILENET, data=CALIB, timing=False).save(tmp_path / f"{name}.onnx")
