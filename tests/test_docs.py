@@ -91,6 +91,8 @@ def test_every_other_command_is_set_up_or_a_benchmark_that_is_there(document):
         words = [word for word in command.words if "=" not in word or word.startswith("-")]
         if words[0] == "python3":
             assert document == "README.md", command.line  # test_readme.py has those
+        elif words[:3] == ["python", "-m", "pip"]:
+            assert words[3] == "install", command.line
         elif words[0] == "python":
             module, options = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
             source = (ROOT / (module if module.endswith(".py") else module.replace(".", "/") + ".py")).read_text(
