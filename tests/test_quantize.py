@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from onnxcomp.quality import relative_error
 from onnxcomp.runtime import Runtime, explain
 from onnxcomp.targets import find_target
 from onnxcomp_passes import _placement
+from onnxcomp_passes._choice import fewest
 from onnxcomp_passes.quantize import Quantize
 from onnxcomp_passes.quantize_weights import QuantizeWeights
 from tests.models import mlp_model
@@ -402,3 +404,15 @@ def test_the_graph_is_walked_as_often_for_many_layers_as_for_few(runtime: Runtim
         quantize(mlp_model((8,) * (layers + 1)), runtime, tmp_path)
         counts.append(len(walks))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(("seconds", "most_given_up"), [(0.3, 0.8), (None, 0.7)])
+def test_a_choice_that_runs_out_of_time_gives_up_no_more_than_it_must(seconds: float | None, most_given_up: float):
+    """600 of 1,000 are needed; a call takes 10 ms."""
+
+    def holds(count: int) -> bool:
+        time.sleep(0.01)
+        return count >= 600
+
+    context = Context(deadline=None if seconds is None else time.monotonic() + seconds)
+    assert 600 <= fewest(1000, holds, context) <= most_given_up * 1000

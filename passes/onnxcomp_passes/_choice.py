@@ -48,6 +48,9 @@ MOST_RANKED = 128
 RANKING_SECONDS = 90.0
 """Layers whose error is measured one by one, and how long that may take; the others count as the median."""
 
+LAST_STEP = 0.75
+"""The part of all layers that is tried before the time for a choice is over."""
+
 GROWTH = 1.5
 """Between one count of layers returned to float and the next that is tried."""
 
@@ -352,22 +355,35 @@ def fewest(most: int, holds: Callable[[int], bool], context: Context) -> int:
     bisection would trust its first, large step: on few samples a loss does not fall evenly, and it would end at twice
     the layers that are needed.
 
-    When the time is over, the smallest count that was seen to hold.
+    When the time is over, the smallest count that was seen to hold. Steps grow as fast as they must to see a large one
+    before that: else everything would be given up for want of time, which no time at all would not have cost.
 
     Example:
         >>> fewest(100, lambda count: count >= 7 and count != 8, Context())
         7
     """
     low, high = 0, 1
+    started, calls = time.monotonic(), 1
     while high < most and not holds(high):
         if context.out_of_time():
             return most
-        low, high = high, max(high + 1, int(high * GROWTH))
+        growth = max(GROWTH, _growth_in_time(LAST_STEP * most / high, context, started, calls))
+        low, high = high, max(high + 1, int(high * growth))
+        calls += 1
     high = min(high, most)
     while high - low > 1 and not context.out_of_time():
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
+
+
+def _growth_in_time(wanted: float, context: Context, started: float, calls: int) -> float:
+    """The factor by which steps must grow to be `wanted` times as large with the calls that there is time for."""
+    if context.deadline is None or wanted <= 1:
+        return 1.0
+    now = time.monotonic()
+    left = (context.deadline - now) / max((now - started) / calls, 1e-9)
+    return float(wanted ** (1 / max(1.0, left - 1)))
 
 
 def last_that_holds(options: Sequence[Option], holds: Callable[[Option], bool], context: Context) -> Option | None:
