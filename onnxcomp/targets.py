@@ -90,8 +90,6 @@ class Target:
         max_ir_version: The newest IR version that this runtime reads.
         static_shapes: Whether dynamic axes must be fixed.
         dynamic_batch: Whether the first axis of an input may stay dynamic all the same.
-        folds_at_load: Whether constants that nodes compute of constants are folded before the provider sees the graph,
-            so that packed weights may stay packed.
         session_config: ONNX Runtime session entries that make another host fuse as the target does.
     """
 
@@ -105,7 +103,6 @@ class Target:
     max_ir_version: int = 9
     static_shapes: bool = False
     dynamic_batch: bool = False
-    folds_at_load: bool = True
     session_config: tuple[tuple[str, str], ...] = ()
 
     @property

@@ -324,6 +324,19 @@ def test_the_node_where_codes_part_is_named_with_its_steps(fake, pair, data):
     assert 0 < layer.differing[0].share < 1
 
 
+def test_nodes_that_cannot_be_looked_for_are_said_to_be_untold(fake, pair, data):
+    def run(self: Faked, model: Path, feeds: Sequence[Feed], **options: Any) -> Execution:
+        if model.name == "exposed.onnx":
+            message = "it refuses so many outputs"
+            raise RuntimeFailure(message)
+        return Faked.run(self, model, feeds, **options)
+
+    fake(broken_scale=True, run=run)
+    _, layer = elsewhere_on(pair, data)
+    assert layer.differing == ()
+    assert layer.reason == "the nodes where codes differ cannot be told: it refuses so many outputs"
+
+
 # --- where codes part -------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,6 @@ from onnxcomp.fixed_shapes import made_static
 from onnxcomp.lints import Finding, lint_model
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.ort_format import is_ort
-from onnxcomp.packed import unpack
 from onnxcomp.pairs import as_tuples
 from onnxcomp.targets import Target, find_target
 
@@ -144,7 +143,7 @@ def _fitted(
     *,
     allow_code: bool,
 ) -> Model:
-    """The model with static shapes and dense weights, where the target wants these."""
+    """The model, with static shapes where the target wants these."""
     if isinstance(source, str | Path) and is_ort(Path(source)):
         message = f"{source}: it is in ONNX Runtime's own format already; give the .onnx file that it was made of"
         raise ModelError(message)
@@ -156,11 +155,8 @@ def _fitted(
         with open_data(data, specs, shapes=shapes, image=image, allow_code=allow_code) as samples:
             return next(samples.feeds(1)) if len(samples.groups()) == 1 else None
 
-    model = made_static(Model.load(source), target, shapes, one_sample)
-    if not target.folds_at_load:
-        model = model.fork()
-        unpack(model)
-    return model
+    # Packed weights stay: ONNX Runtime decodes them before any provider sees the graph.
+    return made_static(Model.load(source), target, shapes, one_sample)
 
 
 def _samples(

@@ -17,7 +17,7 @@ from onnxcomp.verification.differences import difference, too_far
 from onnxcomp.verification.results import LayerResult
 from onnxcomp.verification.samples import FewSamples
 
-__all__ = ["CPU", "Always", "ort_runtime", "too_far"]
+__all__ = ["CPU", "Always", "ort_runtime"]
 
 NOT_FOR_ARM = ("NchwcTransformer",)
 """Blocked layouts of x86: no model for another processor may have them."""

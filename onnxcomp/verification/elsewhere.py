@@ -73,6 +73,7 @@ def run_elsewhere(
     samples = few.count(len(outputs))
     versus_cpu = difference(cpu, outputs, samples=samples)
     parting: tuple[NodeDifference, ...] = ()
+    untold = ""
     if not versus_cpu.equal and model is not None:
         progress(f"looking for the nodes that differ on {name}")
         feeds = [
@@ -80,7 +81,7 @@ def run_elsewhere(
             for feed, one, other in zip(few.feeds, cpu, outputs, strict=False)
             if not difference([one], [other]).equal
         ]
-        parting = _parting(
+        parting, untold = _parting(
             environment, model, feeds[:TRACED_SAMPLES], runtime, plain=plain, config=config, folder=folder
         )
     versus_original = difference(original, outputs, samples=samples)
@@ -91,7 +92,7 @@ def run_elsewhere(
         name,
         what,
         "failed" if status == "failed" else "ran",
-        reason,
+        "; ".join(part for part in (reason, untold) if part),
         ran.runtime,
         ran.nodes,
         versus_original,
@@ -125,19 +126,19 @@ def _parting(
     plain: bool,
     config: Mapping[str, str],
     folder: Path,
-) -> tuple[NodeDifference, ...]:
-    """The quantized nodes where a difference begins; none where the model has none, or cannot be looked into."""
+) -> tuple[tuple[NodeDifference, ...], str]:
+    """The quantized nodes where a difference begins, none where the model has none; and why they cannot be told."""
     exposed, names = expose_codes(model)
     if not names:
-        return ()
+        return (), ""
     path = folder / "exposed.onnx"
     try:
         exposed.save(path)
         ours = _by_name(names, list(runtime.run(path, feeds, outputs=names)))
         ran = environment.run(path, feeds, outputs=names, plain=plain, config=config)
-    except (OnnxcompError, ValueError):
-        return ()
-    return parting_nodes(model, ours, {name: [run[name] for run in ran.outputs] for name in names})
+    except (OnnxcompError, ValueError) as error:  # the outputs were compared all the same
+        return (), f"the nodes where codes differ cannot be told: {error}"
+    return parting_nodes(model, ours, {name: [run[name] for run in ran.outputs] for name in names}), ""
 
 
 def _by_name(names: Sequence[str], runs: Sequence[Sequence[Any]]) -> dict[str, list[Array]]:
