@@ -60,24 +60,25 @@ def refit_weights(
             continue
         why = list(_complaints(layer, rules, found))
         if why:
-            together = _sharing(layer, readers, ends)
-            done.update(id(layer.weight) for _ in together)
-            _round_anew(model, layer, rules, alone=bool(together))
+            alike = _is_read_alike(layer, readers, ends)
+            if alike:
+                done.add(id(layer.weight))
+            _round_anew(model, layer, rules, in_place=alike)
             changes.add(layer.name, f"its weight is rounded anew: {', '.join(why)}")
         elif rules.zero_points and not has_zero_point(layer.weight):
             _write_zero(model, layer, changes)
 
 
-def _sharing(layer: QuantizedLayer, readers: Mapping[int, QuantizedLayer], ends: Collection[int]) -> list[gs.Node]:
-    """The nodes that read a layer's weight, where all take it as the layer does; else none."""
+def _is_read_alike(layer: QuantizedLayer, readers: Mapping[int, QuantizedLayer], ends: Collection[int]) -> bool:
+    """Whether all that reads a layer's weight takes it as the layer does, so that it can be changed where it is."""
     result = layer.weight.outputs[0]
     for reader in result.outputs:
         other = readers.get(id(reader))
         if other is None or other.weight is not layer.weight or other.node.op != layer.node.op:
-            return []
+            return False
         if other.channel_axis != layer.channel_axis or other.place != layer.place:
-            return []
-    return [] if id(result) in ends else list(result.outputs)
+            return False
+    return id(result) not in ends
 
 
 def _write_zero(model: Model, layer: QuantizedLayer, changes: Changes) -> None:
@@ -116,7 +117,7 @@ def _is_aside(layer: QuantizedLayer) -> bool:
     return axis is not None and axis != layer.channel_axis
 
 
-def _round_anew(model: Model, layer: QuantizedLayer, rules: QuantizationRules, *, alone: bool) -> None:
+def _round_anew(model: Model, layer: QuantizedLayer, rules: QuantizationRules, *, in_place: bool) -> None:
     """Give a layer's DequantizeLinear other codes, or the layer one of its own where others read the weight too."""
     values, scale = decoded(layer.weight), scale_of(layer.weight)
     assert scale is not None
@@ -127,7 +128,7 @@ def _round_anew(model: Model, layer: QuantizedLayer, rules: QuantizationRules, *
     if len(layer.weight.inputs) > 2 or rules.zero_points or layer.node.op == "Gemm":
         inputs.append(gs.Constant(model.unique_name("z.0"), np.zeros(steps.shape, np.int8)))
     attrs = {} if axis is None else {"axis": axis}
-    if alone:
+    if in_place:
         layer.weight.inputs = inputs
         layer.weight.attrs.clear()
         layer.weight.attrs.update(attrs)
