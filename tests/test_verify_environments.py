@@ -40,7 +40,7 @@ def refuse(told: str) -> None:
 
 
 def test_what_is_not_installed_is_told_with_what_it_costs(environment):
-    assert environment.missing() == f"not installed yet; install it ({environment.size})"
+    assert environment.missing() == f"not installed yet; install it with --install ({environment.size})"
 
 
 def test_nothing_runs_before_it_is_installed(environment):
@@ -63,7 +63,10 @@ def test_a_changed_file_is_told_and_made_anew(environment):
     environment.install(print)
     (environment.folder / "program").write_bytes(b"1234.")
 
-    assert environment.missing() == f"{environment.folder}/program was changed; install it ({environment.size})"
+    assert (
+        environment.missing()
+        == f"{environment.folder}/program was changed; install it with --install ({environment.size})"
+    )
     with pytest.raises(RequirementError, match="program was changed; install it"):
         environment.run(Path("m.onnx"), [])
     environment.install(print)

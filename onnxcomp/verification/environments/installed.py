@@ -62,7 +62,7 @@ class InstalledEnvironment(Environment):
         if (unfit := self._unfit()) is not None:
             return unfit
         problem = self._problem()
-        return problem and (self._lacking() or f"{problem}; install it ({self.size})")
+        return problem and (self._lacking() or f"{problem}; install it with --install ({self.size})")
 
     def install(self, progress: Callable[[str], None]) -> None:
         """Install what is missing into the user's cache folder, whole or not at all.
