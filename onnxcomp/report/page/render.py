@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["page_html"]
 
+SCRIPTS = ("words", "charts", "layers", "commands")
+"""The page's own scripts, in the order in which they run: one script element holds them all."""
+
 SOURCE_MAP = "//# sourceMappingURL="
 """A comment by which developers' tools ask for a further file, which is not there."""
 
@@ -38,7 +41,8 @@ def page_html(report: Report) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_file("page.html.jinja"))
-    style, script, library = _file("page.css"), _file("page.js"), _library()
+    style, library = _file("page.css"), _library()
+    script = "\n".join(_file(f"scripts/{name}.js") for name in SCRIPTS)
     return template.render(
         **_view(report),
         policy=_policy(style, [library, script]),

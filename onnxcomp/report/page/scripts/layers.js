@@ -1,0 +1,138 @@
+// --- the table of layers ---------------------------------------------------------------------------------------------
+
+const ROWS_A_PAGE = 25;
+
+// Names of nodes are paths: lines may break behind a slash before they break anywhere.
+const breakable = (text) => text.split(/(?<=[/.])/).flatMap((part) => [part, document.createElement("wbr")]);
+
+// What several passes said of one layer is folded away behind their names: a row stays a line or two.
+const sentences = (text) => {
+  const parts = text.split("\n").filter(Boolean);
+  if (parts.length < 2) return parts;
+  const [details, summary, list] = ["details", "summary", "ul"].map((name) => document.createElement(name));
+  summary.textContent = Array.from(new Set(parts.map((part) => part.split(":")[0]))).join(", ");
+  for (const part of parts) list.append(Object.assign(document.createElement("li"), { textContent: part }));
+  details.append(summary, list);
+  return [details];
+};
+
+const layers = () => {
+  const { columns, texts, rows } = data.layers;
+  if (!rows.length) return;
+  const place = (key) => columns.findIndex((column) => column.key === key);
+  const isText = (column) => column.kind === "text";
+  const most = columns.map((column, index) => (isText(column) ? 0 : rows.reduce((top, row) => Math.max(top, row[index] || 0), 0)));
+  // Bytes before and after share a scale, so that their bars can be compared.
+  const bytes = Math.max(...columns.map((column, index) => (column.kind === "bytes" ? most[index] : 0)));
+  const lower = texts.map((text) => text.toLowerCase());
+  const state = { key: data.layers.sort, descending: true, page: 0, shown: rows };
+
+  const cell = (row, column, index) => {
+    const element = document.createElement(index === 0 ? "th" : "td");
+    if (index === 0) element.scope = "row";
+    if (isText(column)) {
+      const told = column.key === "done" || column.key === "left";
+      element.className = told ? "text told" : `text ${column.key}`;
+      if (told) element.append(...sentences(texts[row[index]]));
+      else if (index === 0) element.append(...breakable(texts[row[index]]));
+      else element.textContent = texts[row[index]];
+      return element;
+    }
+    element.className = "number";
+    const value = row[index];
+    element.textContent = value === null ? "-" : WORDS[column.kind](value);
+    const scale = column.kind === "bytes" ? bytes : column.kind === "share" ? 1 : most[index];
+    if (value !== null && scale > 0) {
+      const meter = document.createElement("span");
+      meter.className = `meter ${column.kind}`;
+      meter.setAttribute("aria-hidden", "true");
+      meter.style.width = `${(100 * value) / scale}%`;
+      element.append(meter);
+    }
+    return element;
+  };
+
+  const show = () => {
+    const pages = Math.max(1, Math.ceil(state.shown.length / ROWS_A_PAGE));
+    state.page = Math.min(Math.max(state.page, 0), pages - 1);
+    const from = state.page * ROWS_A_PAGE;
+    const visible = state.shown.slice(from, from + ROWS_A_PAGE);
+    byId("table").tBodies[0].replaceChildren(
+      ...visible.map((row) => {
+        const line = document.createElement("tr");
+        line.append(...columns.map((column, index) => cell(row, column, index)));
+        return line;
+      }),
+    );
+    const total = rows.length.toLocaleString("en");
+    const count = state.shown.length.toLocaleString("en");
+    byId("count").textContent = visible.length ? `Rows ${from + 1} to ${from + visible.length} of ${count}${count === total ? "" : ` found in ${total}`}` : `None of ${total} rows fits`;
+    byId("page").textContent = `Page ${state.page + 1} of ${pages}`;
+    for (const name of ["first", "previous"]) byId(name).disabled = state.page === 0;
+    for (const name of ["following", "last"]) byId(name).disabled = state.page === pages - 1;
+    for (const header of byId("table").tHead.rows[0].cells) {
+      const sorted = header.dataset.key === state.key;
+      if (sorted) header.setAttribute("aria-sort", state.descending ? "descending" : "ascending");
+      else header.removeAttribute("aria-sort");
+      header.querySelector(".arrow").textContent = sorted ? (state.descending ? " \u25bc" : " \u25b2") : "";
+    }
+  };
+
+  const order = () => {
+    const index = place(state.key);
+    if (index < 0) return;
+    const sign = state.descending ? -1 : 1;
+    const ranks = isText(columns[index]) ? texts.map((_, number) => number).sort((a, b) => (lower[a] < lower[b] ? -1 : lower[a] > lower[b] ? 1 : 0)).reduce((found, number, rank) => { found[number] = rank; return found; }, []) : null;
+    const value = (row) => (ranks ? ranks[row[index]] : row[index]);
+    state.shown.sort((one, other) => {
+      const [a, b] = [value(one), value(other)];
+      if (a === null || b === null) return (a === null) - (b === null); // what is not known comes last, either way
+      return sign * (a - b);
+    });
+  };
+
+  const update = () => {
+    const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = place(byId("filter").value);
+    const fits = (row) => words.every((word) => columns.some((column, index) => isText(column) && lower[row[index]].includes(word)));
+    state.shown = rows.filter((row) => (byId("filter").value === "all" || (wanted >= 0 && texts[row[wanted]] !== "")) && fits(row));
+    state.page = 0;
+    order();
+    show();
+  };
+
+  const head = document.createElement("tr");
+  for (const column of columns) {
+    const header = document.createElement("th");
+    const button = document.createElement("button");
+    const arrow = document.createElement("span");
+    header.scope = "col";
+    header.dataset.key = column.key;
+    header.className = isText(column) ? "" : "number";
+    button.type = "button";
+    button.textContent = column.title;
+    arrow.className = "arrow";
+    arrow.setAttribute("aria-hidden", "true");
+    button.append(arrow);
+    button.addEventListener("click", () => {
+      state.descending = state.key === column.key ? !state.descending : !isText(column);
+      state.key = column.key;
+      state.page = 0;
+      order();
+      show();
+    });
+    header.append(button);
+    head.append(header);
+  }
+  byId("table").tHead.append(head);
+  byId("search").addEventListener("input", update);
+  byId("filter").addEventListener("change", update);
+  byId("tools").addEventListener("submit", (event) => event.preventDefault());
+  const turn = (name, page) => byId(name).addEventListener("click", () => { state.page = page(); show(); });
+  turn("first", () => 0);
+  turn("previous", () => state.page - 1);
+  turn("following", () => state.page + 1);
+  turn("last", () => Infinity);
+  update();
+};
+layers();
