@@ -22,9 +22,11 @@ from onnxcomp.structure import model_files
 from onnxcomp.weights import CHUNK_BYTES, LazyWeight
 
 __all__ = [
+    "HeldWeight",
     "WeightRow",
     "count_parameters",
     "deflated_bytes",
+    "held_weights",
     "is_quantized",
     "mac_counts",
     "operator_counts",
@@ -65,6 +67,25 @@ class WeightRow:
     zeros: int
     op: str
     node: str
+
+
+@dataclass(frozen=True)
+class HeldWeight:
+    """Where a weight is held, and what reads it.
+
+    Attributes:
+        name: As `WeightRow.name`.
+        constant: Its values, or the codes that it is stored as.
+        reader: The node that takes the constant.
+        index: At which input.
+        node: The operator that uses the weight, past the nodes that decode it.
+    """
+
+    name: str
+    constant: gs.Constant
+    reader: gs.Node
+    index: int
+    node: gs.Node
 
 
 _CODES = {
@@ -140,22 +161,30 @@ def _weight_rows(model: Model) -> Iterator[WeightRow]:
     if find_packed(model):
         model = model.fork()
         packed = {str(weight.tensor.name): weight.nbytes for weight in unpack(model)}
-    for name, constant, readers in _constants(model):
-        found = next((reader for reader in readers if _is_weight(constant, *reader)), None)
-        if found is None:
-            continue
+    for held in held_weights(model):
+        name, constant, reader, index, user = held.name, held.constant, held.reader, held.index, held.node
         shape = tuple(int(size) for size in constant.shape)
         elements = math.prod(shape)
         nbytes = packed.get(name, getattr(constant._values, "nbytes", 0))
-        reader, index = found
         if reader.op == "MatMulNBits" and index == 1:
             # Several codes a byte, and zero points in a packing of their own: zeros are not looked for.
             elements, zeros = int(reader.attrs.get("N", 0)) * int(reader.attrs.get("K", 0)), 0
         else:
             zeros = elements - _nonzeros(constant, _zero_point(reader, index))
-        user = _user(reader)
         node = user.name or (user.outputs[0].name if user.outputs else "")
         yield WeightRow(name, shape, str(constant.dtype), nbytes, elements, zeros, user.op, node)
+
+
+def held_weights(model: Model) -> Iterator[HeldWeight]:
+    """Find the weights of a model, in the order of the nodes that read them; none is read.
+
+    Args:
+        model: The model. Packed weights are not found: unpack it first, with `onnxcomp.packed.unpack`.
+    """
+    for name, constant, readers in _constants(model):
+        found = next((reader for reader in readers if _is_weight(constant, *reader)), None)
+        if found is not None:
+            yield HeldWeight(name, constant, *found, _user(found[0]))
 
 
 def _constants(model: Model) -> Iterator[tuple[str, gs.Constant, list[tuple[gs.Node, int]]]]:

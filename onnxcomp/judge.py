@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from onnxcomp import analysis
 from onnxcomp.data import Dataset
-from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
+from onnxcomp.layer_table import LayerComparison, ModelLayers
 from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
@@ -258,8 +259,8 @@ class Judge:
         """A few samples, as they are fed to a model."""
         return list(self._few.feeds())
 
-    def layer_table(self, original: Model, new: Model) -> list[LayerRow]:
-        """The layers of two models side by side, with their errors on a few samples.
+    def layer_table(self, original: Model, new: Model) -> LayerComparison:
+        """The layers of two models side by side, with the errors of their inputs and results on a few samples.
 
         Raises:
             OnnxcompError: ONNX Runtime cannot show the tensors between the layers.
@@ -268,8 +269,9 @@ class Judge:
         first, second = self.path_of(original), self.path_of(new)
         ours = ModelLayers(original, self.runtime.census(first), self._shapes, wide=wide)
         theirs = ModelLayers(new, self.runtime.census(second), self._shapes, wide=wide)
-        tensors = ours.results(tensor_pairs(original.proto(), new.proto()))
-        return layer_rows(ours, theirs, layer_errors(self.runtime, first, second, self._few.feeds, tensors))
+        known = tensor_pairs(original.proto(), new.proto())
+        tensors = list(dict.fromkeys([*ours.results(known), *chain.from_iterable(ours.inputs(known).values())]))
+        return LayerComparison(ours, theirs, layer_errors(self.runtime, first, second, self._few.feeds, tensors))
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""

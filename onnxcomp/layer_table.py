@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import onnx
 from onnx import inliner
@@ -17,7 +18,7 @@ from onnxcomp.runtime import Census, KernelNode, explain
 from onnxcomp.runtime.explain import kernel_source
 from onnxcomp.shapes import Shape, traced_nodes
 
-__all__ = ["LayerRow", "ModelLayers", "layer_rows"]
+__all__ = ["LayerComparison", "LayerRow", "ModelLayers", "layer_partners", "layer_rows"]
 
 KERNELS = ("Conv", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention", "Einsum")
 """What the names of kernels that compute a layer hold."""
@@ -80,7 +81,13 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer of one model. `tensors`: its output, then those of the nodes behind it that may be merged into it."""
+    """A layer of one model.
+
+    Attributes:
+        tensors: Its output, then those of the nodes behind it that may be merged into it.
+        inputs: What it reads.
+        kernel_node: The name of the node of ONNX Runtime's optimized graph that computes it.
+    """
 
     op: str
     tensors: tuple[str, ...]
@@ -88,6 +95,8 @@ class _Layer:
     weight: WeightRow | None
     kernel: str | None
     reason: str | None
+    inputs: tuple[str, ...] = ()
+    kernel_node: str | None = None
 
     @property
     def weight_bytes(self) -> int | None:
@@ -140,16 +149,50 @@ class ModelLayers:
                 tensors=chains[layer.name],
                 output_shape=layer.shapes[len(layer.node.input) + list(map(bool, layer.node.output)).index(True)],
                 weight=weights.get(layer.name),
-                kernel=kernels.get(layer.name),
+                kernel=kernels[layer.name].op if layer.name in kernels else None,
                 reason=missed.get(layer.name),
+                inputs=tuple(name for name in layer.node.input if view.has(name)),
+                kernel_node=kernels[layer.name].name if layer.name in kernels else None,
             )
             for tensor in chains[layer.name]:
                 self.by_tensor.setdefault(tensor, layer.name)
+
+    def inputs(self, known: Container[str]) -> dict[str, list[str]]:
+        """Layer -> those of `known` among what it reads; the first is what its weight is multiplied with."""
+        return {name: [tensor for tensor in layer.inputs if tensor in known] for name, layer in self.by_name.items()}
 
     def results(self, known: Container[str]) -> list[str]:
         """The tensor that stands for each layer: the first of `known` among its output and those behind it."""
         firsts = (next((name for name in layer.tensors if name in known), None) for layer in self.by_name.values())
         return list(dict.fromkeys(name for name in firsts if name is not None))
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """The layers of two models, and how far apart tensors of both are.
+
+    Attributes:
+        original: The one model's layers.
+        new: The other's.
+        errors: Tensor name -> error.
+    """
+
+    original: ModelLayers
+    new: ModelLayers
+    errors: Mapping[str, TensorError]
+
+    @cached_property
+    def rows(self) -> list[LayerRow]:
+        """The rows, as `layer_rows` gives them."""
+        return layer_rows(self.original, self.new, self.errors)
+
+    def name_in_new(self, row: LayerRow) -> str | None:
+        """What the new model calls a row's layer; None where it has no such layer."""
+        return row.name if row.where == "new" else self._partners.get(row.name)
+
+    @cached_property
+    def _partners(self) -> dict[str, str]:
+        return dict(layer_partners(self.original, self.new))
 
 
 def layer_rows(original: ModelLayers, new: ModelLayers, errors: Mapping[str, TensorError]) -> list[LayerRow]:
@@ -166,7 +209,7 @@ def layer_rows(original: ModelLayers, new: ModelLayers, errors: Mapping[str, Ten
         A row for each layer of the original and each further one of the new model. Those without an error come last,
         in the order of the graphs.
     """
-    partners = dict(_partners(original, new))
+    partners = dict(layer_partners(original, new))
     taken = set(partners.values())
     rows = []
     for name, layer in original.by_name.items():
@@ -209,7 +252,7 @@ def _row(
     )
 
 
-def _partners(original: ModelLayers, new: ModelLayers) -> Iterator[tuple[str, str]]:
+def layer_partners(original: ModelLayers, new: ModelLayers) -> Iterator[tuple[str, str]]:
     """Layers of the original and of the new model that belong together; each of them once."""
     same = original.by_name.keys() & new.by_name.keys()
     yield from ((name, name) for name in same)
@@ -242,8 +285,8 @@ def _is_merged(view: GraphView, node: onnx.NodeProto) -> bool:
     return node.op_type in {*CLIPS, "BatchNormalization", "Identity", "QuantizeLinear", "DequantizeLinear"}
 
 
-def _kernels(census: Census, chains: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Layer -> the operator of the kernel that computes it: one named after it, or one that writes its tensors."""
+def _kernels(census: Census, chains: Mapping[str, Iterable[str]]) -> dict[str, KernelNode]:
+    """Layer -> the kernel that computes it: one named after it, or one that writes its tensors."""
     computing = [node for node in census.nodes if any(part in node.op for part in KERNELS)]
     named: dict[str, KernelNode] = {}
     writing: dict[str, KernelNode] = {}
@@ -255,5 +298,5 @@ def _kernels(census: Census, chains: Mapping[str, Iterable[str]]) -> dict[str, s
     for name, tensors in chains.items():
         kernel = named.get(name) or next((writing[tensor] for tensor in tensors if tensor in writing), None)
         if kernel is not None:
-            found[name] = kernel.op
+            found[name] = kernel
     return found

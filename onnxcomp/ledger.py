@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["SCHEMA_VERSION", "Attempt", "Figures", "PassEntry", "Report", "StageEntry"]
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 """Of the report's JSON. The first number changes when a reader of the old form would break."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import platform
@@ -16,6 +15,7 @@ from onnxcomp import analysis
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.fixed_shapes import dynamic_inputs
 from onnxcomp.judge import Judge, Score
+from onnxcomp.layer_details import described_layers
 from onnxcomp.ledger import Figures, Report, StageEntry
 from onnxcomp.model import Model, ModelSource, model_files
 from onnxcomp.pass_options import make_pass
@@ -175,11 +175,9 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
 def _layers(judge: Judge, original: Model, new: Model) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each layer, and what to say where there are none: a table must not cost the run."""
     try:
-        rows = judge.layer_table(original, new)
-        macs = judge.layer_macs(original)
+        return described_layers(judge, original, new)
     except OnnxcompError as error:
         return [], [f"the layers are not listed: {error}"]
-    return [{**dataclasses.asdict(row), "macs": macs.get(row.name) if row.where != "new" else None} for row in rows], []
 
 
 def _speed(last: Score, timings: Sequence[Timing | None]) -> float | None:

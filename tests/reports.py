@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from onnxcomp.layer_details import MOST_DETAILED
 from onnxcomp.ledger import Attempt, Figures, PassEntry, Report, StageEntry
 
 
@@ -150,6 +151,54 @@ def layer(name: str, **changes: Any) -> dict[str, Any]:
         "weight_zeros_before": 0.0,
         "weight_zeros_after": 0.25,
         "macs": 42_336,
+        "bits_before": 32.0,
+        "bits_after": 8.0,
+        "rank": None,
+        "cause": "rounding: its weight takes 8 bits",
+        "time_ms_before": 0.0412,
+        "time_ms_after": 0.0156,
+        "detail": None,
+    }
+    assert changes.keys() <= facts.keys()
+    return {**facts, **changes}
+
+
+def detail(**changes: Any) -> dict[str, Any]:
+    """What a report tells of a layer that was split and made int8."""
+    bins = 28
+    facts: dict[str, Any] = {
+        "weights": {
+            "low": -0.52,
+            "high": 0.6,
+            "before": [1 + index * (bins - index) for index in range(bins)],
+            "after": [index * (bins - index) if index % 2 else 0 for index in range(bins)],
+            "before_values": 216,
+            "after_values": 216,
+        },
+        "activations": [
+            {
+                "place": "input",
+                "seen_low": -0.1,
+                "seen_high": 7.25,
+                "type": "uint8",
+                "scale": 0.0234375,
+                "zero_point": 0,
+                "low": 0.0,
+                "high": 5.9765625,
+            },
+            {
+                "place": "output",
+                "seen_low": -3.5,
+                "seen_high": 2.75,
+                "type": None,
+                "scale": None,
+                "zero_point": None,
+                "low": None,
+                "high": None,
+            },
+        ],
+        "factors": [[9, 8], [8, 24]],
+        "singular_values": {"kept": 8, "total": 24, "values": [[n, round(24.0 / n, 3)] for n in range(1, 25)]},
     }
     assert changes.keys() <= facts.keys()
     return {**facts, **changes}
@@ -163,7 +212,15 @@ def large_report(rows: int) -> Report:
     entries = [PassEntry(name, {}, changed=changed, left=left) for name in ("prune", "quantize")]
     attempts = [Attempt(entries, "kept", "2.00 times smaller", 1.0, 1.5, 2.0, 0.001, (0.0, 0.002), 0.01, "measured")]
     layers = [
-        layer(name, error=index / rows, weight_bytes_before=4 * index, weight_bytes_after=index, macs=index * 1009)
+        layer(
+            name,
+            error=index / rows,
+            weight_bytes_before=4 * index,
+            weight_bytes_after=index,
+            macs=index * 1009,
+            time_ms_before=index / 777,
+            detail=detail() if index < MOST_DETAILED else None,
+        )
         for index, name in enumerate(names)
     ]
     return sample_report(stages=[StageEntry("prune", "kept", "2.00 times smaller", 1.0, attempts)], layers=layers)

@@ -261,16 +261,17 @@ class Runtime:
         )
         return timings
 
-    def profile(self, path: Path, feed: Feed, runs: int = 20) -> dict[str, float]:
+    def profile(self, path: Path, feed: Feed, runs: int = 20, *, median: bool = False) -> dict[str, float]:
         """Measure where the time goes, with ONNX Runtime's own profiler.
 
         Args:
             path: The model file.
             feed: The inputs of every run.
             runs: Runs to average; three more warm up.
+            median: Give the median of the runs, which a slow spell of the machine does not move, instead of the mean.
 
         Returns:
-            Node name -> mean milliseconds a run, slowest first. The nodes are those of the optimized graph, named
+            Node name -> milliseconds a run, slowest first. The nodes are those of the optimized graph, named
             as in the census. A loop body counts as often as it ran.
 
         Raises:
@@ -282,7 +283,8 @@ class Runtime:
             message = f"runs must be at least 1, got {runs}"
             raise OptionError(message)
         with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-            times: dict[str, float] = self._ask("profile", "profiling", path, feed=dict(feed), runs=runs, folder=folder)
+            asked = {"feed": dict(feed), "runs": runs, "folder": folder, "median": median}
+            times: dict[str, float] = self._ask("profile", "profiling", path, **asked)
         return times
 
     def census(self, path: Path, *, optimize: bool = True) -> Census:

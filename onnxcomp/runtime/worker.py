@@ -123,9 +123,9 @@ class Worker:
                 break
         return [_timing(times) for times in samples]
 
-    def profile(self, path: str, feed: Feed, runs: int, folder: str) -> dict[str, float]:
+    def profile(self, path: str, feed: Feed, runs: int, folder: str, median: bool) -> dict[str, float]:
         """Measure each node with ONNX Runtime's profiler, which writes into `folder`."""
-        return profiling.profile(self._sessions, path, feed, runs, Path(folder))
+        return profiling.profile(self._sessions, path, feed, runs, Path(folder), median=median)
 
     def census(self, path: str, optimize: bool, folder: str) -> Census:
         """Read the optimized graph, which ONNX Runtime writes into `folder`."""

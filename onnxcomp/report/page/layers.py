@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from onnxcomp.report.page.panels import details
 from onnxcomp.report.text import printable
 
 if TYPE_CHECKING:
@@ -19,10 +20,16 @@ Told = list[tuple[int, str]]
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("layer", "text", "Layer"),
     ("error", "error", "Error"),
+    ("sqnr", "decibels", "SQNR"),
     ("before", "bytes", "Bytes before"),
     ("after", "bytes", "Bytes after"),
+    ("time_before", "time", "Time before"),
+    ("time_after", "time", "Time after"),
+    ("cause", "text", "Cause of the error"),
     ("macs", "count", "MACs"),
     ("zeros", "share", "Zeros"),
+    ("bits", "bits", "Bits"),
+    ("rank", "whole", "Rank"),
     ("kernel", "text", "Kernel"),
     ("done", "text", "What was done"),
     ("left", "text", "What was not, and why"),
@@ -63,6 +70,7 @@ def layer_data(report: Report) -> dict[str, Any]:
         "columns": [{"key": key, "kind": kind, "title": title} for key, kind, title in used],
         "texts": list(texts),
         "rows": cells,
+        "details": details(report),
         "sort": next((key for key in ("error", "before") if any(key == column[0] for column in used)), ""),
     }
 
@@ -103,7 +111,19 @@ def _layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
         "zeros": layer["weight_zeros_after"],
         "kernel": f"{_change(layer, 'kernel_before', 'kernel_after')}{reason}",
         "error": layer["error"],
+        "sqnr": layer["sqnr_db"],
+        "cause": layer.get("cause"),
+        "time_before": layer.get("time_ms_before"),
+        "time_after": layer.get("time_ms_after"),
+        "bits": _last(layer, "bits_after", "bits_before"),
+        "rank": min(layer.get("rank") or (), default=None),
     }  # fmt: skip
+
+
+def _last(layer: Mapping[str, Any], after: str, before: str) -> float | None:
+    """A figure of the result, or of the original where only that has the layer."""
+    value: float | None = layer.get(before if layer["where"] == "original" else after)
+    return value
 
 
 def _change(layer: Mapping[str, Any], before: str, after: str) -> str:

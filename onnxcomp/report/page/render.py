@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["page_html"]
 
-SCRIPTS = ("words", "charts", "layers", "commands")
+SCRIPTS = ("words", "charts", "panel", "layers", "commands")
 """The page's own scripts, in the order in which they run: one script element holds them all."""
 
 SOURCE_MAP = "//# sourceMappingURL="

@@ -101,19 +101,29 @@ const drawn = [];
 // How many marks there are, for those who check the page.
 const counted = (chart) => chart.data.datasets.reduce((sum, _, index) => sum + chart.getDatasetMeta(index).data.filter((mark) => !mark.skip && Number.isFinite(mark.x) && Number.isFinite(mark.y)).length, 0);
 
+const drawOne = (figure) => {
+  const { chart: kind, index } = figure.dataset;
+  const { height, ...config } = CHARTS[kind](data[kind][Number(index)], figure.querySelector(".hint"));
+  const canvas = figure.querySelector("canvas");
+  if (height) canvas.parentElement.style.height = `${height}px`;
+  const chart = new Chart(canvas, config);
+  drawn.push(chart);
+  canvas.dataset.marks = String(counted(chart));
+};
+
+// Takes away the charts of figures that are no longer on the page.
+const dropCharts = () => {
+  for (const chart of drawn.filter((one) => !one.canvas.isConnected)) {
+    drawn.splice(drawn.indexOf(chart), 1);
+    chart.destroy();
+  }
+};
+
 const draw = () => {
   while (drawn.length) drawn.pop().destroy();
   Object.assign(Chart.defaults, { animation: false, responsive: true, maintainAspectRatio: false });
   Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
-  for (const figure of document.querySelectorAll("figure[data-chart]")) {
-    const { chart: kind, index } = figure.dataset;
-    const { height, ...config } = CHARTS[kind](data[kind][Number(index)], figure.querySelector(".hint"));
-    const canvas = figure.querySelector("canvas");
-    if (height) canvas.parentElement.style.height = `${height}px`;
-    const chart = new Chart(canvas, config);
-    drawn.push(chart);
-    canvas.dataset.marks = String(counted(chart));
-  }
+  for (const figure of document.querySelectorAll("figure[data-chart]")) drawOne(figure);
 };
 draw();
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -22,10 +22,40 @@ const layers = () => {
   const place = (key) => columns.findIndex((column) => column.key === key);
   const isText = (column) => column.kind === "text";
   const most = columns.map((column, index) => (isText(column) ? 0 : rows.reduce((top, row) => Math.max(top, row[index] || 0), 0)));
-  // Bytes before and after share a scale, so that their bars can be compared.
-  const bytes = Math.max(...columns.map((column, index) => (column.kind === "bytes" ? most[index] : 0)));
+  // Bytes before and after share a scale, and so do times, so that their bars can be compared.
+  const together = (kind) => Math.max(...columns.map((column, index) => (column.kind === kind ? most[index] : 0)));
+  const scales = { bytes: together("bytes"), time: together("time"), share: 1, decibels: 0, bits: 0, whole: 0 };
+  const details = new Map(data.layers.details.map(([number, panel]) => [rows[number], panel]));
   const lower = texts.map((text) => text.toLowerCase());
-  const state = { key: data.layers.sort, descending: true, page: 0, shown: rows };
+  const state = { key: data.layers.sort, descending: true, page: 0, shown: rows, open: null, button: null };
+
+  const close = () => {
+    const button = state.button;
+    byId("panel").closest("tr").remove();
+    dropCharts();
+    button.setAttribute("aria-expanded", "false");
+    button.removeAttribute("aria-controls");
+    Object.assign(state, { open: null, button: null });
+    return button;
+  };
+
+  const open = (row, button) => {
+    if (state.open) close();
+    Object.assign(state, { open: row, button });
+    const line = panelRow(texts[row[0]], details.get(row), columns.length, () => close().focus());
+    button.closest("tr").after(line);
+    button.setAttribute("aria-expanded", "true");
+    button.setAttribute("aria-controls", "panel");
+    for (const figure of line.querySelectorAll("figure[data-chart]")) drawOne(figure);
+  };
+
+  const toggle = (row, button) => (state.open === row ? close() : open(row, button));
+
+  const opener = (row, name) => {
+    const button = make("button", { type: "button", className: "opener" }, ...breakable(name));
+    button.setAttribute("aria-expanded", "false");
+    return button;
+  };
 
   const cell = (row, column, index) => {
     const element = document.createElement(index === 0 ? "th" : "td");
@@ -34,6 +64,7 @@ const layers = () => {
       const told = column.key === "done" || column.key === "left";
       element.className = told ? "text told" : `text ${column.key}`;
       if (told) element.append(...sentences(texts[row[index]]));
+      else if (index === 0 && details.has(row)) element.append(opener(row, texts[row[index]]));
       else if (index === 0) element.append(...breakable(texts[row[index]]));
       else element.textContent = texts[row[index]];
       return element;
@@ -41,7 +72,7 @@ const layers = () => {
     element.className = "number";
     const value = row[index];
     element.textContent = value === null ? "-" : WORDS[column.kind](value);
-    const scale = column.kind === "bytes" ? bytes : column.kind === "share" ? 1 : most[index];
+    const scale = column.kind in scales ? scales[column.kind] : most[index];
     if (value !== null && scale > 0) {
       const meter = document.createElement("span");
       meter.className = `meter ${column.kind}`;
@@ -61,9 +92,23 @@ const layers = () => {
       ...visible.map((row) => {
         const line = document.createElement("tr");
         line.append(...columns.map((column, index) => cell(row, column, index)));
+        const button = line.querySelector(".opener");
+        if (button) {
+          line.className = "opens";
+          // Anywhere on the row will do, but where something else can be pressed, or text is being marked.
+          line.addEventListener("click", (event) => {
+            const other = event.target.closest("summary, .told details, a");
+            if (!other && (event.target.closest(".opener") || window.getSelection().isCollapsed)) toggle(row, button);
+          });
+        }
         return line;
       }),
     );
+    const reopened = state.open;
+    Object.assign(state, { open: null, button: null });
+    dropCharts();
+    const at = visible.indexOf(reopened);
+    if (at >= 0) open(reopened, byId("table").tBodies[0].rows[at].querySelector(".opener"));
     const total = rows.length.toLocaleString("en");
     const count = state.shown.length.toLocaleString("en");
     byId("count").textContent = visible.length ? `Rows ${from + 1} to ${from + visible.length} of ${count}${count === total ? "" : ` found in ${total}`}` : `None of ${total} rows fits`;
@@ -125,6 +170,9 @@ const layers = () => {
     head.append(header);
   }
   byId("table").tHead.append(head);
+  byId("table").tBodies[0].addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && state.open) close().focus();
+  });
   byId("search").addEventListener("input", update);
   byId("filter").addEventListener("change", update);
   byId("tools").addEventListener("submit", (event) => event.preventDefault());

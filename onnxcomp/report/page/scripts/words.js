@@ -21,4 +21,8 @@ const WORDS = {
   count: (value) => scaled(value, ["", " k", " M", " G", " T"]),
   share: (value) => `${(100 * value).toFixed(1)}%`,
   error: percent,
+  decibels: (value) => `${value.toFixed(1)} dB`,
+  time: (value) => (value === 0 ? "0 ms" : value < 0.1 ? `${Number((1000 * value).toPrecision(3))} \u00b5s` : `${Number(value.toPrecision(3))} ms`),
+  bits: (value) => String(Number(value.toPrecision(3))),
+  whole: String,
 };

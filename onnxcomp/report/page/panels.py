@@ -1,0 +1,72 @@
+"""What a layer's panel shows: its weight before and after, the ranges of its activations, its singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from onnxcomp.report.text import printable
+
+if TYPE_CHECKING:
+    from onnxcomp.ledger import Report
+
+__all__ = ["details"]
+
+DIGITS = 5
+"""Digits of a number in a panel."""
+
+ROUNDED = ("low", "high", "seen_low", "seen_high", "scale")
+
+
+def details(report: Report) -> list[tuple[int, dict[str, Any]]]:
+    """The panels that have something to show, each with the number of its layer's row."""
+    panels = ((number, _panel(layer)) for number, layer in enumerate(report.layers) if layer.get("detail"))
+    return [(number, panel) for number, panel in panels if panel]
+
+
+def _panel(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The charts of one layer and what to say of it; a chart without marks is left out."""
+    detail = layer["detail"]
+    panel: dict[str, Any] = {}
+    weights = detail["weights"]
+    if weights and weights["low"] is not None and weights["high"] is not None and _sides(weights):
+        panel["histogram"] = _rounded(weights)
+    ranges = [_range(activation) for activation in detail["activations"] if _has_range(activation)]
+    if ranges:
+        panel["ranges"] = ranges
+    singular = detail["singular_values"]
+    if singular and (known := [[number, value] for number, value in singular["values"] if None not in (number, value)]):
+        panel["singular"] = {**singular, "values": [[int(number), _digits(value)] for number, value in known]}
+    if detail["factors"]:
+        panel["factors"] = ", ".join(_shape(shape) for shape in detail["factors"])
+    if panel and layer.get("cause"):
+        panel["cause"] = printable(layer["cause"])
+    return panel
+
+
+def _sides(weights: Mapping[str, Any]) -> bool:
+    """Whether there are counts, as many on either side where both have some."""
+    counts = [len(weights[side]) for side in ("before", "after") if weights[side]]
+    return len(set(counts)) == 1
+
+
+def _has_range(activation: Mapping[str, Any]) -> bool:
+    return any(None not in (activation[low], activation[high]) for low, high in
+               (("low", "high"), ("seen_low", "seen_high")))  # fmt: skip
+
+
+def _range(activation: Mapping[str, Any]) -> dict[str, Any]:
+    kind = activation["type"]
+    return {**_rounded(activation), "type": None if kind is None else printable(kind)}
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _digits(value) if name in ROUNDED else value for name, value in values.items()}
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.{DIGITS}g}")
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return "\N{MULTIPLICATION SIGN}".join(map(str, sizes))
