@@ -18,6 +18,9 @@ Array = np.ndarray[Any, Any]
 BINS = 28
 """Enough to see a shape, codes of 4 bits and less as combs, and to fit a narrow screen."""
 
+TAIL = 0.001
+"""The share of values on either side that is not looked at for where bins end."""
+
 MOST_VALUES = 1 << 20
 """Of a weight; of a larger one so many are drawn. A bin that holds 1% of a weight is off by 1% of that at most."""
 
@@ -43,23 +46,37 @@ def histogram(before: WeightValues | None, after: Sequence[WeightValues]) -> dic
 
     Returns:
         `low`, `high`, and for each model the counts of bins of one width between them and the number of values that
-        were looked at; None where neither can be read. What is infinite or no number is in no bin.
+        were looked at; values beyond are in the first or the last bin, and `least` and `most` are the extremes. What is
+        infinite or no number is in no bin. None where neither can be read.
     """
     sides = {"before": _values([before] if before else []), "after": _values(after, before.shape if before else None)}
     known = {side: values[np.isfinite(values)] for side, values in sides.items() if values is not None and values.size}
     known = {side: values for side, values in known.items() if values.size}
     if not known:
         return None
-    low = min(float(values.min()) for values in known.values())
-    high = max(float(values.max()) for values in known.values())
+    edges = [_edges(values) for values in known.values()]
+    low, high = min(edge[0] for edge in edges), max(edge[1] for edge in edges)
     if low == high:  # such as a weight of ones: a bin around it
         low, high = low - max(abs(low), 1.0) / 2, high + max(abs(high), 1.0) / 2
-    counts: dict[str, Any] = {"low": low, "high": high}
+    counts: dict[str, Any] = {
+        "low": low,
+        "high": high,
+        "least": min(float(values.min()) for values in known.values()),
+        "most": max(float(values.max()) for values in known.values()),
+    }
     for side in sides:
         values = known.get(side)
-        counts[side] = None if values is None else np.histogram(values, BINS, (low, high))[0].tolist()
+        inside = None if values is None else np.clip(values, low, high)
+        counts[side] = None if inside is None else np.histogram(inside, BINS, (low, high))[0].tolist()
         counts[f"{side}_values"] = 0 if values is None else int(values.size)
     return counts
+
+
+def _edges(values: Array) -> tuple[float, float]:
+    """Where bins begin and end: at the extremes, or nearer where few values lie so far out that none could be seen."""
+    low, high = (float(edge) for edge in np.quantile(values, (TAIL, 1 - TAIL)))
+    room = (high - low) / 2
+    return max(float(values.min()), low - room), min(float(values.max()), high + room)
 
 
 def _values(parts: Sequence[WeightValues], shape: tuple[int, ...] | None = None) -> Array | None:

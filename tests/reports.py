@@ -170,6 +170,8 @@ def detail(**changes: Any) -> dict[str, Any]:
         "weights": {
             "low": -0.52,
             "high": 0.6,
+            "least": -0.52,
+            "most": 1.75,
             "before": [1 + index * (bins - index) for index in range(bins)],
             "after": [index * (bins - index) if index % 2 else 0 for index in range(bins)],
             "before_values": 216,

@@ -435,10 +435,12 @@ def test_profiles_each_node(runtime: Runtime, path: Path):
     assert all(0 < milliseconds < 100 for milliseconds in times.values())
 
 
-def test_profile_averages_over_the_last_runs():
-    def event(name: str, start: int, duration: int, kind: str = "Node") -> dict[str, Any]:
-        return {"cat": kind, "name": name, "ts": start, "dur": duration}
+def event(name: str, start: int, duration: int, kind: str = "Node") -> dict[str, Any]:
+    """One line of a profiler's trace."""
+    return {"cat": kind, "name": name, "ts": start, "dur": duration}
 
+
+def test_profile_averages_over_the_last_runs():
     trace = [
         event("a_kernel_time", 1, 900),  # the warm-up
         event("model_run", 0, 1000, "Session"),
@@ -451,6 +453,15 @@ def test_profile_averages_over_the_last_runs():
     ]
 
     assert node_times(trace, runs=2) == {"b": 0.025, "a": 0.015}
+
+
+def test_the_median_of_a_profile_is_not_moved_by_one_slow_run_and_a_loop_counts_each_time():
+    trace = [event("model_run", 1000 * index, 900, "Session") for index in range(3)]
+    for index, duration in enumerate([10, 800, 12]):
+        trace += [event("a_kernel_time", 1000 * index + 1, duration), event("b_kernel_time", 1000 * index + 850, 3)]
+        trace.append(event("b_kernel_time", 1000 * index + 860, 4))
+
+    assert node_times(trace, runs=3, median=True) == {"a": 0.012, "b": 0.007}
 
 
 def test_peak_memory_is_that_of_the_worker(path: Path):

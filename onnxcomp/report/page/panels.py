@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ __all__ = ["details"]
 DIGITS = 5
 """Digits of a number in a panel."""
 
-ROUNDED = ("low", "high", "seen_low", "seen_high", "scale")
+ROUNDED = ("low", "high", "least", "most", "seen_low", "seen_high", "scale")
 
 
 def details(report: Report) -> list[tuple[int, dict[str, Any]]]:
@@ -29,8 +30,8 @@ def _panel(layer: Mapping[str, Any]) -> dict[str, Any]:
     detail = layer["detail"]
     panel: dict[str, Any] = {}
     weights = detail["weights"]
-    if weights and weights["low"] is not None and weights["high"] is not None and _sides(weights):
-        panel["histogram"] = _rounded(weights)
+    if weights and None not in {weights[edge] for edge in ("low", "high", "least", "most")} and _sides(weights):
+        panel["histogram"] = {**_rounded(weights), "drawn": _is_drawn(weights, layer["weight_shape"])}
     ranges = [_range(activation) for activation in detail["activations"] if _has_range(activation)]
     if ranges:
         panel["ranges"] = ranges
@@ -42,6 +43,12 @@ def _panel(layer: Mapping[str, Any]) -> dict[str, Any]:
     if panel and layer.get("cause"):
         panel["cause"] = printable(layer["cause"])
     return panel
+
+
+def _is_drawn(weights: Mapping[str, Any], shape: Sequence[Any] | None) -> bool:
+    """Whether fewer values were looked at than the original's weight has."""
+    sizes = [size for size in shape or () if isinstance(size, int)]
+    return len(sizes) == len(shape or ()) and 0 < weights["before_values"] < math.prod(sizes)
 
 
 def _sides(weights: Mapping[str, Any]) -> bool:

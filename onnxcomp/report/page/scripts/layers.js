@@ -42,7 +42,7 @@ const layers = () => {
   const open = (row, button) => {
     if (state.open) close();
     Object.assign(state, { open: row, button });
-    const line = panelRow(texts[row[0]], details.get(row), columns.length, () => close().focus());
+    const line = PANEL.row(texts[row[0]], details.get(row), columns.length, () => close().focus());
     button.closest("tr").after(line);
     button.setAttribute("aria-expanded", "true");
     button.setAttribute("aria-controls", "panel");
@@ -52,7 +52,9 @@ const layers = () => {
   const toggle = (row, button) => (state.open === row ? close() : open(row, button));
 
   const opener = (row, name) => {
-    const button = make("button", { type: "button", className: "opener" }, ...breakable(name));
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "opener" });
+    button.append(...breakable(name));
     button.setAttribute("aria-expanded", "false");
     return button;
   };
