@@ -19,8 +19,9 @@ from onnxcomp.report.page.answer import cards, next_steps
 from onnxcomp.report.page.candidates import candidates, chart_data, front
 from onnxcomp.report.page.history import curves, measured, time_line
 from onnxcomp.report.page.layers import layer_data
+from onnxcomp.report.page.panels import details
 from tests.markdown import shell_commands
-from tests.reports import large_report, layer, sample_report
+from tests.reports import detail, large_report, layer, sample_report
 
 MOST_BYTES = 1_500_000
 VOID = {"meta", "br", "input", "link", "img", "hr", "wbr"}
@@ -74,6 +75,15 @@ def attempt(verdict: str, speed: float | None, size: float | None, drop: float |
 # --- one file, which is safe ------------------------------------------------------------------------------------------
 
 
+def hostile_detail() -> dict[str, Any]:
+    """A panel's data with a type that is HTML, and numbers that no weight has."""
+    [given, made] = detail()["activations"]
+    weights = {**detail()["weights"], "low": -1e300, "high": 1e300, "before": [1], "after": [10**30]}
+    singular = {"kept": 0, "total": 0, "values": [[1, 1e300], [None, 2], [2, None]]}
+    odd = {**given, "type": HOSTILE, "scale": 0, "low": 1, "high": -1}
+    return detail(weights=weights, activations=[odd, {**made, "scale": -1e300}], singular_values=singular)
+
+
 def hostile_report() -> Report:
     """A report whose every text is HTML, script and control characters."""
     table = {"title": HOSTILE, "columns": [HOSTILE, "error at 50%", "error at 75%"], "rows": [[HOSTILE, 0.1, 0.2]] * 3}
@@ -94,7 +104,9 @@ def hostile_report() -> Report:
         stages=[StageEntry(HOSTILE, "kept", HOSTILE, 1.0, [tried, tried])],
         metric={"name": HOSTILE, "higher_is_better": True},
         options={HOSTILE: HOSTILE, "command": [HOSTILE]},
-        layers=[layer(HOSTILE, op=HOSTILE, reason=HOSTILE, kernel_after=HOSTILE)],
+        layers=[
+            layer(HOSTILE, op=HOSTILE, reason=HOSTILE, kernel_after=HOSTILE, cause=HOSTILE, detail=hostile_detail())
+        ],
     )
     report.model["path"] = HOSTILE
     report.environment["versions"][HOSTILE] = HOSTILE
@@ -330,6 +342,11 @@ def test_a_layer_has_its_figures_and_what_each_pass_did_to_it_by_any_of_its_name
         "zeros": 0.25,
         "kernel": "Conv → QLinearConv",
         "error": 0.0275,
+        "sqnr": 31.2,
+        "time_before": 0.0412,
+        "time_after": 0.0156,
+        "cause": "rounding: its weight takes 8 bits",
+        "bits": 8.0,
         "done": "prune: a quarter is zero\nquantize: runs in int8",
         "left": "cluster: costs too much",
     }
@@ -351,6 +368,57 @@ def test_a_report_without_layers_lists_the_places_that_passes_named():
 def test_the_worst_layers_come_first_where_errors_are_known():
     assert layer_data(large_report(3))["sort"] == "error"
     assert layer_data(sample_report())["sort"] == ""
+
+
+def panel_of(**changes: Any) -> dict[str, Any]:
+    """The panel of a layer whose detail has these changes."""
+    report = read_back(sample_report(layers=[layer("conv1", detail=detail(**changes))]))
+    found = dict(details(report))
+    return found.get(0, {})
+
+
+def test_a_panel_has_a_chart_for_each_thing_that_is_known():
+    panel = panel_of()
+    assert panel.keys() == {"histogram", "ranges", "singular", "factors", "cause"}
+    assert [each["place"] for each in panel["ranges"]] == ["input", "output"]
+    assert panel["factors"] == "9\N{MULTIPLICATION SIGN}8, 8\N{MULTIPLICATION SIGN}24"
+    assert (panel["singular"]["kept"], len(panel["singular"]["values"])) == (8, 24)
+    assert not panel["histogram"]["drawn"]
+
+
+def test_a_panel_leaves_out_what_is_not_known():
+    assert panel_of(singular_values=None, factors=None, activations=[]).keys() == {"histogram", "cause"}
+    assert panel_of(weights=None, singular_values=None, factors=None, activations=[]) == {}
+
+
+def test_counts_of_which_the_bins_differ_or_that_have_no_edges_are_not_drawn():
+    weights = detail()["weights"]
+    assert "histogram" not in panel_of(weights={**weights, "before": [1, 2]})
+    assert "histogram" not in panel_of(weights={**weights, "low": None})
+    assert "histogram" in panel_of(weights={**weights, "before": None})
+
+
+def test_a_weight_of_which_not_all_was_looked_at_says_so():
+    assert panel_of(weights={**detail()["weights"], "before_values": 215})["histogram"]["drawn"]
+
+
+def test_a_report_of_an_earlier_form_has_the_rows_and_no_panels():
+    rows = [layer("conv1")]
+    for name in ("bits_before", "bits_after", "rank", "cause", "time_ms_before", "time_ms_after", "detail"):
+        del rows[0][name]
+    facts = json.loads(to_json(sample_report(layers=rows)))
+    report = from_json(json.dumps({**facts, "schema_version": "1.1"}))
+
+    assert details(report) == []
+    assert cells(report)[0]["error"] == 0.0275
+    assert "press the name" not in page_html(report)
+
+
+def test_the_rank_of_a_layer_is_a_number_that_sorts():
+    assert [row["rank"] for row in cells(sample_report(layers=[layer("a", rank=[16, 24]), layer("b")]))][:2] == [
+        16,
+        None,
+    ]
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
