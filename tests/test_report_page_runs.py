@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, sync_playwright
 
 from onnxcomp.ledger import PassEntry, Report
 from onnxcomp.report import from_json, to_json
 from onnxcomp.report.page import page_html
-from tests.reports import large_report, layer, sample_report
+from tests.reports import detail, large_report, layer, sample_report
 from tests.test_demo_runs import CHROMIUM, QUIET
 from tests.test_report_page import hostile_report
 
@@ -48,6 +48,7 @@ def full_report() -> Report:
             error=index / 100,
             weight_bytes_before=1000 + index,
             reason="its bias is float" if index == 7 else None,
+            detail=None if index % 10 == 8 else detail(),
         )
         for index, name in enumerate(names)
     ]
@@ -206,6 +207,155 @@ def test_20000_layers_are_there_sorted_and_searched_in_5_seconds(shown):
     assert page.evaluate(path_clock) < WHOLE_SECONDS * 1000  # since the page was opened
 
 
+# --- the panel of a layer ---------------------------------------------------------------------------------------------
+
+
+def opened(page: Page, name: str = "/features/59/Conv") -> Locator:
+    """The panel of a layer, once its name was pressed."""
+    page.get_by_role("button", name=name, exact=True).click()
+    return page.locator("#panel")
+
+
+def test_a_click_on_a_layer_shows_its_charts_with_every_mark(shown):
+    page = shown(full_report())
+    assert page.locator("#panel").count() == 0
+
+    panel = opened(page)
+    marks = [
+        (figure.get_attribute("data-chart"), figure.locator("canvas").get_attribute("data-marks"))
+        for figure in panel.locator("figure").all()
+    ]
+    # 28 bins of each model; a range that was seen and one of a scale; 24 values and the two ends of the rank's line.
+    assert marks == [("histogram", "56"), ("ranges", "2"), ("ranges", "1"), ("singular", "26")]
+    assert page.locator("#table tbody tr.panel").evaluate("row => row.previousSibling.cells[0].textContent") == (
+        "/features/59/Conv"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_charts_of_a_panel_have_ink_in_both_schemes(shown, scheme):
+    page = shown(full_report(), color_scheme=scheme)
+    inked = (
+        opened(page)
+        .locator("canvas")
+        .evaluate_all(
+            """canvases => canvases.map(canvas => {
+            const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+            return pixels.filter((_, index) => index % 4 === 3 && pixels[index] > 200).length;
+        })"""
+        )
+    )
+    assert len(inked) == 4
+    assert min(inked) > 500
+
+
+def test_the_figures_of_a_panel_are_there_as_text(shown):
+    panel = opened(shown(full_report()))
+    panel.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
+
+    counts = panel.locator('figure[data-chart="histogram"] tbody tr').all_inner_texts()
+    assert len(counts) == 28
+    assert counts[1].split() == ["-0.48", "-0.44", "28", "27"]
+    hints = panel.locator("figure > .hint").all_inner_texts()
+    assert hints[1] == "256 codes (uint8), 0.02344 apart, zero point 0; a line of the grid every 32."
+    assert hints[2].startswith("No scale was chosen for it")
+    assert "the last bar have those beyond them too" in hints[0]
+    assert "8 of 24" in hints[3]
+
+
+def test_a_panel_is_opened_and_closed_with_the_keyboard(shown):
+    page = shown(full_report())
+    button = page.get_by_role("button", name="/features/58/Conv", exact=True)
+    assert button.count() == 0  # nothing was looked at there
+    button = page.get_by_role("button", name="/features/57/Conv", exact=True)
+    assert button.get_attribute("aria-expanded") == "false"
+
+    button.focus()
+    page.keyboard.press("Enter")
+    assert button.get_attribute("aria-expanded") == "true"
+    assert page.locator(f"#{button.get_attribute('aria-controls')}").count() == 1
+    assert button.evaluate("one => one === document.activeElement")
+    page.locator("#panel summary").first.focus()
+    page.keyboard.press("Escape")
+
+    assert page.locator("#panel").count() == 0
+    assert button.get_attribute("aria-expanded") == "false"
+    assert button.evaluate("one => one === document.activeElement")
+
+
+def test_one_panel_is_open_at_a_time_and_its_row_closes_it(shown):
+    page = shown(full_report())
+    opened(page)
+    panel = opened(page, "/features/57/Conv")
+    assert panel.count() == 1
+    assert panel.locator(".title strong").inner_text() == "/features/57/Conv"
+    assert page.locator('[aria-expanded="true"]').count() == 1
+
+    page.locator("#table tbody tr", has_text="/features/57/Conv").first.locator("td").nth(1).click()
+    assert panel.count() == 0
+
+
+def test_a_panel_stays_with_its_layer_while_the_table_is_sorted_and_searched_and_goes_with_its_page(shown):
+    page = shown(full_report())
+    panel = opened(page, "/features/50/Conv")
+    header(page, "Bytes before").click()
+    page.fill("#search", "features/5")
+
+    assert panel.locator(".title strong").inner_text() == "/features/50/Conv"
+    assert page.locator("#table tbody tr.panel").evaluate("row => row.previousSibling.cells[0].textContent") == (
+        "/features/50/Conv"
+    )
+    assert page.get_by_role("button", name="/features/50/Conv", exact=True).get_attribute("aria-expanded") == "true"
+    page.fill("#search", "features/4")
+    assert panel.count() == 0
+
+
+def test_the_close_button_leads_back_to_the_layer(shown):
+    page = shown(full_report())
+    opened(page).get_by_role("button", name="Close").click()
+    assert page.locator("#panel").count() == 0
+    assert page.evaluate("document.activeElement.textContent") == "/features/59/Conv"
+
+
+def test_the_charts_of_a_panel_follow_the_scheme_and_are_dropped_with_it(shown):
+    page = shown(full_report(), color_scheme="light")
+    opened(page)
+    shot = "document.querySelector('#panel canvas').toDataURL()"
+    light = page.evaluate(shot)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"light => {shot} !== light", arg=light)
+
+    page.keyboard.press("Escape")
+    page.emulate_media(color_scheme="light")
+    assert page.evaluate("drawn.length") == 4
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_the_panel_of_a_hostile_layer_does_nothing_and_fits(shown, width):
+    page = shown(hostile_report(), viewport={"width": width, "height": 700})
+    page.locator(".opener").first.click()
+
+    panel = page.locator("#panel")
+    assert panel.locator(".title strong").inner_text().startswith("</script><script>alert(1)</script>")
+    assert panel.locator("figure").count() == 4
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 3
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_a_panel_is_as_wide_as_what_is_seen_of_the_table(shown):
+    page = shown(full_report(), viewport={"width": 375, "height": 700})
+    sheet, seen = opened(page), page.locator(".scroll", has=page.locator("#table"))
+    box, around = sheet.bounding_box(), seen.bounding_box()
+    assert box is not None
+    assert around is not None
+    assert abs(box["width"] - around["width"]) <= 2
+    seen.evaluate("region => { region.scrollLeft = 300 }")
+    moved = sheet.bounding_box()
+    assert moved is not None
+    assert abs(moved["x"] - around["x"]) <= 2
+
+
 # --- safe, readable, usable -------------------------------------------------------------------------------------------
 
 
@@ -266,6 +416,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("width", [375, 1280])
 def test_axe_finds_no_violation(shown, axe, scheme, width):
     page = shown(full_report(), color_scheme=scheme, viewport={"width": width, "height": 900})
+    opened(page)
     page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
     page.evaluate(axe)
     found = page.evaluate("axe.run().then(found => found.violations)")
