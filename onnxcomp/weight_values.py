@@ -24,6 +24,7 @@ from onnxcomp.analysis import HeldWeight, held_weights
 from onnxcomp.model import Model, value_of
 from onnxcomp.packed import find_packed, unpack
 from onnxcomp.qdq import codes_of
+from onnxcomp.weights import LazyWeight
 
 __all__ = ["WeightValues", "sampled_places", "weight_values"]
 
@@ -41,6 +42,9 @@ SETTINGS = {
 }
 """Operator that takes codes -> the inputs with the scale and the zero point of its weight."""
 
+LONGEST_RUN = 1024
+"""Neighbours that are drawn together: a page of a file holds so many floats."""
+
 
 def weight_values(model: Model) -> dict[str, WeightValues]:
     """The weights of a model that can be read, by the names that `onnxcomp.analysis.weight_table` gives them.
@@ -54,10 +58,15 @@ def weight_values(model: Model) -> dict[str, WeightValues]:
 
 
 def sampled_places(size: int, most: int) -> Array | None:
-    """Places of a weight to look at: drawn with a fixed seed, so that no pattern of rows can hide; None for all."""
+    """Places of a weight to look at, in short runs so that little of a mapped file is read; None for all.
+
+    They are drawn with a fixed seed: no pattern of rows can hide from them, and the same are drawn each time.
+    """
     if size <= most:
         return None
-    return np.sort(np.random.default_rng(0).integers(0, size, most))
+    run = max(1, min(LONGEST_RUN, most // LONGEST_RUN))
+    starts = np.sort(np.random.default_rng(0).integers(0, size - run + 1, most // run))
+    return np.asarray((starts[:, None] + np.arange(run)).reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,7 @@ class WeightValues:
         """
         if self._is_nbits:
             return _nbits(self.held.reader, value_of(self.held.constant), _all(places, self.size))
-        flat = value_of(self.held.constant).reshape(-1)
-        found = flat if places is None else flat[places]
+        found = _taken(self.held.constant, places)
         if _is_float(found.dtype):
             return np.asarray(found, np.float32)
         settings = _settings(self.held)
@@ -138,6 +146,19 @@ class WeightValues:
 
     def _block(self, size: int, known: int) -> int:
         return int(self.held.reader.attrs.get("block_size", 0)) or -(-size // known)
+
+
+def _taken(constant: gs.Constant, places: Array | None) -> Array:
+    """What a constant holds at some places, flat; of a weight in a file no more is read than runs of places need."""
+    value = constant._values
+    blob = value.blob if isinstance(value, LazyWeight) else None
+    if places is None or blob is None or blob.nbytes != math.prod(value.shape) * value.dtype.itemsize:
+        flat = value_of(constant).reshape(-1)
+        return flat if places is None else flat[places]
+    size, dtype = value.dtype.itemsize, value.dtype.newbyteorder("<")
+    runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+    parts = [np.frombuffer(blob.part(int(run[0]) * size, len(run) * size), dtype) for run in runs if len(run)]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
 def _all(places: Array | None, size: int) -> Array:

@@ -157,6 +157,10 @@ class Blob(ABC):
     def buffer(self) -> Any:
         """The bytes as one read-only buffer (a mapped file, or the bytes in memory)."""
 
+    @abstractmethod
+    def part(self, start: int, length: int) -> bytes | memoryview:
+        """Some of the bytes, by a plain read: mapped pages would count as resident memory."""
+
     @cached_property
     def digest(self) -> str:
         """A hash of the contents, computed once and without loading the whole."""
@@ -180,6 +184,10 @@ class ArrayBlob(Blob):
     def buffer(self) -> bytes:
         """The bytes."""
         return self._data
+
+    def part(self, start: int, length: int) -> memoryview:
+        """Some of the bytes, not copied."""
+        return memoryview(self._data)[start : start + length]
 
 
 class FileBlob(Blob):
@@ -213,6 +221,16 @@ class FileBlob(Blob):
         if not self.nbytes:
             return b""
         return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
+
+    def part(self, start: int, length: int) -> bytes:
+        """Some of the range, read."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start)
+            data = file.read(length)
+        if len(data) < length:
+            message = f"{self.path}: the file became shorter while it was read"
+            raise ModelError(message)
+        return data
 
 
 class Spool:
@@ -275,6 +293,10 @@ class SpooledBlob(Blob):
         if not self.nbytes:
             return b""
         return np.memmap(self._spool.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
+
+    def part(self, start: int, length: int) -> bytes:
+        """Some of the range, read."""
+        return os.pread(self._spool.file.fileno(), length, self.offset + start)
 
 
 class LazyWeight(LazyValues):  # type: ignore[misc] # graphsurgeon has no type information

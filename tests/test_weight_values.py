@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from onnxcomp.errors import ModelError
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.weight_values import WeightValues, sampled_places, weight_values
 from onnxcomp_passes.cluster import Cluster
 from onnxcomp_passes.pack import Pack
 from onnxcomp_passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp_passes.quantize_weights import QuantizeWeights
-from tests.models import graph_model, random_weights, run
+from tests.models import external_model, graph_model, random_weights, run
 from tests.test_weight_profiles import rewritten
 
 MATMUL = "g (float[N,32] x) => (float[N,8] y) { [layer] y = MatMul(x, W) }"
@@ -109,6 +111,23 @@ def test_some_places_of_a_weight_are_those_of_all(form):
     weight = only_weight(FORMS[form]())
     places = np.array([0, 3, 77, 200, 255])
     np.testing.assert_array_equal(numbers(weight, places), numbers(weight)[places])
+
+
+def test_of_a_weight_in_a_file_runs_of_places_are_read(tmp_path: Path):
+    values = weight_values(Model.load(external_model(tmp_path)))
+    for weight in values.values():
+        places = np.array([0, 1, 2, 900, 901, 4095])
+        np.testing.assert_array_equal(numbers(weight, places), numbers(weight)[places])
+        assert len(numbers(weight, places[:0])) == 0
+    assert len(values) == 2
+
+
+def test_a_file_that_became_shorter_is_told(tmp_path: Path):
+    weight = next(iter(weight_values(Model.load(external_model(tmp_path))).values()))
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ModelError, match="the file became shorter while it was read"):
+        weight.read(np.array([0, 1]))
 
 
 def test_the_scale_of_ranges_found_at_run_time_is_found_behind_the_product():
