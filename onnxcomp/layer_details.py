@@ -8,10 +8,12 @@ from typing import Any
 
 from onnxcomp.activation_ranges import ActivationRanges
 from onnxcomp.deviation import TensorError
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.judge import Judge
 from onnxcomp.layer_causes import error_cause, is_worth_a_cause, outlier_channel
 from onnxcomp.layer_table import LayerComparison, LayerRow, ModelLayers
 from onnxcomp.model import Model
+from onnxcomp.runtime import Timing
 from onnxcomp.weight_profiles import factors, histogram, ranks, singular_values
 from onnxcomp.weight_values import WeightValues, weight_values
 
@@ -29,23 +31,26 @@ PROFILED_MS = 1000.0
 PROFILED_RUNS = (3, 20)
 
 
-def described_layers(judge: Judge, original: Model, new: Model) -> tuple[list[dict[str, Any]], list[str]]:
+def described_layers(
+    judge: Judge, original: Model, new: Model, timings: Sequence[Timing | None]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each layer of two models, as the report has it.
 
     Args:
         judge: What measures.
         original: The original.
         new: The result.
+        timings: What a run of each takes; None where nothing is timed, and then no layer is.
 
     Returns:
         The rows, the least signal-to-noise ratio first, and what is to be said of them.
 
     Raises:
-        OnnxcompError: ONNX Runtime cannot show the tensors between the layers, or profile a model.
+        OnnxcompError: ONNX Runtime cannot show the tensors between the layers.
     """
     table = judge.layer_table(original, new)
     macs = judge.layer_macs(original)
-    times = _times(judge, original, new)
+    times, notes = _times(judge, (original, new), timings)
     weights = weight_values(original), weight_values(new)
     details = _Details(table, weights, ActivationRanges(new))
     chosen = _detailed(table.rows)
@@ -61,7 +66,6 @@ def described_layers(judge: Judge, original: Model, new: Model) -> tuple[list[di
         for row in table.rows
     ]
     weighing = sum(_has_weight(row) for row in table.rows)
-    notes = []
     if weighing > len(chosen):
         notes.append(
             f"histograms and ranges are told of {len(chosen)} of {weighing} layers, the heaviest and the worst"
@@ -69,18 +73,22 @@ def described_layers(judge: Judge, original: Model, new: Model) -> tuple[list[di
     return rows, notes
 
 
-def _times(judge: Judge, original: Model, new: Model) -> list[dict[str, float]]:
-    """Milliseconds of each kernel under ONNX Runtime's profiler; none where nothing is timed."""
-    if not judge.timed:
-        return [{}, {}]
-    found = []
-    for model in (original, new):
-        path = judge.path_of(model)
-        [once] = judge.runtime.time([path], judge.feed, min_rounds=1, max_rounds=1)
-        least, most = PROFILED_RUNS
-        runs = min(most, max(least, int(PROFILED_MS / max(once.median_ms, 1e-3))))
-        found.append(judge.runtime.profile(path, judge.feed, runs=runs, median=True))
-    return found
+def _times(
+    judge: Judge, models: Sequence[Model], timings: Sequence[Timing | None]
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Milliseconds of each kernel under ONNX Runtime's profiler, none where nothing is timed, and what went wrong."""
+    found: list[dict[str, float]] = []
+    least, most = PROFILED_RUNS
+    for model, timing in zip(models, timings, strict=True):
+        if timing is None:
+            found.append({})
+            continue
+        runs = min(most, max(least, int(PROFILED_MS / max(timing.median_ms, 1e-3))))
+        try:
+            found.append(judge.runtime.profile(judge.path_of(model), judge.feed, runs=runs, median=True))
+        except OnnxcompError as error:  # times are an extra: the rows do not depend on them
+            return [{}, {}], [f"the layers have no times: {error}"]
+    return found, []
 
 
 def _time(layers: ModelLayers, name: str | None, times: Mapping[str, float]) -> float | None:

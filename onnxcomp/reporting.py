@@ -62,7 +62,7 @@ def build_report(
     before = _figures(judge, original, first, timings[0], judge.confirm(original))
     after = _figures(judge, kept.model, last, timings[1], quality)
     met = judge.allows(quality)
-    layers, missing = _layers(judge, original, kept.model) if options.layers else ([], [])
+    layers, missing = _layers(judge, original, kept.model, timings) if options.layers else ([], [])
     data = {
         "description": samples.description,
         "sha256": samples.digest,
@@ -172,10 +172,12 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
     )
 
 
-def _layers(judge: Judge, original: Model, new: Model) -> tuple[list[dict[str, Any]], list[str]]:
+def _layers(
+    judge: Judge, original: Model, new: Model, timings: Sequence[Timing | None]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each layer, and what to say where there are none: a table must not cost the run."""
     try:
-        return described_layers(judge, original, new)
+        return described_layers(judge, original, new, timings)
     except OnnxcompError as error:
         return [], [f"the layers are not listed: {error}"]
 

@@ -33,8 +33,10 @@ LARGEST_SIDE = 1024
 ROWS = 4096
 """Rows of a matrix that are looked at together, so that it is never held in float64 as a whole."""
 
-BETWEEN = frozenset({"Cast", "DequantizeLinear", "Identity", "QuantizeLinear"})
-"""What may stand between two factors."""
+BETWEEN = frozenset({"Cast", "DequantizeLinear", "DynamicQuantizeLinear", "Identity", "QuantizeLinear"})
+"""What may stand between two factors; and a Mul that makes floats of an integer product."""
+
+PRODUCTS = frozenset({"Gemm", "MatMul", "MatMulInteger"})
 
 
 def histogram(before: WeightValues | None, after: Sequence[WeightValues]) -> dict[str, Any] | None:
@@ -104,7 +106,7 @@ def factors(weight: WeightValues, known: Mapping[int, WeightValues], new: Contai
     chain = [weight]
     while (maker := _maker_of_input(chain[0])) is not None:
         other = known.get(id(maker))
-        if other is None or maker.op != weight.node.op or (maker.name or maker.outputs[0].name) not in new:
+        if other is None or not _are_alike(maker, weight.node) or (maker.name or maker.outputs[0].name) not in new:
             break
         chain.insert(0, other)
     return chain
@@ -117,10 +119,18 @@ def _maker_of_input(weight: WeightValues) -> gs.Node | None:
     tensor = node.inputs[place] if place < len(node.inputs) else None
     while tensor is not None and len(tensor.inputs) == 1:
         maker = tensor.inputs[0]
-        if maker.op not in BETWEEN:
+        if maker.op == "Mul":
+            tensor = next((one for one in maker.inputs if len(one.inputs) == 1 and one.inputs[0].op == "Cast"), None)
+        elif maker.op in BETWEEN:
+            tensor = maker.inputs[0] if maker.inputs else None
+        else:
             return maker
-        tensor = maker.inputs[0] if maker.inputs else None
     return None
+
+
+def _are_alike(one: gs.Node, other: gs.Node) -> bool:
+    """Whether two nodes may hold factors of one weight."""
+    return one.op == other.op or {one.op, other.op} <= PRODUCTS
 
 
 def _is_left(weight: WeightValues) -> bool:

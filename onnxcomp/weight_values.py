@@ -108,7 +108,7 @@ class WeightValues:
         if self._is_nbits:
             return _nbits(self.held.reader, value_of(self.held.constant), _all(places, self.size))
         found = _taken(self.held.constant, places)
-        if _is_float(found.dtype):
+        if _is_float(found.dtype) and self.held.reader.op != "DequantizeLinear":
             return np.asarray(found, np.float32)
         settings = _settings(self.held)
         if settings is None:

@@ -13,14 +13,17 @@ import pytest
 from onnxcomp import layer_details, optimize, reporting
 from onnxcomp.activation_ranges import ActivationRanges
 from onnxcomp.deviation import TensorError
+from onnxcomp.errors import RuntimeFailure
 from onnxcomp.judge import Judge
 from onnxcomp.layer_details import MOST_DETAILED
 from onnxcomp.ledger import Report
 from onnxcomp.model import Model
 from onnxcomp.report import schema, to_json
+from onnxcomp.runtime import Runtime
 from onnxcomp_passes.low_rank import LowRank
 from onnxcomp_passes.prune import Prune
 from onnxcomp_passes.quantize import Quantize
+from onnxcomp_passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp_passes.simplify import Simplify
 from tests.models import graph_model, mlp_model, random_weights
 from tests.thin_weights import fading
@@ -111,6 +114,30 @@ def test_a_layer_that_did_not_change_has_no_cause():
 def test_without_timing_no_layer_has_a_time():
     for layer in report_of(LowRank(rank=8, min_elements=1)).layers:
         assert (layer["time_ms_before"], layer["time_ms_after"]) == (None, None)
+
+
+def test_layers_that_cannot_be_profiled_are_listed_without_times(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        message = "no room for the trace"
+        raise RuntimeFailure(message)
+
+    monkeypatch.setattr(Runtime, "profile", refuse)
+    monkeypatch.setattr(reporting, "FINAL_TIMING_SECONDS", 0.02)
+    report = report_of(Simplify(), model=mlp_model(), timing=True)
+    assert [layer["time_ms_before"] for layer in report.layers] == [None, None]
+    assert "the layers have no times: no room for the trace" in report.notes
+
+
+@pytest.mark.parametrize("quantize", [Quantize(), QuantizeDynamic()])
+def test_the_factors_of_a_layer_are_found_in_int8_too(quantize):
+    samples = {"x": random_weights(32, 64)}
+    report = report_of(LowRank(rank=8, min_elements=1), quantize, data=samples)
+    layer = layer_of(report, "layer")
+
+    assert (layer["bits_after"], layer["rank"]) == (8, [8])
+    weights = layer["detail"]["weights"]
+    assert sum(weights["after"]) == 64 * 48
+    assert np.abs(np.subtract(weights["before"], weights["after"])).sum() < 0.2 * 64 * 48
 
 
 def test_of_many_layers_the_heaviest_and_the_worst_are_told_of_in_detail(monkeypatch: pytest.MonkeyPatch):
