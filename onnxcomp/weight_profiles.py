@@ -106,7 +106,7 @@ def factors(weight: WeightValues, known: Mapping[int, WeightValues], new: Contai
     chain = [weight]
     while (maker := _maker_of_input(chain[0])) is not None:
         other = known.get(id(maker))
-        if other is None or not _are_alike(maker, weight.node) or (maker.name or maker.outputs[0].name) not in new:
+        if other is None or not _are_alike(other, weight) or (maker.name or maker.outputs[0].name) not in new:
             break
         chain.insert(0, other)
     return chain
@@ -128,9 +128,10 @@ def _maker_of_input(weight: WeightValues) -> gs.Node | None:
     return None
 
 
-def _are_alike(one: gs.Node, other: gs.Node) -> bool:
-    """Whether two nodes may hold factors of one weight."""
-    return one.op == other.op or {one.op, other.op} <= PRODUCTS
+def _are_alike(one: WeightValues, other: WeightValues) -> bool:
+    """Whether two weights may be factors of one."""
+    ops = {one.node.op, other.node.op}
+    return (len(ops) == 1 or ops <= PRODUCTS) and min(len(one.shape), len(other.shape)) > 1
 
 
 def _is_left(weight: WeightValues) -> bool:

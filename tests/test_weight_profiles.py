@@ -157,6 +157,13 @@ def test_a_layer_behind_another_that_the_original_has_too_is_not_split():
     assert factors(known["B"], by_node, {"a"}) == [known["A"], known["B"]]
 
 
+def test_a_vector_is_no_factor():
+    text = "g (float[N,8,4] x) => (float[N] y) { [a] h = MatMul(x, A) [b] y = MatMul(h, B) }"
+    known = weight_values(Model.load(graph_model(text, A=random_weights(4), B=random_weights(8, 1))))
+    by_node = {id(values.node): values for values in known.values()}
+    assert factors(known["B"], by_node, {"a"}) == [known["B"]]
+
+
 # --- singular values --------------------------------------------------------------------------------------------------
 
 
