@@ -253,6 +253,8 @@ def test_the_figures_of_a_panel_are_there_as_text(shown):
     panel = opened(shown(full_report()))
     panel.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
 
+    sizes = panel.locator(".scroll").evaluate_all("all => all.map(one => [one.scrollWidth, one.clientWidth])")
+    assert all(whole <= seen for whole, seen in sizes)
     counts = panel.locator('figure[data-chart="histogram"] tbody tr').all_inner_texts()
     assert len(counts) == 28
     assert counts[1].split() == ["-0.48", "-0.44", "28", "27"]
