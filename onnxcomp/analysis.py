@@ -206,11 +206,14 @@ def _readers(tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
 def _is_weight(constant: gs.Constant, reader: gs.Node, index: int) -> bool:
     dtype = np.dtype(constant.dtype)
     if _is_float(dtype):
-        return index not in _SETTINGS.get(reader.op, ()) and not (reader.op == "Mul" and _decodes(reader))
+        is_setting = index in _SETTINGS.get(reader.op, ()) or _decodes(reader) or _moves_zero(reader)
+        return not is_setting
     if dtype.kind not in "iu" and "int" not in dtype.name:
         return False
-    if reader.op == "Cast":  # the storage form: Cast, then Mul with a constant scale
-        return any(node.op == "Mul" and _decodes(node) for node in reader.outputs[0].outputs)
+    if reader.op == "Cast":  # the storage form: Cast, perhaps Sub with zero points, then Mul with a constant scale
+        readers = [*reader.outputs[0].outputs]
+        readers += [later for node in readers if _moves_zero(node) for later in node.outputs[0].outputs]
+        return any(_decodes(node) for node in readers)
     return index in _CODES.get(reader.op, ())
 
 
@@ -218,11 +221,24 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or "float" in dtype.name  # bfloat16 and float8 are of kind V
 
 
-def _decodes(mul: gs.Node) -> bool:
-    """Whether a Mul scales integer codes that a Cast made float."""
-    casts = [tensor.inputs[0] for tensor in mul.inputs if len(tensor.inputs) == 1 and tensor.inputs[0].op == "Cast"]
-    constant = any(isinstance(tensor, gs.Constant) for tensor in mul.inputs)
-    return constant and any(_is_integer_constant(cast.inputs[0]) for cast in casts)
+def _decodes(node: gs.Node) -> bool:
+    """Whether a node is a Mul that scales integer codes that a Cast made float."""
+    if node.op != "Mul" or not any(isinstance(tensor, gs.Constant) for tensor in node.inputs):
+        return False
+    makers = [tensor.inputs[0] for tensor in node.inputs if len(tensor.inputs) == 1]
+    return any(_casts_codes(maker) or _moves_zero(maker) for maker in makers)
+
+
+def _moves_zero(node: gs.Node) -> bool:
+    """Whether a node is a Sub that takes zero points off codes that a Cast made float."""
+    if node.op != "Sub" or len(node.inputs) != 2 or not isinstance(node.inputs[1], gs.Constant):
+        return False
+    makers = node.inputs[0].inputs
+    return len(makers) == 1 and _casts_codes(makers[0])
+
+
+def _casts_codes(node: gs.Node) -> bool:
+    return node.op == "Cast" and _is_integer_constant(node.inputs[0])
 
 
 def _is_integer_constant(tensor: gs.Tensor) -> bool:
@@ -232,7 +248,7 @@ def _is_integer_constant(tensor: gs.Tensor) -> bool:
 def _user(node: gs.Node) -> gs.Node:
     """The operator behind the nodes that decode a weight."""
     for _ in range(8):  # a decoding is a handful of nodes at most
-        readers = node.outputs[0].outputs if node.op in _PASSING and node.outputs else []
+        readers = node.outputs[0].outputs if (node.op in _PASSING or _moves_zero(node)) and node.outputs else []
         if not readers:
             break
         node = readers[0]
@@ -241,6 +257,9 @@ def _user(node: gs.Node) -> gs.Node:
 
 def _zero_point(reader: gs.Node, index: int) -> Array | None:
     """The zero point of the codes that a reader takes, shaped to broadcast over them; None where it is 0."""
+    if reader.op == "Cast":
+        moved = next((node for node in reader.outputs[0].outputs if _moves_zero(node)), None)
+        return None if moved is None else value_of(moved.inputs[1])
     position = _ZERO_POINTS.get(reader.op)
     codes = reader.inputs[index]
     if position is None or position >= len(reader.inputs) or not isinstance(reader.inputs[position], gs.Constant):

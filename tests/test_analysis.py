@@ -207,6 +207,24 @@ def test_counts_the_codes_of_a_stored_weight_and_not_its_scale():
     assert (row.name, row.dtype, row.bytes, row.op, row.node) == ("q", "int8", 16, "MatMul", "fc")
 
 
+def test_codes_with_zero_points_are_the_weight_and_their_settings_are_none():
+    model = with_weights(
+        """g (float[1,2] x) => (float[1,2] y) {
+            c = Cast<to = 1>(q) m = Sub(c, z) w = Mul(m, s) [fc] y = MatMul(x, w)
+        }""",
+        q=np.array([[3, 7], [5, 7]], np.uint8),
+        z=np.array([[3, 7]], np.float32),
+        s=np.array([[0.5, 0.25]], np.float32),
+    )
+    [row] = weight_table(model)
+    assert (row.name, row.node, row.op, row.elements, row.zeros) == ("q", "fc", "MatMul", 4, 3)
+
+
+def test_what_is_taken_off_a_float_is_a_parameter():
+    model = with_weights("g (float[1,2] x) => (float[1,2] y) { y = Sub(x, b) }", b=np.ones(2, np.float32))
+    assert count_parameters(model) == (2, 2)
+
+
 def test_a_code_equal_to_its_zero_point_is_zero():
     model = with_weights(
         "g (float[1,4] x) => (float[1,3] y) { w = DequantizeLinear<axis=1>(q, s, z) y = MatMul(x, w) }",

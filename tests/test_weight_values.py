@@ -79,6 +79,12 @@ FORMS: dict[str, Callable[[], ModelSource]] = {
     "MatMulNBits with zero points": lambda: nbits(4, zeros=True),
     "MatMulNBits of 8 bits": lambda: nbits(8, zeros=True),
     "stored": lambda: rewritten(graph_model(MATMUL, W=random_weights(32, 8)), QuantizeWeights(min_elements=1)),
+    "stored with zero points": lambda: rewritten(
+        graph_model(MATMUL, W=random_weights(32, 8)), QuantizeWeights(min_elements=1, symmetric=False)
+    ),
+    "stored in blocks with zero points": lambda: rewritten(
+        graph_model(MATMUL, W=random_weights(32, 8)), QuantizeWeights(min_elements=1, bits=4, block=16, symmetric=False)
+    ),
     "packed": lambda: rewritten(
         graph_model(MATMUL.replace("32", "512"), W=random_weights(512, 8)), Cluster(bits=3), Pack()
     ),
@@ -102,7 +108,7 @@ def test_a_weight_is_what_the_runtime_multiplies_with(form):
     weight = only_weight(model)
     [computed] = run(model, {"x": np.eye(weight.size // 8, dtype=np.float32)})
 
-    values = numbers(weight).reshape(weight.shape)
+    values = numbers(weight).reshape(-1, 8) if weight.shape[0] != 8 else numbers(weight).reshape(weight.shape)
     np.testing.assert_allclose(values.T if form.startswith("MatMulNBits") else values, computed, rtol=1e-6, atol=1e-7)
 
 
