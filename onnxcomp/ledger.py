@@ -123,7 +123,8 @@ class Report:
         warnings: What the user should know before trusting a figure.
         notes: What was not done and why.
         layers: A row for each layer of the original and of the result, the least signal-to-noise ratio first; empty
-            unless `optimize` was asked for them. See `onnxcomp.layer_table.LayerRow`.
+            unless `optimize` was asked for them. See `onnxcomp.layer_table.LayerRow`
+            and `onnxcomp.layer_details`.
     """
 
     verdict: str

@@ -395,7 +395,8 @@ def test_counts_of_which_the_bins_differ_or_that_have_no_edges_are_not_drawn():
     weights = detail()["weights"]
     assert "histogram" not in panel_of(weights={**weights, "before": [1, 2]})
     assert "histogram" not in panel_of(weights={**weights, "low": None})
-    assert "histogram" in panel_of(weights={**weights, "before": None})
+    assert panel_of(weights={**weights, "before": []})["histogram"]["before"] is None
+    assert "histogram" not in panel_of(weights={**weights, "before": [], "after": None})
 
 
 def test_a_weight_of_which_not_all_was_looked_at_says_so():

@@ -31,7 +31,8 @@ def _panel(layer: Mapping[str, Any]) -> dict[str, Any]:
     panel: dict[str, Any] = {}
     weights = detail["weights"]
     if weights and None not in {weights[edge] for edge in ("low", "high", "least", "most")} and _sides(weights):
-        panel["histogram"] = {**_rounded(weights), "drawn": _is_drawn(weights, layer["weight_shape"])}
+        counts = {side: weights[side] or None for side in ("before", "after")}
+        panel["histogram"] = {**_rounded(weights), **counts, "drawn": _is_drawn(weights, layer["weight_shape"])}
     ranges = [_range(activation) for activation in detail["activations"] if _has_range(activation)]
     if ranges:
         panel["ranges"] = ranges
