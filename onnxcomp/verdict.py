@@ -193,7 +193,8 @@ class StageRunner:
     def _again(self, stage: Stage, before: Kept, dropped: StageEntry) -> Kept:
         """Run a stage once more within less of the budget; after some tries, its lossless passes alone.
 
-        A form that chose nothing would come out as before: its weaker forms are next.
+        A form that chose nothing would come out as before: its weaker forms are next. What labels called free and was
+        not is chosen more cautiously.
         """
         form, chose = self._last or (stage, True)
         past = None if chose or form not in _forms(stage) else form
@@ -201,7 +202,9 @@ class StageRunner:
             self._share *= LESS
         enough = self._share < LEAST_SHARE or self._context.out_of_time()
         passes = stage.lossless_passes if enough else stage.passes
+        self.judge.cautious = True
         kept = self.run(replace(stage, passes=passes), before, past=past) if passes else before.with_entry(dropped)
+        self.judge.cautious = False
         entry = kept.stages[-1]
         if kept.before is not before:
             self._share = 1.0  # the stage before it has tries of its own
