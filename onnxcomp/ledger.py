@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["SCHEMA_VERSION", "Attempt", "Figures", "PassEntry", "Report", "StageEntry"]
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 """Of the report's JSON. The first number changes when a reader of the old form would break."""
 
 
@@ -127,6 +127,8 @@ class Report:
         notes: What was not done and why.
         layers: A row for each layer of the original and of the result, the least signal-to-noise ratio first; empty
             unless `optimize` was asked for them. See `onnxcomp.layer_table.LayerRow`.
+        graph: {before, after}: the operators, nodes and tensors of both models, as `onnxcomp.graph_table.graph_table`
+            lists them; None unless `optimize` was asked for the layers.
     """
 
     verdict: str
@@ -150,6 +152,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    graph: dict[str, Any] | None = None
     schema_version: str = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

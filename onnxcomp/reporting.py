@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp import analysis
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.fixed_shapes import dynamic_inputs
+from onnxcomp.graph_table import graph_table
 from onnxcomp.judge import Judge, Score
 from onnxcomp.ledger import Figures, Report, StageEntry
 from onnxcomp.model import Model, ModelSource, model_files
@@ -94,6 +95,7 @@ def build_report(
         warnings=_warnings(judge, quality, samples, kept.model),
         notes=[*notes, *_alone(kept.stages), *missing],
         layers=layers,
+        graph={"before": graph_table(original), "after": graph_table(kept.model)} if options.layers else None,
     )
 
 

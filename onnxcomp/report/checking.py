@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["first_mismatch"]
+__all__ = ["first_mismatch", "lost_place"]
 
 LARGEST = 1e300
 """No figure is larger, and arithmetic on what is may overflow."""
@@ -39,6 +39,31 @@ def first_mismatch(value: object, schema: Mapping[str, Any]) -> str | None:
     """
     found = next(_mismatches(value, schema, schema, ""), None)
     return None if found is None else found.removeprefix(": ")
+
+
+def lost_place(report: Mapping[str, Any]) -> str | None:
+    """Say where a report's graphs, whose form was checked, name a tensor or a type that is not there.
+
+    Example:
+        >>> empty = {"nodes": [], "tensors": ["x"], "types": [], "constants": [], "inputs": [], "outputs": []}
+        >>> lost_place({"graph": {"before": {**empty, "tensor_types": [0]}}})
+        'graph.before.tensor_types: expected numbers below 0, got 0'
+        >>> lost_place({"graph": None})
+    """
+    for side, graph in (report.get("graph") or {}).items():
+        tensors, types = len(graph["tensors"]), len(graph["types"])
+        if len(graph["tensor_types"]) != tensors:
+            return f"graph.{side}.tensor_types: expected {tensors} items, got {len(graph['tensor_types'])}"
+        lists = [("tensor_types", graph["tensor_types"], types)]
+        lists += [(key, graph[key], tensors) for key in ("constants", "inputs", "outputs")]
+        for index, node in enumerate(graph["nodes"]):
+            lists += [
+                (f"nodes[{index}].{key}", node.get(key, ()), tensors) for key in ("inputs", "outputs", "captured")
+            ]
+        for place, numbers, below in lists:
+            if (most := max((number for number in numbers if number is not None), default=-1)) >= below:
+                return f"graph.{side}.{place}: expected numbers below {below}, got {most}"
+    return None
 
 
 def _mismatches(value: object, part: Mapping[str, Any], root: Mapping[str, Any], place: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onnxcomp.errors import OptionError
 from onnxcomp.files import check_writable, replaced_whole
-from onnxcomp.report.checking import first_mismatch
+from onnxcomp.report.checking import first_mismatch, lost_place
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -25,10 +26,14 @@ __all__ = ["from_json", "jsonable", "read_json", "schema", "to_json", "write_jso
 LARGEST_BYTES = 1 << 28
 """A report of 100,000 layers has a third of that; what is larger is something else."""
 
+NUMBERS = re.compile(r"\[\n\s+(?:[-+.\deE]+|null)(?:,\n\s+(?:[-+.\deE]+|null))*\n\s+\]")
+"""A list of numbers that takes a line for each; no text holds one, since a line cannot end inside of a text."""
+
 
 def to_json(report: Report) -> str:
     """Write a report as JSON, in ASCII, as `schema` describes it. What is infinite or no number is null."""
-    return json.dumps(jsonable(report.to_dict()), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(jsonable(report.to_dict()), indent=2, allow_nan=False) + "\n"
+    return NUMBERS.sub(lambda found: re.sub(r"\n\s+", "", found[0]).replace(",", ", "), text)
 
 
 def write_json(report: Report, path: str | Path) -> None:
@@ -73,7 +78,7 @@ def from_json(text: str | bytes, name: str = "the report") -> Report:
     except (ValueError, RecursionError) as error:
         message = f"{name}: expected a report as --json writes it, got what is no JSON ({error})"
         raise OptionError(message) from error
-    if (wrong := first_mismatch(loaded, schema())) is not None:
+    if (wrong := first_mismatch(loaded, schema()) or lost_place(loaded)) is not None:
         message = f"{name}: is not a report as --json writes it: {wrong}"
         raise OptionError(message)
     return _report(loaded)

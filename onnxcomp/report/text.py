@@ -26,7 +26,10 @@ def printable(text: object) -> str:
         >>> printable("a\x1b[31mred\n")
         'a\\x1b[31mred\\n'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    words = str(text)
+    if words.isprintable():
+        return words
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def shortened(name: str, length: int = 44) -> str:

@@ -22,3 +22,6 @@ const WORDS = {
   share: (value) => `${(100 * value).toFixed(1)}%`,
   error: percent,
 };
+
+// Names of nodes are paths: lines may break behind a slash before they break anywhere.
+const breakable = (text) => text.split(/(?<=[/.])/).flatMap((part) => [part, document.createElement("wbr")]);

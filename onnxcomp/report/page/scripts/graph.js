@@ -1,0 +1,193 @@
+// --- a node and what is around it ------------------------------------------------------------------------------------
+
+const MOST_FOUND = 12;
+const MOST_READERS = 12;
+const SIDE_WORDS = { before: "the original", after: "the result" };
+
+const element = (name, className, ...parts) => {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  made.append(...parts);
+  return made;
+};
+
+// Names come sorted, each as the number of letters that it shares with the one before and the rest.
+const unpackedNames = (pairs) => {
+  const names = [];
+  for (let index = 0; index < pairs.length; index += 2) names.push((names.length ? names[names.length - 1] : "").slice(0, pairs[index]) + pairs[index + 1]);
+  return names;
+};
+
+const unpackedSide = (packed) => {
+  const nodes = [];
+  const flat = packed.nodes;
+  const maker = new Map();
+  const readers = new Map();
+  let place = 0;
+  const list = () => {
+    const from = place + 1;
+    place = from + flat[place];
+    return flat.slice(from, place);
+  };
+  while (place < flat.length) {
+    const [name, op] = [flat[place], flat[place + 1]];
+    place += 2;
+    const node = { name, op, inputs: list(), outputs: list(), captured: list() };
+    for (const tensor of node.outputs) if (tensor >= 0) maker.set(tensor, node);
+    for (const tensor of new Set([...node.inputs, ...node.captured])) {
+      if (readers.has(tensor)) readers.get(tensor).push(node);
+      else readers.set(tensor, [node]);
+    }
+    nodes.push(node);
+  }
+  const byName = new Map(nodes.map((node) => [node.name, node]));
+  const byTensor = new Map(packed.tensors.map((name, tensor) => [name, tensor]));
+  const sets = Object.fromEntries(["constants", "inputs", "outputs"].map((key) => [key, new Set(packed[key])]));
+  return { ...packed, ...sets, nodes, maker, readers, byName, byTensor };
+};
+
+// Puts a button behind a layer's name that shows its node; nothing where the graphs have none of this name.
+let graphButtons = () => [];
+
+const graph = () => {
+  if (!data.graph) return;
+  const { ops, kinds, types } = data.graph;
+  const names = unpackedNames(data.graph.names);
+  const lower = names.map((name) => name.toLowerCase());
+  const sides = { before: unpackedSide(data.graph.before), after: unpackedSide(data.graph.after) };
+  const way = [];
+  let here = null;
+
+  const otherSide = (side) => (side === "before" ? "after" : "before");
+  // The same node: of the same name, or else what writes the tensor of the same name.
+  const twin = (side, node) => {
+    const other = sides[otherSide(side)];
+    const named = other.byName.get(node.name);
+    if (named) return named;
+    const first = node.outputs.find((tensor) => tensor >= 0);
+    return first === undefined ? undefined : other.maker.get(other.byTensor.get(sides[side].tensors[first]));
+  };
+
+  const nodeButton = (side, node) => {
+    const [op, kind] = ops[node.op];
+    const button = element("button", `node kind-${kind}`, element("span", "operator", op), ...breakable(names[node.name]));
+    button.type = "button";
+    button.addEventListener("click", () => go(side, node));
+    return button;
+  };
+
+  const role = (side, tensor) => {
+    const { constants, inputs, outputs, kinds: kind } = sides[side];
+    if (constants.has(tensor)) return types[kind[tensor]].endsWith("()") ? "constant" : "weight";
+    return inputs.has(tensor) ? "input of the model" : outputs.has(tensor) ? "output of the model" : "";
+  };
+
+  const tensorLine = (side, tensor, before) => {
+    const { tensors, kinds: kind } = sides[side];
+    const words = [before, role(side, tensor)].filter(Boolean).join(", ");
+    return element("span", "tensor", words ? `${words}: ` : "", element("b", "", ...breakable(names[tensors[tensor]])), ` ${types[kind[tensor]]}`);
+  };
+
+  // A neighbour that has only weights to read, such as a DequantizeLinear, tells which: that is where they come from.
+  const sources = (side, node) => {
+    const given = node.inputs.filter((tensor) => tensor >= 0);
+    return given.length && given.every((tensor) => sides[side].constants.has(tensor)) ? [tensorLine(side, given[0], "of")] : [];
+  };
+
+  const producers = (side, node) => {
+    const { maker } = sides[side];
+    const rows = [...node.inputs.map((tensor) => [tensor, ""]), ...node.captured.map((tensor) => [tensor, "read by its body"])];
+    return rows.filter(([tensor]) => tensor >= 0).map(([tensor, words]) => {
+      const made = maker.get(tensor);
+      return element("li", "", tensorLine(side, tensor, words), ...(made ? [nodeButton(side, made), ...sources(side, made)] : []));
+    });
+  };
+
+  const consumers = (side, node) =>
+    node.outputs.filter((tensor) => tensor >= 0).map((tensor) => {
+      const all = sides[side].readers.get(tensor) || [];
+      const list = element("ul", "");
+      const add = (readers) => list.append(...readers.map((reader) => element("li", "", nodeButton(side, reader))));
+      add(all.slice(0, MOST_READERS));
+      if (all.length > MOST_READERS) {
+        const more = element("button", "", `Show ${(all.length - MOST_READERS).toLocaleString("en")} more`);
+        more.type = "button";
+        more.addEventListener("click", () => {
+          const next = list.children.length - 1;
+          more.parentElement.remove();
+          add(all.slice(MOST_READERS));
+          list.children[next].querySelector("button").focus();
+        });
+        list.append(element("li", "", more));
+      }
+      return element("li", "", tensorLine(side, tensor, ""), ...(all.length ? [list] : []));
+    });
+
+  const column = (title, rows, none) => {
+    const box = element("div", "", element("h4", "", title));
+    box.append(rows.length ? element("ul", "", ...rows) : element("p", "hint", none));
+    return box;
+  };
+
+  const wayButton = (text, act, name) => {
+    const button = element("button", name, text);
+    button.type = "button";
+    button.addEventListener("click", act);
+    return button;
+  };
+
+  const show = (side, node, { focus }) => {
+    here = [side, node];
+    byId("node-side").value = side;
+    const [op, kind] = ops[node.op];
+    const title = element("h4", "", ...breakable(names[node.name]));
+    title.tabIndex = -1;
+    const other = twin(side, node);
+    const ways = element("div", "ways");
+    if (other) ways.append(wayButton(`Show it in ${SIDE_WORDS[otherSide(side)]}`, () => go(otherSide(side), other), "twin"));
+    if (way.length) ways.append(wayButton("Back", () => show(...way.pop(), { focus: true }), "back"));
+    const words = other ? (ops[other.op][0] === op ? "" : ` It is a ${ops[other.op][0]} there.`) : ` It is not in ${SIDE_WORDS[otherSide(side)]}${sides[otherSide(side)].all > sides[otherSide(side)].nodes.length ? ", as far as this page has it" : ""}.`;
+    const chosen = element("div", `chosen kind-${kind}`, title, element("p", "", `${op} (${kinds[kind]}), in ${SIDE_WORDS[side]}.${words}`), ways);
+    const whole = element("div", "around", column("Reads", producers(side, node), "It reads nothing."), chosen, column("Is read by", consumers(side, node), "It writes nothing."));
+    byId("around").replaceChildren(whole);
+    if (focus) title.focus();
+  };
+
+  const go = (side, node) => {
+    if (here) way.push(here);
+    show(side, node, { focus: true });
+  };
+
+  const search = () => {
+    const side = byId("node-side").value;
+    const words = byId("node-search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const { nodes, all } = sides[side];
+    const fits = (node) => words.every((word) => lower[node.name].includes(word) || ops[node.op][0].toLowerCase().includes(word));
+    const found = words.length ? nodes.filter(fits) : [];
+    byId("node-found").replaceChildren(...found.slice(0, MOST_FOUND).map((node) => element("li", "", nodeButton(side, node))));
+    const total = `${all.toLocaleString("en")} nodes of ${SIDE_WORDS[side]}`;
+    const more = found.length > MOST_FOUND ? `; the first ${MOST_FOUND} are shown` : "";
+    byId("node-count").textContent = words.length ? `${found.length.toLocaleString("en")} found in ${total}${more}` : total;
+  };
+
+  const numbers = new Map(names.map((name, number) => [name, number]));
+  graphButtons = (label) => {
+    const name = numbers.get(label.replace(/ \(in the (result|original) only\)$/, ""));
+    const side = ["after", "before"].find((one) => sides[one].byName.has(name));
+    if (side === undefined) return [];
+    const button = wayButton("in the graph", () => {
+      go(side, sides[side].byName.get(name));
+      byId("around").scrollIntoView({ block: "center" });
+    }, "to-graph");
+    button.setAttribute("aria-label", `Show ${label} in the graph`);
+    return [button];
+  };
+
+  byId("node-search").addEventListener("input", search);
+  byId("node-side").addEventListener("change", search);
+  byId("node-tools").addEventListener("submit", (event) => event.preventDefault());
+  search();
+  const first = sides.after.nodes.find((one) => ops[one.op][1] === 0) || sides.after.nodes[0];
+  if (first) show("after", first, { focus: false });
+};
+graph();
