@@ -135,7 +135,7 @@ def _tone(good: bool | None) -> str:
 
 
 def next_steps(report: Report) -> list[Step]:
-    """The command that makes the model again, and the one that verifies it."""
+    """The commands that make the model again, verify it and show its graph."""
     source = str(report.model.get("path") or "ORIGINAL.onnx")
     output = str((report.output or {}).get("path") or f"{PurePath(source).stem}.opt.onnx")
     command = report.options.get("command")
@@ -148,7 +148,8 @@ def next_steps(report: Report) -> list[Step]:
     data = [] if report.data.get("generated") else ["--data", _data_path(command)]
     verify = ["onnxcomp", "verify", source, output, "--target", report.target, *data]
     note = f"put the path of your samples for {PLACEHOLDER}" if PLACEHOLDER in verify else ""
-    return [again, Step("Verify the result as its target runs it", _line(verify), note)]
+    steps = [again, Step("Verify the result as its target runs it", _line(verify), note)]
+    return [*steps, Step("Look at its whole graph", _line(["onnxcomp", "view", output]), "with netron, in the browser")]
 
 
 def _data_path(command: object) -> str:
