@@ -157,7 +157,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data, as the shipped schema describes it."""
-        return dataclasses.asdict(self)
+        # The graphs are plain data, and large ones: they need no copy.
+        return {**dataclasses.asdict(dataclasses.replace(self, graph=None)), "graph": self.graph}
 
     @property
     def ledger(self) -> list[StageEntry]:

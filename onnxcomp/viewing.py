@@ -7,6 +7,7 @@ and no others of their folder.
 
 from __future__ import annotations
 
+import html
 import http.server
 import logging
 import urllib.parse
@@ -60,7 +61,7 @@ def serve(path: str | Path, *, port: int | None = None) -> str:
     netron = _netron()
     logging.getLogger("netron").setLevel(logging.WARNING)
     handler = netron.server._HTTPRequestHandler
-    netron.server._HTTPRequestHandler = _guarded(handler, names)
+    netron.server._HTTPRequestHandler = guarded = _guarded(handler, names)
     try:
         _, port = netron.start(str(path), address=(HOST, port), browse=False)
     except OSError as error:
@@ -68,6 +69,9 @@ def serve(path: str | Path, *, port: int | None = None) -> str:
         raise OptionError(message) from error
     finally:
         netron.server._HTTPRequestHandler = handler
+    # Netron writes these into its page as they are: a name may hold what means something in an address or in HTML.
+    guarded.content.base = urllib.parse.quote(path.name)
+    guarded.content.name = guarded.content.identifier = html.escape(path.name)
     address = f"http://{HOST}:{port}"
     if not _is_guarded(address):
         netron.stop((HOST, port))

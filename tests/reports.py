@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onnxcomp.ledger import Attempt, Figures, PassEntry, Report, StageEntry
+from tests.graphs import large_graphs, sample_graphs
 
 
 def quantized_stage() -> StageEntry:
@@ -123,6 +124,7 @@ def sample_report(**changes: Any) -> Report:
         "created": "2025-01-01T00:00:00+00:00",
         "warnings": ["250 samples are too few to be sure of the budget: the drop may be 0.0052"],
         "notes": ["the labels look like classes: judged by top1"],
+        "graph": sample_graphs(),
     }
     return Report(**{**facts, **changes})
 
@@ -156,7 +158,7 @@ def layer(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def large_report(rows: int) -> Report:
-    """A report of a model with this many layers, each changed by two passes and left alone by one."""
+    """A report of a model with this many layers, each changed by two passes and left alone by one, and its graphs."""
     names = [f"/encoder/layers.{index // 8}/block.{index % 8}/attention/query/MatMul" for index in range(rows)]
     changed = [{"where": name, "what": f"{index % 97} of 4,096 weights are zero"} for index, name in enumerate(names)]
     left = [{"where": name, "why": f"costs {index % 89 / 1000:.3f} of the metric"} for index, name in enumerate(names)]
@@ -168,4 +170,5 @@ def large_report(rows: int) -> Report:
         layer(name, error=index / rows, weight_bytes_before=4 * index, weight_bytes_after=index, macs=index * 1009)
         for index, name in enumerate(names)
     ]
-    return sample_report(stages=[StageEntry("prune", "kept", "2.00 times smaller", 1.0, attempts)], layers=layers)
+    stages = [StageEntry("prune", "kept", "2.00 times smaller", 1.0, attempts)]
+    return sample_report(stages=stages, layers=layers, graph=large_graphs(rows))

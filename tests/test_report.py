@@ -200,8 +200,8 @@ def validator() -> jsonschema.Draft202012Validator:
 
 def test_the_schema_is_a_valid_schema_with_a_version():
     jsonschema.Draft202012Validator.check_schema(schema())
-    assert schema()["$id"] == "urn:onnxcomp:report:1.1"
-    assert sample_report().schema_version == "1.1"
+    assert schema()["$id"] == "urn:onnxcomp:report:1.2"
+    assert sample_report().schema_version == "1.2"
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,23 @@ def _mismatches(value: object, part: Mapping[str, Any], root: Mapping[str, Any],
 def _in_list(value: list[Any], part: Mapping[str, Any], root: Mapping[str, Any], place: str) -> Iterator[str]:
     if not part.get("minItems", 0) <= len(value) <= part.get("maxItems", len(value)):
         yield f"{place}: expected {part['minItems']} items, got {len(value)}"
+    if _are_plain(value, part.get("items", {})):
+        return
     for index, item in enumerate(value):
         yield from _mismatches(item, part.get("items", {}), root, f"{place}[{index}]")
+
+
+def _are_plain(value: list[Any], part: Mapping[str, Any]) -> bool:
+    """Whether these are texts or numbers that fit at first sight, as those of long lists do."""
+    kinds = set(map(type, value))
+    if part == {"type": "string"}:
+        return kinds <= {str}
+    if part == {"type": ["integer", "null"], "minimum": 0}:
+        kinds.discard(type(None))
+        value = [item for item in value if item is not None]
+    elif part != {"type": "integer", "minimum": 0}:
+        return False
+    return not value or (kinds == {int} and min(value) >= 0 and max(value) <= LARGEST)
 
 
 def _in_object(value: dict[str, Any], part: Mapping[str, Any], root: Mapping[str, Any], place: str) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -26,14 +25,31 @@ __all__ = ["from_json", "jsonable", "read_json", "schema", "to_json", "write_jso
 LARGEST_BYTES = 1 << 28
 """A report of 100,000 layers has a third of that; what is larger is something else."""
 
-NUMBERS = re.compile(r"\[\n\s+(?:[-+.\deE]+|null)(?:,\n\s+(?:[-+.\deE]+|null))*\n\s+\]")
-"""A list of numbers that takes a line for each; no text holds one, since a line cannot end inside of a text."""
+NO_GRAPH = '\n  "graph": null'
+"""A field of the report itself: fields further in are further in, and no text holds a new line."""
 
 
 def to_json(report: Report) -> str:
     """Write a report as JSON, in ASCII, as `schema` describes it. What is infinite or no number is null."""
-    text = json.dumps(jsonable(report.to_dict()), indent=2, allow_nan=False) + "\n"
-    return NUMBERS.sub(lambda found: re.sub(r"\n\s+", "", found[0]).replace(",", ", "), text)
+    document = report.to_dict()
+    graph = document.pop("graph")
+    text = json.dumps(jsonable({**document, "graph": None}), indent=2, allow_nan=False) + "\n"
+    if graph is None:
+        return text
+    return text.replace(NO_GRAPH, NO_GRAPH.replace("null", _graph_text(graph)), 1)
+
+
+def _graph_text(graph: Mapping[str, Any]) -> str:
+    """Graphs as JSON: a line for each node and for each list of numbers, of which there are many."""
+    sides = []
+    for side, table in graph.items():
+        nodes = ",\n".join(f"        {json.dumps(node)}" for node in table["nodes"])
+        parts = [
+            f"      {json.dumps(key)}: " + (f"[\n{nodes}\n      ]" if key == "nodes" else json.dumps(value))
+            for key, value in table.items()
+        ]
+        sides.append(f"    {json.dumps(side)}: {{\n" + ",\n".join(parts) + "\n    }")
+    return "{\n" + ",\n".join(sides) + "\n  }"
 
 
 def write_json(report: Report, path: str | Path) -> None:

@@ -119,37 +119,32 @@ def operator_chart(found: Sequence[Operator]) -> list[dict[str, Any]]:
 
 
 def graph_data(report: Report) -> dict[str, Any] | None:
-    """Both graphs as the page holds them: texts once and without what they share, nodes as numbers.
+    """Both graphs as the page holds them: texts once and without what they share, nodes as small numbers.
 
     Returns:
-        None without graphs. Else `names`, sorted, as pairs of how many letters each shares with the one before and the
-        rest of it; `ops` as pairs of name and kind; `types`; and for each side
-        `nodes` (name, operator, then the lengths of and the inputs, outputs and captured tensors; -1 is none),
-        `tensors` (names), `kinds` (types), the places of `constants`, `inputs` and `outputs`, and how many nodes there
-        are in `all`.
+        None without graphs. Else `names`, sorted: for each how many letters it shares with the one before, and the
+        place of the rest in `rests`; `ops` as pairs of name and kind; `kinds` and `types`; and each side, as `_side`
+        writes it.
     """
     if report.graph is None:
         return None
     tables = [report.graph[side] for side in SIDES]
     chosen = [_chosen(*tables), _chosen(*tables[::-1])]
-    used = [
-        sorted({tensor for node in nodes for tensor in _tensors(node)})
-        for nodes in chosen
-    ]  # fmt: skip
-    names = {
-        name: printable(name)
-        for table, nodes, places in zip(tables, chosen, used, strict=True)
-        for name in (*(node["name"] for node in nodes), *(table["tensors"][place] for place in places))
-    }
+    names: dict[str, str] = {}
+    for table, nodes in zip(tables, chosen, strict=True):
+        used = {table["tensors"][place] for node in nodes for place in _tensors(node)}
+        names.update((name, printable(name)) for name in used.union(node["name"] for node in nodes))
     texts = sorted(set(names.values()))
-    ops, types = _Numbers(), _Numbers()
-    number = {text: index for index, text in enumerate(texts)}
+    rank = {text: index for index, text in enumerate(texts)}
+    numbers = {name: rank[text] for name, text in names.items()}
+    ops, types, rests = _Numbers(), _Numbers(), _Numbers()
     sides = {
-        side: _side(table, nodes, places, {name: number[text] for name, text in names.items()}, ops, types)
-        for side, table, nodes, places in zip(SIDES, tables, chosen, used, strict=True)
-    }
+        side: _side(table, nodes, numbers, ops, types)
+        for side, table, nodes in zip(SIDES, tables, chosen, strict=True)
+    }  # fmt: skip
     return {
-        "names": list(_front_coded(texts)),
+        "names": [part for shared, rest in _front_coded(texts) for part in (shared, rests[rest])],
+        "rests": list(rests),
         "ops": [[printable(op), list(KINDS).index(kind_of(op))] for op in ops],
         "kinds": list(KINDS),
         "types": [printable(text) for text in types],
@@ -182,24 +177,35 @@ class _Numbers(dict[str, int]):
 
 
 def _side(
-    table: Table,
-    nodes: Sequence[Table],
-    places: Sequence[int],
-    numbers: Mapping[str, int],
-    ops: _Numbers,
-    types: _Numbers,
+    table: Table, nodes: Sequence[Table], numbers: Mapping[str, int], ops: _Numbers, types: _Numbers
 ) -> dict[str, Any]:
-    here = {place: index for index, place in enumerate(places)}
+    """One graph. Tensors are numbered in the order in which nodes name them, so that near ones have near numbers.
+
+    Returns:
+        `forms`: operator and how many inputs, outputs and captured tensors, each combination once. `nodes`: for each
+        the step from the last one's name to its own, its form, and its tensors, as how many came since it; 0 is a new
+        one, and -1 none. `tensors`: the steps from name to name. `about`: twice the type, and 1 more for a constant.
+        `inputs` and `outputs`: which tensors these are. `all`: how many nodes the graph has.
+    """
+    forms: dict[tuple[int, ...], int] = {}
+    here: dict[int, int] = {}
     flat: list[int] = []
+    last = 0
     for node in nodes:
-        flat += [numbers[node["name"]], ops[node["op"]]]
-        for part in (node["inputs"], node["outputs"], node.get("captured", ())):
-            flat += [len(part), *(-1 if place is None else here[place] for place in part)]
+        parts = (node["inputs"], node["outputs"], node.get("captured", ()))
+        form = forms.setdefault((ops[node["op"]], *map(len, parts)), len(forms))
+        flat += [numbers[node["name"]] - last, form]
+        last = numbers[node["name"]]
+        for place in (place for part in parts for place in part):
+            flat.append(-1 if place is None else len(here) - here.setdefault(place, len(here)))
+    constants = set(table["constants"])
+    named = [numbers[table["tensors"][place]] for place in here]
     return {
+        "forms": [list(form) for form in forms],
         "nodes": flat,
-        "tensors": [numbers[table["tensors"][place]] for place in places],
-        "kinds": [types[table["types"][table["tensor_types"][place]]] for place in places],
-        **{key: [here[place] for place in table[key] if place in here] for key in ("constants", "inputs", "outputs")},
+        "tensors": [number - before for before, number in zip([0, *named], named, strict=False)],
+        "about": [2 * types[table["types"][table["tensor_types"][place]]] + (place in constants) for place in here],
+        **{key: [here[place] for place in table[key] if place in here] for key in ("inputs", "outputs")},
         "all": len(table["nodes"]),
     }
 
@@ -229,20 +235,16 @@ def _signatures(table: Table) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield node["name"], (node["op"], *(tensors[place] for place in _tensors(node)))
 
 
-def _front_coded(texts: Iterable[str]) -> Iterator[int | str]:
-    """Sorted texts as pairs: how many letters each shares with the one before, and the rest.
+def _front_coded(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """How many letters each of sorted texts shares with the one before, and the rest of it.
 
     Example:
         >>> list(_front_coded(["/a/Conv", "/a/Relu", "/b"]))
-        [0, '/a/Conv', 3, 'Relu', 1, 'b']
+        [(0, '/a/Conv'), (3, 'Relu'), (1, 'b')]
     """
     last = ""
     for text in texts:
-        shared = 0
-        for one, other in zip(last, text, strict=False):
-            if one != other:
-                break
-            shared += 1
-        yield shared
-        yield text[shared:]
+        pairs = enumerate(zip(last, text, strict=False))
+        shared = next((index for index, (one, other) in pairs if one != other), min(len(last), len(text)))
+        yield shared, text[shared:]
         last = text

@@ -11,39 +11,65 @@ const element = (name, className, ...parts) => {
   return made;
 };
 
-// Names come sorted, each as the number of letters that it shares with the one before and the rest.
-const unpackedNames = (pairs) => {
-  const names = [];
-  for (let index = 0; index < pairs.length; index += 2) names.push((names.length ? names[names.length - 1] : "").slice(0, pairs[index]) + pairs[index + 1]);
-  return names;
+// Letters are counted as Python counts them: one that JavaScript holds as two halves is one.
+const unpackedNames = ({ names, rests }) => {
+  const unpacked = [];
+  let last = [];
+  for (let index = 0; index < names.length; index += 2) {
+    last = [...last.slice(0, names[index]), ...rests[names[index + 1]]];
+    unpacked.push(last.join(""));
+  }
+  return unpacked;
 };
 
+const summed = (steps) => {
+  let sum = 0;
+  return steps.map((step) => (sum += step));
+};
+
+// The form of all this is told in the module that writes it.
 const unpackedSide = (packed) => {
-  const nodes = [];
   const flat = packed.nodes;
+  const nodes = [];
   const maker = new Map();
   const readers = new Map();
-  let place = 0;
-  const list = () => {
-    const from = place + 1;
-    place = from + flat[place];
-    return flat.slice(from, place);
-  };
+  let [place, name, met] = [0, 0, 0];
+  const tensors = (count) =>
+    Array.from({ length: count }, () => {
+      const back = flat[place];
+      place += 1;
+      if (back === 0) met += 1;
+      return back < 0 ? -1 : back === 0 ? met - 1 : met - back;
+    });
   while (place < flat.length) {
-    const [name, op] = [flat[place], flat[place + 1]];
+    name += flat[place];
+    const [op, ...counts] = packed.forms[flat[place + 1]];
     place += 2;
-    const node = { name, op, inputs: list(), outputs: list(), captured: list() };
-    for (const tensor of node.outputs) if (tensor >= 0) maker.set(tensor, node);
-    for (const tensor of new Set([...node.inputs, ...node.captured])) {
+    const [inputs, outputs, captured] = counts.map(tensors);
+    const node = { name, op, inputs, outputs, captured };
+    for (const tensor of outputs) maker.set(tensor, node);
+    for (const tensor of new Set([...inputs, ...captured])) {
       if (readers.has(tensor)) readers.get(tensor).push(node);
       else readers.set(tensor, [node]);
     }
     nodes.push(node);
   }
-  const byName = new Map(nodes.map((node) => [node.name, node]));
-  const byTensor = new Map(packed.tensors.map((name, tensor) => [name, tensor]));
-  const sets = Object.fromEntries(["constants", "inputs", "outputs"].map((key) => [key, new Set(packed[key])]));
-  return { ...packed, ...sets, nodes, maker, readers, byName, byTensor };
+  maker.delete(-1);
+  readers.delete(-1);
+  const names = summed(packed.tensors);
+  return {
+    all: packed.all,
+    nodes,
+    maker,
+    readers,
+    names,
+    types: packed.about.map((about) => about >> 1),
+    constants: new Set(packed.about.flatMap((about, tensor) => (about & 1 ? [tensor] : []))),
+    inputs: new Set(packed.inputs),
+    outputs: new Set(packed.outputs),
+    byName: new Map(nodes.map((node) => [node.name, node])),
+    byTensor: new Map(names.map((number, tensor) => [number, tensor])),
+  };
 };
 
 // Puts a button behind a layer's name that shows its node; nothing where the graphs have none of this name.
@@ -52,7 +78,7 @@ let graphButtons = () => [];
 const graph = () => {
   if (!data.graph) return;
   const { ops, kinds, types } = data.graph;
-  const names = unpackedNames(data.graph.names);
+  const names = unpackedNames(data.graph);
   const lower = names.map((name) => name.toLowerCase());
   const sides = { before: unpackedSide(data.graph.before), after: unpackedSide(data.graph.after) };
   const way = [];
@@ -65,7 +91,7 @@ const graph = () => {
     const named = other.byName.get(node.name);
     if (named) return named;
     const first = node.outputs.find((tensor) => tensor >= 0);
-    return first === undefined ? undefined : other.maker.get(other.byTensor.get(sides[side].tensors[first]));
+    return first === undefined ? undefined : other.maker.get(other.byTensor.get(sides[side].names[first]));
   };
 
   const nodeButton = (side, node) => {
@@ -77,26 +103,25 @@ const graph = () => {
   };
 
   const role = (side, tensor) => {
-    const { constants, inputs, outputs, kinds: kind } = sides[side];
+    const { constants, inputs, outputs, types: kind } = sides[side];
     if (constants.has(tensor)) return types[kind[tensor]].endsWith("()") ? "constant" : "weight";
     return inputs.has(tensor) ? "input of the model" : outputs.has(tensor) ? "output of the model" : "";
   };
 
   const tensorLine = (side, tensor, before) => {
-    const { tensors, kinds: kind } = sides[side];
-    const words = [before, role(side, tensor)].filter(Boolean).join(", ");
-    return element("span", "tensor", words ? `${words}: ` : "", element("b", "", ...breakable(names[tensors[tensor]])), ` ${types[kind[tensor]]}`);
+    const words = [before, role(side, tensor)].filter(Boolean).join(" ");
+    return element("span", "tensor", words ? `${words}: ` : "", element("b", "", ...breakable(names[sides[side].names[tensor]])), ` ${types[sides[side].types[tensor]]}`);
   };
 
   // A neighbour that has only weights to read, such as a DequantizeLinear, tells which: that is where they come from.
   const sources = (side, node) => {
     const given = node.inputs.filter((tensor) => tensor >= 0);
-    return given.length && given.every((tensor) => sides[side].constants.has(tensor)) ? [tensorLine(side, given[0], "of")] : [];
+    return given.length && given.every((tensor) => sides[side].constants.has(tensor)) ? [tensorLine(side, given[0], "from")] : [];
   };
 
   const producers = (side, node) => {
     const { maker } = sides[side];
-    const rows = [...node.inputs.map((tensor) => [tensor, ""]), ...node.captured.map((tensor) => [tensor, "read by its body"])];
+    const rows = [...node.inputs.map((tensor) => [tensor, ""]), ...node.captured.map((tensor) => [tensor, "its body reads"])];
     return rows.filter(([tensor]) => tensor >= 0).map(([tensor, words]) => {
       const made = maker.get(tensor);
       return element("li", "", tensorLine(side, tensor, words), ...(made ? [nodeButton(side, made), ...sources(side, made)] : []));
