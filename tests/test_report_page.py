@@ -19,6 +19,7 @@ from onnxcomp.report.page.answer import cards, next_steps
 from onnxcomp.report.page.candidates import candidates, chart_data, front
 from onnxcomp.report.page.history import curves, measured, time_line
 from onnxcomp.report.page.layers import layer_data
+from tests.graphs import graph_of
 from tests.markdown import shell_commands
 from tests.reports import large_report, layer, sample_report
 
@@ -74,6 +75,14 @@ def attempt(verdict: str, speed: float | None, size: float | None, drop: float |
 # --- one file, which is safe ------------------------------------------------------------------------------------------
 
 
+def hostile_graph() -> dict[str, Any]:
+    """A node whose every text is HTML, script and control characters."""
+    nodes = [(HOSTILE, HOSTILE, [HOSTILE, f"{HOSTILE}w"], [f"{HOSTILE}y"])]
+    return graph_of(
+        nodes, {f"{HOSTILE}w": HOSTILE}, inputs=[HOSTILE], outputs=[f"{HOSTILE}y"], bodies={f"{HOSTILE}2": 3}
+    )
+
+
 def hostile_report() -> Report:
     """A report whose every text is HTML, script and control characters."""
     table = {"title": HOSTILE, "columns": [HOSTILE, "error at 50%", "error at 75%"], "rows": [[HOSTILE, 0.1, 0.2]] * 3}
@@ -95,6 +104,7 @@ def hostile_report() -> Report:
         metric={"name": HOSTILE, "higher_is_better": True},
         options={HOSTILE: HOSTILE, "command": [HOSTILE]},
         layers=[layer(HOSTILE, op=HOSTILE, reason=HOSTILE, kernel_after=HOSTILE)],
+        graph={"before": hostile_graph(), "after": hostile_graph()},
     )
     report.model["path"] = HOSTILE
     report.environment["versions"][HOSTILE] = HOSTILE
@@ -228,11 +238,12 @@ def test_the_command_is_the_one_that_was_given_and_its_data_go_to_verify():
     assert [step.command for step in next_steps(report)] == [
         "onnxcomp optimize 'in/my model.onnx' --data calib.npz -o out/small.onnx",
         "onnxcomp verify in/model.onnx out/small.onnx --target x86-vnni --data calib.npz",
+        "onnxcomp view out/small.onnx",
     ]
 
 
 def test_a_report_without_the_command_gives_one_made_of_its_options():
-    again, verify = next_steps(sample_report())
+    again, verify, _ = next_steps(sample_report())
     assert again.command == (
         "onnxcomp optimize in/model.onnx --data DATA --metric top1 --max-drop 0.005 --max-error 0.1 --target x86-vnni "
         "--threads 1 --seed 0 -o out/small.onnx"
