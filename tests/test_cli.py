@@ -76,7 +76,7 @@ def commands() -> list[tuple[str, click.Command]]:
 
 
 def test_has_the_commands_that_the_docs_name():
-    names = ["compare", "deploy", "distill", "export", "inspect", "optimize", "passes", "report", "verify"]
+    names = ["compare", "deploy", "distill", "export", "inspect", "optimize", "passes", "report", "verify", "view"]
     assert sorted(main.commands) == names
 
 
@@ -294,7 +294,7 @@ def test_writes_json_as_the_schema_says(model, calls, tmp_path):
 
 
 def test_json_to_stdout_is_all_there_is(model, calls):
-    assert json.loads(run("optimize", model, "--json", "-").stdout)["schema_version"] == "1.1"
+    assert json.loads(run("optimize", model, "--json", "-").stdout)["schema_version"] == "1.2"
 
 
 @pytest.mark.parametrize(
