@@ -48,6 +48,7 @@ def graph_table(model: Model) -> dict[str, Any]:
     fed = set(constants)
     inputs = tensors.places(info.name for info in graph.input if info.name not in fed)
     own = fed.union(info.name for info in graph.input).union(name for node in graph.node for name in node.output)
+    own -= {""}
     names = node_names(graph)  # those of the main graph come first
     nodes = [_node(node, name, tensors, own) for node, name in zip(graph.node, names, strict=False)]
     constants += [name for node in graph.node if node.op_type == CONSTANT for name in node.output]
@@ -67,7 +68,7 @@ def graph_table(model: Model) -> dict[str, Any]:
 
 
 def _node(node: onnx.NodeProto, name: str, tensors: _Tensors, own: Set[str]) -> dict[str, Any]:
-    outer = sorted(captured(node) & own - {""})
+    outer = sorted(captured(node) & own)
     return {
         "name": name,
         "op": _operator(node),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import jsonschema
 import numpy as np
 import onnx
 import pytest
-from onnx import parser
+from onnx import helper, parser
 
+from onnxcomp import optimize
 from onnxcomp.errors import OptionError
 from onnxcomp.graph_table import graph_table
 from onnxcomp.model import Model, ModelSource
 from onnxcomp.report import from_json, schema, to_json
+from onnxcomp_passes import Simplify
 from tests.models import graph_model, if_model, random_weights
 from tests.reports import sample_report
 
@@ -150,3 +153,33 @@ def test_a_graph_that_names_what_is_not_there_is_refused(change, told):
     with pytest.raises(OptionError) as caught:
         from_json(json.dumps(document), "r.json")
     assert str(caught.value) == f"r.json: is not a report as --json writes it: {told}"
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_lists_layers_lists_both_graphs():
+    report = optimize(conv_model(), passes=[Simplify()], timing=False, layers=True).report
+    assert report.graph is not None
+    assert report.graph["before"] == graph_table(Model.load(conv_model()))
+    assert "Conv" in report.graph["after"]["operators"]
+
+
+def test_a_run_that_lists_no_layers_lists_no_graphs():
+    assert optimize(conv_model(), passes=[Simplify()], timing=False).report.graph is None
+
+
+def chain(nodes: int) -> Model:
+    relus = [helper.make_node("Relu", [f"t{index}"], [f"t{index + 1}"], f"n{index}") for index in range(nodes)]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("t0", f"t{nodes}")]
+    return Model.load(helper.make_model(helper.make_graph(relus, "g", ends[:1], ends[1:])))
+
+
+def test_20_times_as_many_nodes_take_about_20_times_as_long():
+    def seconds(model: Model) -> float:
+        start = time.process_time()
+        graph_table(model)
+        return time.process_time() - start
+
+    few, many = chain(500), chain(10_000)
+    assert seconds(many) < 80 * min(seconds(few) for _ in range(3))
