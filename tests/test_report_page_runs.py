@@ -225,6 +225,18 @@ def test_a_node_is_shown_with_what_it_reads_and_what_reads_it(shown):
     assert "bn1_out float32 (N, 8, 30, 30)" in told
 
 
+def test_a_weight_that_is_decoded_in_several_nodes_is_told_with_what_it_comes_from(shown):
+    nodes = [
+        ("gather", "Gather", ["codebook", "codes"], ["g"]),
+        ("shape", "Reshape", ["g", "sizes"], ["r"]),
+        ("conv", "Conv", ["x", "r"], ["y"]),
+    ]
+    constants = {"codebook": "float32 (16,)", "codes": "uint8 (576, 1)", "sizes": "int64 (4,)"}
+    graph = graph_of(nodes, constants)
+    page = shown(sample_report(graph={"before": graph, "after": graph}))
+    assert "through 2 nodes from weight: codes uint8 (576, 1)" in page.locator("#around .tensor").all_inner_texts()
+
+
 def test_a_neighbour_is_walked_to_and_back_with_the_keyboard(shown):
     page = shown(sample_report())
     page.locator("#around .node").first.focus()

@@ -2,6 +2,7 @@
 
 const MOST_FOUND = 12;
 const MOST_READERS = 12;
+const MOST_BEHIND = 50;
 const SIDE_WORDS = { before: "the original", after: "the result" };
 
 const element = (name, className, ...parts) => {
@@ -113,10 +114,23 @@ const graph = () => {
     return element("span", "tensor", words ? `${words}: ` : "", element("b", "", ...breakable(names[sides[side].names[tensor]])), ` ${types[sides[side].types[tensor]]}`);
   };
 
-  // A neighbour that has only weights to read, such as a DequantizeLinear, tells which: that is where they come from.
+  const size = (tensor, side) => (types[sides[side].types[tensor]].match(/\d+(?=[,)])/g) || []).reduce((product, axis) => product * Number(axis), 1);
+
+  // What is computed of constants alone, as a quantized or packed weight is, tells the largest that it comes from.
   const sources = (side, node) => {
-    const given = node.inputs.filter((tensor) => tensor >= 0);
-    return given.length && given.every((tensor) => sides[side].constants.has(tensor)) ? [tensorLine(side, given[0], "from")] : [];
+    const { constants, maker } = sides[side];
+    const behind = new Set([node]);
+    const found = new Set();
+    for (const one of behind) {
+      for (const tensor of [...one.inputs, ...one.captured].filter((each) => each >= 0)) {
+        if (constants.has(tensor)) found.add(tensor);
+        else if (maker.has(tensor) && behind.size < MOST_BEHIND) behind.add(maker.get(tensor));
+        else return [];
+      }
+    }
+    if (!found.size) return [];
+    const largest = Array.from(found).reduce((one, other) => (size(other, side) > size(one, side) ? other : one));
+    return [tensorLine(side, largest, behind.size > 1 ? `through ${behind.size} nodes from` : "from")];
   };
 
   const producers = (side, node) => {
