@@ -61,7 +61,7 @@ def graph_table(model: Model) -> dict[str, Any]:
         "tensors": list(tensors.found),
         "types": list(tensors.types),
         "tensor_types": tensors.kinds,
-        "constants": sorted(tensors.found[name] for name in fed.union(constants) if name in tensors.found),
+        "constants": sorted(tensors.found[name] for name in set(constants) if name in tensors.found),
         "inputs": inputs,
         "outputs": outputs,
     }
