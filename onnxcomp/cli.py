@@ -13,6 +13,7 @@ from onnxcomp.commands.optimize import optimize_command
 from onnxcomp.commands.passes import passes_command
 from onnxcomp.commands.report import report_command
 from onnxcomp.commands.verify import verify_command
+from onnxcomp.commands.view import view_command
 
 __all__ = ["main"]
 
@@ -33,5 +34,6 @@ for _command in (
     export_command,
     passes_command,
     report_command,
+    view_command,
 ):
     main.add_command(_command)

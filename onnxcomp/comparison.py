@@ -29,7 +29,8 @@ from onnxcomp.pairs import (
     source_name,
     static_shapes,
 )
-from onnxcomp.quality import Array, Quality, Reference, flatten, relative_error, to_decibels, trim
+from onnxcomp.quality import Array, Quality, Reference, flatten, to_decibels, trim
+from onnxcomp.relative_error import relative_error
 from onnxcomp.runtime import Runtime, Timing, explain
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial, agrees_with_itself
@@ -238,7 +239,7 @@ def _qualities(
             pairs += zip(one, other, strict=False) if len(one) == len(other) else [(np.zeros(1), np.zeros(0))]
         if pairs and pairs[0][0].dtype.kind == "f":
             fit = all(a.shape == b.shape for a, b in pairs)
-            decibels[name] = to_decibels(relative_error(pairs, centred=False)) if fit else -math.inf
+            decibels[name] = to_decibels(relative_error(pairs)) if fit else -math.inf
     return reference, [itself, quality], decibels
 
 
@@ -278,6 +279,7 @@ def _figures(
         drop=quality.drop,
         drop_interval=quality.interval,
         error=quality.error,
+        error_interval=quality.error_interval,
         sqnr_db=quality.sqnr_db,
         agreement=quality.agreement,
         kernels=census.counts(),

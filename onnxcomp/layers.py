@@ -15,7 +15,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.model import Model
 from onnxcomp.runtime import Feed, Runtime
 
-__all__ = ["GraphView", "channel_axes", "layer_errors", "tensor_pairs"]
+__all__ = ["GraphView", "captured", "channel_axes", "layer_errors", "tensor_pairs"]
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
 """Element types of tensors that have an error; others are shapes, indices, masks and codes."""
@@ -145,7 +145,7 @@ class GraphView:
         self.makers = {name: node for node in graph.node for name in node.output if name}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in graph.node:
-            for name in {*node.input, *_captured(node)} - {""}:
+            for name in {*node.input, *captured(node)} - {""}:
                 self.readers[name].append(node)
         self.constants = {tensor.name for tensor in graph.initializer}
         self.constants.update(tensor.values.name for tensor in graph.sparse_initializer)
@@ -162,7 +162,7 @@ class GraphView:
         node = self.makers.get(name)
         if node is None:
             return name in self.constants
-        return all(source in self.constants for source in node.input if source) and not _captured(node)
+        return all(source in self.constants for source in node.input if source) and not captured(node)
 
     def shown(self, name: str) -> str:
         """The tensor that a reader of `name` sees: itself, or what the Q and DQ that alone read it make of it."""
@@ -192,7 +192,7 @@ class GraphView:
         return readers if name not in self.outputs and all(node.op_type == op for node in readers) else []
 
 
-def _captured(node: onnx.NodeProto) -> set[str]:
+def captured(node: onnx.NodeProto) -> set[str]:
     """What the subgraphs of a node read; their own tensors are among it, which does no harm."""
     names: set[str] = set()
     for attribute in node.attribute:
@@ -200,7 +200,7 @@ def _captured(node: onnx.NodeProto) -> set[str]:
             names.update(info.name for info in graph.output)
             for inner in graph.node:
                 names.update(inner.input)
-                names |= _captured(inner)
+                names |= captured(inner)
     return names
 
 

@@ -34,6 +34,7 @@ class Figures:
         drop: How much worse than the original, bigger is worse; see `Report.quality`.
         drop_interval: The 95% interval of the drop.
         error: The largest relative error over the outputs.
+        error_interval: Its 95% interval over the samples; its upper end is held against the budget.
         sqnr_db: The smallest signal-to-noise ratio over the outputs, in dB.
         agreement: For classifiers, how often the top class is the original's.
         kernels: Operators of ONNX Runtime's optimized graph and how often each occurs.
@@ -55,6 +56,7 @@ class Figures:
     drop: float | None = None
     drop_interval: tuple[float, float] | None = None
     error: float | None = None
+    error_interval: tuple[float, float] | None = None
     sqnr_db: float | None = None
     agreement: float | None = None
     kernels: dict[str, int] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Attempt:
     drop: float | None = None
     drop_interval: tuple[float, float] | None = None
     error: float | None = None
+    error_interval: tuple[float, float] | None = None
     evidence: str = "not measured"
 
 
@@ -125,6 +128,8 @@ class Report:
         layers: A row for each layer of the original and of the result, the least signal-to-noise ratio first; empty
             unless `optimize` was asked for them. See `onnxcomp.layer_table.LayerRow`
             and `onnxcomp.layer_details`.
+        graph: {before, after}: the operators, nodes and tensors of both models, as `onnxcomp.graph_table.graph_table`
+            lists them; None unless `optimize` was asked for the layers.
     """
 
     verdict: str
@@ -148,11 +153,13 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    graph: dict[str, Any] | None = None
     schema_version: str = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data, as the shipped schema describes it."""
-        return dataclasses.asdict(self)
+        # The graphs are plain data, and large ones: they need no copy.
+        return {**dataclasses.asdict(dataclasses.replace(self, graph=None)), "graph": self.graph}
 
     @property
     def ledger(self) -> list[StageEntry]:

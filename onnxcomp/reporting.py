@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp import analysis
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.fixed_shapes import dynamic_inputs
+from onnxcomp.graph_table import graph_table
 from onnxcomp.judge import Judge, Score
 from onnxcomp.layer_details import described_layers
 from onnxcomp.ledger import Figures, Report, StageEntry
@@ -94,6 +95,7 @@ def build_report(
         warnings=_warnings(judge, quality, samples, kept.model),
         notes=[*notes, *_alone(kept.stages), *missing],
         layers=layers,
+        graph={"before": graph_table(original), "after": graph_table(kept.model)} if options.layers else None,
     )
 
 
@@ -166,6 +168,7 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
         drop=quality.drop,
         drop_interval=quality.interval,
         error=quality.error,
+        error_interval=quality.error_interval,
         sqnr_db=quality.sqnr_db,
         agreement=quality.agreement,
         kernels=score.census.counts(),

@@ -6,6 +6,7 @@ from typing import Any
 
 from onnxcomp.layer_details import MOST_DETAILED
 from onnxcomp.ledger import Attempt, Figures, PassEntry, Report, StageEntry
+from tests.graphs import large_graphs, sample_graphs
 
 
 def quantized_stage() -> StageEntry:
@@ -124,6 +125,7 @@ def sample_report(**changes: Any) -> Report:
         "created": "2025-01-01T00:00:00+00:00",
         "warnings": ["250 samples are too few to be sure of the budget: the drop may be 0.0052"],
         "notes": ["the labels look like classes: judged by top1"],
+        "graph": sample_graphs(),
     }
     return Report(**{**facts, **changes})
 
@@ -207,12 +209,14 @@ def detail(**changes: Any) -> dict[str, Any]:
 
 
 def large_report(rows: int) -> Report:
-    """A report of a model with this many layers, each changed by two passes and left alone by one."""
+    """A report of a model with this many layers, each changed by two passes and left alone by one, and its graphs."""
     names = [f"/encoder/layers.{index // 8}/block.{index % 8}/attention/query/MatMul" for index in range(rows)]
     changed = [{"where": name, "what": f"{index % 97} of 4,096 weights are zero"} for index, name in enumerate(names)]
     left = [{"where": name, "why": f"costs {index % 89 / 1000:.3f} of the metric"} for index, name in enumerate(names)]
     entries = [PassEntry(name, {}, changed=changed, left=left) for name in ("prune", "quantize")]
-    attempts = [Attempt(entries, "kept", "2.00 times smaller", 1.0, 1.5, 2.0, 0.001, (0.0, 0.002), 0.01, "measured")]
+    attempts = [
+        Attempt(entries, "kept", "2.00 times smaller", 1.0, 1.5, 2.0, 0.001, (0.0, 0.002), 0.01, None, "measured")
+    ]
     layers = [
         layer(
             name,
@@ -225,4 +229,5 @@ def large_report(rows: int) -> Report:
         )
         for index, name in enumerate(names)
     ]
-    return sample_report(stages=[StageEntry("prune", "kept", "2.00 times smaller", 1.0, attempts)], layers=layers)
+    stages = [StageEntry("prune", "kept", "2.00 times smaller", 1.0, attempts)]
+    return sample_report(stages=stages, layers=layers, graph=large_graphs(rows))

@@ -76,7 +76,7 @@ def commands() -> list[tuple[str, click.Command]]:
 
 
 def test_has_the_commands_that_the_docs_name():
-    names = ["compare", "deploy", "distill", "export", "inspect", "optimize", "passes", "report", "verify"]
+    names = ["compare", "deploy", "distill", "export", "inspect", "optimize", "passes", "report", "verify", "view"]
     assert sorted(main.commands) == names
 
 

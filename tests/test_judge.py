@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from onnx import numpy_helper, parser
 
 from onnxcomp.data import Dataset, generate, input_specs, open_data
 from onnxcomp.judge import SAME_KERNELS, Budget, Judge
+from onnxcomp.metrics import get_metric
 from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp.quality import Quality
@@ -51,7 +53,9 @@ def make_judge(model: Model, data: Dataset, runtime: Runtime, folder: Path, **op
 
 def loss(**values: Any) -> Quality:
     given = {"kind": "metric", "drop": 0.0, "interval": (0.0, 0.0), "error": 0.0, "plain_error": 0.0, "sqnr_db": 99.0}
-    return Quality(**{**given, "agreement": None, "metric": None, "samples": 10, **values})
+    made = {**given, "agreement": None, "metric": None, "samples": 10, **values}
+    sure = {f"{kind}_interval": (made[key],) * 2 for kind, key in (("error", "error"), ("plain", "plain_error"))}
+    return Quality(**{**sure, **made})
 
 
 def scaled(model: Model, factor: float) -> Model:
@@ -189,18 +193,36 @@ def test_generated_inputs_are_never_taken_for_classes(runtime: Runtime, tmp_path
         (loss(kind="relative-error", drop=None, error=0.1), True),
         (loss(kind="relative-error", drop=None, error=0.21), False),
         (loss(kind="relative-error", drop=None, error=0.1, plain_error=0.11), False),
+        (loss(kind="relative-error", drop=None, error=0.1, error_interval=(0.05, 0.21)), False),
+        (loss(kind="relative-error", drop=None, plain_error=0.05, plain_interval=(0.01, 0.11)), False),
     ],
 )
 def test_a_budget_allows_what_it_says(quality: Quality, allowed: bool) -> None:
-    assert Budget().allows(quality, generated=False) is allowed
+    assert Budget().allows(quality) is allowed
 
 
 def test_a_share_of_the_budget_is_smaller() -> None:
-    assert not Budget().allows(loss(drop=0.004), generated=False, share=0.5)
+    assert not Budget().allows(loss(drop=0.004), share=0.5)
 
 
 def test_float_rounding_is_never_held_against_a_candidate() -> None:
-    assert Budget().allows(loss(drop=None, error=0.3), generated=False, rounding=0.4)
+    assert Budget().allows(loss(drop=None, error=0.3), rounding=0.4)
+
+
+def test_a_cautious_judge_takes_labels_and_the_expected_drop(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model("y = Softmax(h)")
+    values = np.random.default_rng(1).standard_normal((48, 128)).astype(np.float32)
+    data = open_data({"x": values, "label": np.zeros(48, np.int64)}, input_specs(model.proto()))
+    judge = make_judge(model, data, runtime, tmp_path, metric=get_metric("top1"), classifier=True, timing=False)
+    coarser = judge.quality(scaled(model, 1.3))
+    free = replace(coarser, drop=0.0)
+
+    assert coarser.kind == "metric"
+    assert coarser.expected_drop is not None
+    assert judge.allows(free)
+    judge.cautious = True
+    assert judge.allows(free)
+    assert not judge.allows(replace(free, expected_drop=0.006))
 
 
 def test_tells_which_part_of_the_budget_is_used_up(runtime: Runtime, tmp_path: Path) -> None:

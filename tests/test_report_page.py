@@ -20,6 +20,7 @@ from onnxcomp.report.page.candidates import candidates, chart_data, front
 from onnxcomp.report.page.history import curves, measured, time_line
 from onnxcomp.report.page.layers import layer_data
 from onnxcomp.report.page.panels import details
+from tests.graphs import graph_of
 from tests.markdown import shell_commands
 from tests.reports import detail, large_report, layer, sample_report
 
@@ -84,6 +85,14 @@ def hostile_detail() -> dict[str, Any]:
     return detail(weights=weights, activations=[odd, {**made, "scale": -1e300}], singular_values=singular)
 
 
+def hostile_graph() -> dict[str, Any]:
+    """A node whose every text is HTML, script and control characters."""
+    nodes = [(HOSTILE, HOSTILE, [HOSTILE, f"{HOSTILE}w"], [f"{HOSTILE}y"])]
+    return graph_of(
+        nodes, {f"{HOSTILE}w": HOSTILE}, inputs=[HOSTILE], outputs=[f"{HOSTILE}y"], bodies={f"{HOSTILE}2": 3}
+    )
+
+
 def hostile_report() -> Report:
     """A report whose every text is HTML, script and control characters."""
     table = {"title": HOSTILE, "columns": [HOSTILE, "error at 50%", "error at 75%"], "rows": [[HOSTILE, 0.1, 0.2]] * 3}
@@ -95,7 +104,7 @@ def hostile_report() -> Report:
         notes=[HOSTILE],
         tables=[table],
     )
-    tried = Attempt([entry], "kept", HOSTILE, 1.0, 1.5, 2.0, 0.001, (0.0, 0.1), 0.1, "measured")
+    tried = Attempt([entry], "kept", HOSTILE, 1.0, 1.5, 2.0, 0.001, (0.0, 0.1), 0.1, (0.05, 0.2), "measured")
     report = sample_report(
         verdict=HOSTILE,
         target=HOSTILE,
@@ -107,6 +116,7 @@ def hostile_report() -> Report:
         layers=[
             layer(HOSTILE, op=HOSTILE, reason=HOSTILE, kernel_after=HOSTILE, cause=HOSTILE, detail=hostile_detail())
         ],
+        graph={"before": hostile_graph(), "after": hostile_graph()},
     )
     report.model["path"] = HOSTILE
     report.environment["versions"][HOSTILE] = HOSTILE
@@ -240,11 +250,12 @@ def test_the_command_is_the_one_that_was_given_and_its_data_go_to_verify():
     assert [step.command for step in next_steps(report)] == [
         "onnxcomp optimize 'in/my model.onnx' --data calib.npz -o out/small.onnx",
         "onnxcomp verify in/model.onnx out/small.onnx --target x86-vnni --data calib.npz",
+        "onnxcomp view out/small.onnx",
     ]
 
 
 def test_a_report_without_the_command_gives_one_made_of_its_options():
-    again, verify = next_steps(sample_report())
+    again, verify, _ = next_steps(sample_report())
     assert again.command == (
         "onnxcomp optimize in/model.onnx --data DATA --metric top1 --max-drop 0.005 --max-error 0.1 --target x86-vnni "
         "--threads 1 --seed 0 -o out/small.onnx"

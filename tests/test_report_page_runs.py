@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, sync_pla
 from onnxcomp.ledger import PassEntry, Report
 from onnxcomp.report import from_json, to_json
 from onnxcomp.report.page import page_html
+from tests.graphs import graph_of
 from tests.reports import detail, large_report, layer, sample_report
 from tests.test_demo_runs import CHROMIUM, QUIET
 from tests.test_report_page import hostile_report
@@ -112,8 +113,8 @@ def test_every_chart_has_drawn_a_mark_for_each_thing_that_it_shows(shown):
         (figure.get_attribute("data-chart"), figure.locator("canvas").get_attribute("data-marks"))
         for figure in page.locator("figure").all()
     ]
-    # Two candidates, the original, the result, the budget's two ends, and a front of three.
-    assert marks == [("candidates", "9"), ("candidates", "9"), ("time", "3"), ("curves", "12")]
+    # Two candidates, the original, the result, the budget's two ends, and a front of three; five operators twice.
+    assert marks == [("candidates", "9"), ("candidates", "9"), ("operators", "10"), ("time", "3"), ("curves", "12")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -125,7 +126,7 @@ def test_each_chart_has_ink_in_the_colours_of_the_scheme(shown, scheme):
             return pixels.filter((_, index) => index % 4 === 3 && pixels[index] > 200).length;
         })"""
     )
-    assert len(inked) == 4
+    assert len(inked) == 5
     assert min(inked) > 500
 
 
@@ -227,9 +228,9 @@ def test_a_click_on_a_layer_shows_its_charts_with_every_mark(shown):
     ]
     # 28 bins of each model; a range that was seen and one of a scale; 24 values and the two ends of the rank's line.
     assert marks == [("histogram", "56"), ("ranges", "2"), ("ranges", "1"), ("singular", "26")]
-    assert page.locator("#table tbody tr.panel").evaluate("row => row.previousSibling.cells[0].textContent") == (
-        "/features/59/Conv"
-    )
+    assert page.locator("#table tbody tr.panel").evaluate(
+        "row => row.previousSibling.querySelector('.opener').textContent"
+    ) == ("/features/59/Conv")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -304,9 +305,9 @@ def test_a_panel_stays_with_its_layer_while_the_table_is_sorted_and_searched_and
     page.fill("#search", "features/5")
 
     assert panel.locator(".title strong").inner_text() == "/features/50/Conv"
-    assert page.locator("#table tbody tr.panel").evaluate("row => row.previousSibling.cells[0].textContent") == (
-        "/features/50/Conv"
-    )
+    assert page.locator("#table tbody tr.panel").evaluate(
+        "row => row.previousSibling.querySelector('.opener').textContent"
+    ) == ("/features/50/Conv")
     assert page.get_by_role("button", name="/features/50/Conv", exact=True).get_attribute("aria-expanded") == "true"
     page.fill("#search", "features/4")
     assert panel.count() == 0
@@ -321,6 +322,7 @@ def test_the_close_button_leads_back_to_the_layer(shown):
 
 def test_the_charts_of_a_panel_follow_the_scheme_and_are_dropped_with_it(shown):
     page = shown(full_report(), color_scheme="light")
+    others = page.evaluate("drawn.length")
     opened(page)
     shot = "document.querySelector('#panel canvas').toDataURL()"
     light = page.evaluate(shot)
@@ -329,7 +331,7 @@ def test_the_charts_of_a_panel_follow_the_scheme_and_are_dropped_with_it(shown):
 
     page.keyboard.press("Escape")
     page.emulate_media(color_scheme="light")
-    assert page.evaluate("drawn.length") == 4
+    assert page.evaluate("drawn.length") == others == page.locator("figure[data-chart]").count()
 
 
 @pytest.mark.parametrize("width", [320, 1280])
@@ -356,6 +358,111 @@ def test_a_panel_is_as_wide_as_what_is_seen_of_the_table(shown):
     moved = sheet.bounding_box()
     assert moved is not None
     assert abs(moved["x"] - around["x"]) <= 2
+
+
+# --- the graph --------------------------------------------------------------------------------------------------------
+
+
+def around(page: Page) -> tuple[str, list[str], list[str]]:
+    """The node that is shown, what makes what it reads, and what reads what it makes: by operator and name."""
+    reads, read_by = page.locator("#around .around > div:not(.chosen)").all()
+    buttons = [[text.replace("\n", " ") for text in box.locator(".node").all_inner_texts()] for box in (reads, read_by)]
+    return page.inner_text("#around .chosen h4"), buttons[0], buttons[1]
+
+
+def test_a_node_is_shown_with_what_it_reads_and_what_reads_it(shown):
+    page = shown(sample_report())
+    assert around(page) == ("conv1", ["DequantizeLinear d0", "DequantizeLinear d1"], ["Relu relu1"])
+    told = page.locator("#around .tensor").all_inner_texts()
+    assert "from weight: conv1.weight_q int8 (8, 3, 3, 3)" in told
+    assert "bn1_out float32 (N, 8, 30, 30)" in told
+
+
+def test_a_weight_that_is_decoded_in_several_nodes_is_told_with_what_it_comes_from(shown):
+    nodes = [
+        ("gather", "Gather", ["codebook", "codes"], ["g"]),
+        ("shape", "Reshape", ["g", "sizes"], ["r"]),
+        ("conv", "Conv", ["x", "r"], ["y"]),
+    ]
+    constants = {"codebook": "float32 (16,)", "codes": "uint8 (576, 1)", "sizes": "int64 (4,)"}
+    graph = graph_of(nodes, constants)
+    page = shown(sample_report(graph={"before": graph, "after": graph}))
+    assert "through 2 nodes from weight: codes uint8 (576, 1)" in page.locator("#around .tensor").all_inner_texts()
+
+
+def test_a_neighbour_is_walked_to_and_back_with_the_keyboard(shown):
+    page = shown(sample_report())
+    page.locator("#around .node").first.focus()
+    page.keyboard.press("Enter")
+    assert around(page) == ("d0", ["QuantizeLinear q0"], ["Conv conv1"])
+    assert page.evaluate("document.activeElement.textContent") == "d0"
+    page.locator("#around .back").focus()
+    page.keyboard.press("Space")
+    assert around(page)[0] == "conv1"
+    assert page.locator("#around .back").count() == 0
+
+
+def test_the_same_node_is_shown_in_the_other_graph(shown):
+    page = shown(sample_report())
+    page.get_by_role("button", name="Show it in the original").click()
+    assert around(page) == ("conv1", [], ["BatchNormalization bn1"])
+    assert "weight: conv1.weight float32 (8, 3, 3, 3)" in page.locator("#around .tensor").all_inner_texts()
+    assert page.input_value("#node-side") == "before"
+
+
+def test_a_node_of_another_name_that_writes_the_same_tensor_is_the_same_one(shown):
+    page = shown(sample_report())
+    page.select_option("#node-side", "before")
+    page.fill("#node-search", "normalization")
+    page.locator("#node-found .node").click()
+    assert "It is a Conv there." in page.inner_text("#around .chosen")
+    page.get_by_role("button", name="Show it in the result").click()
+    assert around(page)[0] == "conv1"
+
+
+def test_a_node_that_only_one_graph_has_is_told_to_be_so(shown):
+    page = shown(sample_report())
+    page.fill("#node-search", "quantizelinear q0")
+    page.locator("#node-found .node").click()
+    assert "It is not in the original." in page.inner_text("#around .chosen")
+    assert "input of the model: x float32 (N, 3, 32, 32)" in page.locator("#around .tensor").all_inner_texts()
+
+
+def test_searching_nodes_tells_how_many_there_are(shown):
+    page = shown(large_report(20))
+    page.fill("#node-search", "layers.1 relu")
+    assert page.inner_text("#node-count") == "24 found in 100 nodes of the result; the first 12 are shown"
+    page.fill("#node-search", "no such thing")
+    assert page.inner_text("#node-count") == "0 found in 100 nodes of the result"
+    assert page.locator("#node-found .node").count() == 0
+
+
+def test_a_layer_of_the_table_leads_to_its_node(shown):
+    page = shown(large_report(20))
+    page.fill("#search", "layers.1/block.3")
+    page.get_by_role("button", name="Show /encoder/layers.1/block.3/attention/query/MatMul in the graph").click()
+    node, _, readers = around(page)
+    assert node == "/encoder/layers.1/block.3/attention/query/MatMul"
+    assert readers == ["Relu /encoder/layers.1/block.3/attention/query/Relu"]
+
+
+def test_a_tensor_that_many_nodes_read_shows_some_of_them_first(shown):
+    nodes = [("first", "Conv", ["x"], ["t"]), *((f"r{index}", "Relu", ["t"], [f"y{index}"]) for index in range(40))]
+    graph = graph_of(nodes, {}, outputs=["y0"])
+    page = shown(sample_report(graph={"before": graph, "after": graph}))
+    assert len(around(page)[2]) == 12
+    page.get_by_role("button", name="Show 28 more").click()
+    assert len(around(page)[2]) == 40
+    assert page.evaluate("document.activeElement.textContent") == "Relur12"
+
+
+def test_names_that_take_two_halves_of_a_letter_are_shown_whole(shown):
+    names = ["\U0001f600", "\U0001f600a", "\U0001f601"]
+    nodes = [(name, "Conv", [f"t{index}"], [f"t{index + 1}"]) for index, name in enumerate(names)]
+    graph = graph_of(nodes, {}, inputs=["t0"], outputs=["t3"])
+    page = shown(sample_report(graph={"before": graph, "after": graph}))
+    page.fill("#node-search", "conv")
+    assert page.locator("#node-found .node").all_inner_texts() == [f"Conv\n{name}" for name in names]
 
 
 # --- safe, readable, usable -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["first_mismatch"]
+__all__ = ["first_mismatch", "lost_place"]
 
 LARGEST = 1e300
 """No figure is larger, and arithmetic on what is may overflow."""
@@ -41,6 +41,31 @@ def first_mismatch(value: object, schema: Mapping[str, Any]) -> str | None:
     return None if found is None else found.removeprefix(": ")
 
 
+def lost_place(report: Mapping[str, Any]) -> str | None:
+    """Say where a report's graphs, whose form was checked, name a tensor or a type that is not there.
+
+    Example:
+        >>> empty = {"nodes": [], "tensors": ["x"], "types": [], "constants": [], "inputs": [], "outputs": []}
+        >>> lost_place({"graph": {"before": {**empty, "tensor_types": [0]}}})
+        'graph.before.tensor_types: expected numbers below 0, got 0'
+        >>> lost_place({"graph": None})
+    """
+    for side, graph in (report.get("graph") or {}).items():
+        tensors, types = len(graph["tensors"]), len(graph["types"])
+        if len(graph["tensor_types"]) != tensors:
+            return f"graph.{side}.tensor_types: expected {tensors} items, got {len(graph['tensor_types'])}"
+        lists = [("tensor_types", graph["tensor_types"], types)]
+        lists += [(key, graph[key], tensors) for key in ("constants", "inputs", "outputs")]
+        for index, node in enumerate(graph["nodes"]):
+            lists += [
+                (f"nodes[{index}].{key}", node.get(key, ()), tensors) for key in ("inputs", "outputs", "captured")
+            ]
+        for place, numbers, below in lists:
+            if (most := max((number for number in numbers if number is not None), default=-1)) >= below:
+                return f"graph.{side}.{place}: expected numbers below {below}, got {most}"
+    return None
+
+
 def _mismatches(value: object, part: Mapping[str, Any], root: Mapping[str, Any], place: str) -> Iterator[str]:
     if "$ref" in part:
         part = root["$defs"][part["$ref"].rpartition("/")[2]]
@@ -69,8 +94,23 @@ def _mismatches(value: object, part: Mapping[str, Any], root: Mapping[str, Any],
 def _in_list(value: list[Any], part: Mapping[str, Any], root: Mapping[str, Any], place: str) -> Iterator[str]:
     if not part.get("minItems", 0) <= len(value) <= part.get("maxItems", len(value)):
         yield f"{place}: expected {part['minItems']} items, got {len(value)}"
+    if _are_plain(value, part.get("items", {})):
+        return
     for index, item in enumerate(value):
         yield from _mismatches(item, part.get("items", {}), root, f"{place}[{index}]")
+
+
+def _are_plain(value: list[Any], part: Mapping[str, Any]) -> bool:
+    """Whether these are texts or numbers that fit at first sight, as those of long lists do."""
+    kinds = set(map(type, value))
+    if part == {"type": "string"}:
+        return kinds <= {str}
+    if part == {"type": ["integer", "null"], "minimum": 0}:
+        kinds.discard(type(None))
+        value = [item for item in value if item is not None]
+    elif part != {"type": "integer", "minimum": 0}:
+        return False
+    return not value or (kinds == {int} and min(value) >= 0 and max(value) <= LARGEST)
 
 
 def _in_object(value: dict[str, Any], part: Mapping[str, Any], root: Mapping[str, Any], place: str) -> Iterator[str]:

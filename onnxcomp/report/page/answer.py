@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from onnxcomp.report.rows import Row, figure_rows
-from onnxcomp.report.text import bytes_text, count_text, error_text, printable, signed
+from onnxcomp.report.text import bytes_text, count_text, error_range, error_text, printable, signed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,8 +109,12 @@ def _error_card(report: Report) -> Card:
     if report.data.get("generated"):
         note = "on made-up inputs, as there were no data: it says nothing of accuracy"
         return Card("Relative error", "0", error_text(error), "", "", [note])
-    details = [] if limit is None else [f"budget {error_text(limit)}: {'met' if error <= limit else 'NOT met'}"]
-    return Card("Relative error", "0", error_text(error), "", _tone(limit is None or error <= limit), details)
+    _, most = report.after.error_interval or (None, None)
+    inside = limit is None or (error if most is None else most) <= limit
+    interval = error_range(report.after.error_interval)
+    details = [f"95 % interval {interval}, of which the upper end counts"] if interval else []
+    details += [] if limit is None else [f"budget {error_text(limit)}: {'met' if inside else 'NOT met'}"]
+    return Card("Relative error", "0", error_text(error), "", _tone(inside), details)
 
 
 def _int8(report: Report, rows: dict[str, Row]) -> Card:
@@ -131,7 +135,7 @@ def _tone(good: bool | None) -> str:
 
 
 def next_steps(report: Report) -> list[Step]:
-    """The command that makes the model again, and the one that verifies it."""
+    """The commands that make the model again, verify it and show its graph."""
     source = str(report.model.get("path") or "ORIGINAL.onnx")
     output = str((report.output or {}).get("path") or f"{PurePath(source).stem}.opt.onnx")
     command = report.options.get("command")
@@ -144,7 +148,8 @@ def next_steps(report: Report) -> list[Step]:
     data = [] if report.data.get("generated") else ["--data", _data_path(command)]
     verify = ["onnxcomp", "verify", source, output, "--target", report.target, *data]
     note = f"put the path of your samples for {PLACEHOLDER}" if PLACEHOLDER in verify else ""
-    return [again, Step("Verify the result as its target runs it", _line(verify), note)]
+    steps = [again, Step("Verify the result as its target runs it", _line(verify), note)]
+    return [*steps, Step("Look at its whole graph", _line(["onnxcomp", "view", output]), "with netron, in the browser")]
 
 
 def _data_path(command: object) -> str:

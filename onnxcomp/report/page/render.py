@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.report.document import jsonable
 from onnxcomp.report.page.answer import cards, next_steps
 from onnxcomp.report.page.candidates import candidates, chart_data
+from onnxcomp.report.page.graph import graph_data, graph_summary, left_out, operator_chart, operators
 from onnxcomp.report.page.history import curves, measured, stages, time_line
+from onnxcomp.report.page.kinds import KINDS
 from onnxcomp.report.page.layers import layer_data
 from onnxcomp.report.rows import figure_rows, outcome, summary_lines, title
 from onnxcomp.report.text import printable
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["page_html"]
 
-SCRIPTS = ("words", "charts", "panel", "layers", "commands")
+SCRIPTS = ("words", "operators", "charts", "graph", "panel", "layers", "commands")
 """The page's own scripts, in the order in which they run: one script element holds them all."""
+
+STYLES = ("page.css", "graph.css")
+"""The page's own styles, in order: one style element holds them all."""
 
 SOURCE_MAP = "//# sourceMappingURL="
 """A comment by which developers' tools ask for a further file, which is not there."""
@@ -37,11 +42,13 @@ def page_html(report: Report) -> str:
     Args:
         report: The report, as `from_json` gives it.
     """
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_file("page.html.jinja"))
-    style, library = _file("page.css"), _library()
+    environment = Environment(
+        loader=FunctionLoader(_file), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("page.html.jinja")
+    style, library = "".join(map(_file, STYLES)), _library()
     script = "\n".join(_file(f"scripts/{name}.js") for name in SCRIPTS)
     return template.render(
         **_view(report),
@@ -56,11 +63,14 @@ def page_html(report: Report) -> str:
 def _view(report: Report) -> dict[str, Any]:
     """What the template shows."""
     tried = candidates(report)
+    counts = operators(report)
     data = {
         "candidates": chart_data(report, tried),
         "layers": layer_data(report),
         "time": time_line(report),
         "curves": curves(report),
+        "operators": operator_chart(counts),
+        "graph": graph_data(report),
     }
     verdict = printable(report.verdict)
     return {
@@ -74,6 +84,10 @@ def _view(report: Report) -> dict[str, Any]:
         "warnings": [printable(text) for text in report.warnings],
         "notes": [printable(text) for text in report.notes],
         "tried": tried,
+        "operators": counts,
+        "graph_summary": graph_summary(counts),
+        "graph_left": left_out(report),
+        "kinds": list(KINDS),
         "relative": report.quality == "relative-error",
         "stages": stages(report),
         "measured": measured(report),

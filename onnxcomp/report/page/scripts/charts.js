@@ -53,6 +53,7 @@ const CHARTS = {
       },
     };
   },
+  operators: operatorChart,
   time: () => {
     const stages = Array.from(new Set(data.time.map((bar) => bar.stage)));
     const used = Object.keys(VERDICTS).filter((verdict) => data.time.some((bar) => bar.verdict === verdict));

@@ -2,9 +2,6 @@
 
 const ROWS_A_PAGE = 25;
 
-// Names of nodes are paths: lines may break behind a slash before they break anywhere.
-const breakable = (text) => text.split(/(?<=[/.])/).flatMap((part) => [part, document.createElement("wbr")]);
-
 // What several passes said of one layer is folded away behind their names: a row stays a line or two.
 const sentences = (text) => {
   const parts = text.split("\n").filter(Boolean);
@@ -66,8 +63,8 @@ const layers = () => {
       const told = column.key === "done" || column.key === "left";
       element.className = told ? "text told" : `text ${column.key}`;
       if (told) element.append(...sentences(texts[row[index]]));
-      else if (index === 0 && details.has(row)) element.append(opener(row, texts[row[index]]));
-      else if (index === 0) element.append(...breakable(texts[row[index]]));
+      else if (index === 0 && details.has(row)) element.append(opener(row, texts[row[index]]), ...graphButtons(texts[row[index]]));
+      else if (index === 0) element.append(...breakable(texts[row[index]]), ...graphButtons(texts[row[index]]));
       else element.textContent = texts[row[index]];
       return element;
     }
@@ -99,7 +96,7 @@ const layers = () => {
           line.className = "opens";
           // Anywhere on the row will do, but where something else can be pressed, or text is being marked.
           line.addEventListener("click", (event) => {
-            const other = event.target.closest("summary, .told details, a");
+            const other = event.target.closest("summary, .told details, a, button:not(.opener)");
             if (!other && (event.target.closest(".opener") || window.getSelection().isCollapsed)) toggle(row, button);
           });
         }

@@ -26,3 +26,6 @@ const WORDS = {
   bits: (value) => String(Number(value.toPrecision(3))),
   whole: String,
 };
+
+// Names of nodes are paths: lines may break behind a slash before they break anywhere.
+const breakable = (text) => text.split(/(?<=[/.])/).flatMap((part) => [part, document.createElement("wbr")]);
