@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,7 @@ class Comparisons:
 
     def pair(self, candidate: Candidate) -> Comparison:
         """The original and one candidate that did not fail, without their layers."""
-        if candidate.after is None or candidate.size is None:
+        if candidate.after is None:
             message = f"{candidate.model['path']} was not measured: {candidate.reason}"
             raise ValueError(message)
         return Comparison(
@@ -152,7 +153,7 @@ class Comparisons:
             before=self.before,
             after=candidate.after,
             speed=candidate.speed,
-            size=candidate.size,
+            size=math.nan if candidate.size is None else candidate.size,
             quality=self.quality,
             sqnr_db=candidate.sqnr_db,
             metric=self.metric,

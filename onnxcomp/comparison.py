@@ -262,6 +262,8 @@ def _shortfall(comparison: Comparison, name: str, limit: float) -> str | None:
     if metric is not None:
         values[str(metric["name"])] = after.metric
     value = values.get(name)
+    if value is None and metric is not None and name == metric["name"]:
+        return f"{name} cannot be computed from its outputs"
     if value is None:
         measured = ", ".join(key for key, known in values.items() if known is not None)
         message = f"{name!r} was not measured, so it has no limit to keep; measured were {measured}"

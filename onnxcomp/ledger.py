@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxcomp.report.frames import Rows
 
 __all__ = ["SCHEMA_VERSION", "Attempt", "Figures", "PassEntry", "Report", "StageEntry"]
 
@@ -152,6 +155,19 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data, as the shipped schema describes it."""
         return dataclasses.asdict(self)
+
+    def to_frame(self, rows: str = "attempts") -> Rows:
+        """Rows that `pandas.DataFrame` and `polars.DataFrame` take: flat, and with one type a column.
+
+        Args:
+            rows: "attempts" (each form of each stage), "stages", "figures" (original and result) or "layers".
+
+        Raises:
+            OptionError: There are no such rows.
+        """
+        from onnxcomp.report.frames import report_frame
+
+        return report_frame(self, rows)
 
     @property
     def ledger(self) -> list[StageEntry]:

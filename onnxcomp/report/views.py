@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxcomp.facts import ModelFacts
     from onnxcomp.layer_table import LayerRow
 
-__all__ = ["print_comparison", "print_facts"]
+__all__ = ["comparison_sections", "print_comparison", "print_facts"]
 
 OPERATORS_SHOWN = 10
 """Kinds of operators that are named without -v."""
@@ -108,7 +108,12 @@ def _layers(facts: ModelFacts, *, verbose: bool) -> Section:
             )
         )
     more = f"and {len(layers) - len(shown)} smaller ones (-v shows them)" if len(shown) < len(layers) else ""
-    return Section("layers", ("layer", "op", "weight", "type", "bytes", "zeros", "MACs"), rows, 4, more)
+    head = ("layer", "op", "weight", "type", "bytes", "zeros", "MACs")
+    bars: dict[str, list[float | None]] = {
+        "bytes": [largest[node][2] for node in shown],
+        "MACs": [facts.macs.get(node) for node in shown],
+    }
+    return Section("layers", head, rows, 4, more, bars, ("type", "zeros"))
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
@@ -122,14 +127,19 @@ def print_comparison(comparison: Comparison, console: Console, *, verbose: bool 
         f"{printable(comparison.original)} -> {printable(comparison.new)}",
         f"target {comparison.target}, {data}, {threads}",
     ]
-    sections = []
+    sections = list(comparison_sections(comparison, verbose=verbose))
+    show(console, head, sections, figures=figure_rows(comparison), warnings=comparison.warnings)
+
+
+def comparison_sections(comparison: Comparison, *, verbose: bool) -> Iterator[Section]:
+    """The outputs, kernels and layers of two models side by side."""
     if len(comparison.sqnr_db) > 1:
         rows = [(printable(name), decibels_text(value)) for name, value in comparison.sqnr_db.items()]
-        sections.append(cut(Section("SQNR of each output", rows=rows), verbose=verbose))
-    sections.append(cut(_kernels(comparison), verbose=verbose))
+        yield cut(Section("SQNR of each output", rows=rows), verbose=verbose)
+    yield cut(_kernels(comparison), verbose=verbose)
     if comparison.layers is not None:
-        sections += [cut(section, verbose=verbose) for section in _layer_errors(comparison.layers, verbose=verbose)]
-    show(console, head, sections, figures=figure_rows(comparison), warnings=comparison.warnings)
+        for section in _layer_errors(comparison.layers, verbose=verbose):
+            yield cut(section, verbose=verbose)
 
 
 def _kernels(comparison: Comparison) -> Section:
@@ -164,7 +174,16 @@ def _layer_errors(layers: Sequence[LayerRow], *, verbose: bool) -> Iterator[Sect
         for row in layers
     ]
     head = ("layer", "op", "kernel", "output", "weight", "bytes", "SQNR", "error")
-    yield Section("layers", head, rows, 5, "" if rows else "none has a Conv, Gemm, MatMul or the like")
+    bars = {"error": [row.error for row in layers]}
+    yield Section(
+        "layers",
+        head,
+        rows,
+        5,
+        "" if rows else "none has a Conv, Gemm, MatMul or the like",
+        bars,
+        ("output", "weight", "SQNR", "bytes"),
+    )
     missed = [(name(row), printable(row.reason)) for row in layers if row.reason]
     yield Section("quantized layers without an int8 kernel", rows=missed, left=2)
 
