@@ -156,7 +156,7 @@ def _told(found: Comparisons, *, asked_budget: bool) -> int:
         name = f"{candidate.model['path']}: " if several else ""
         lines = list(candidate.shortfalls)
         if candidate.verdict == "over" and asked_budget:
-            lines.append(f"it is over the budget: {candidate.reason}")
+            lines.append(f"it is over the budget: {candidate.reason.removesuffix(' (over the budget)')}")
         if candidate.verdict == "failed":
             failed = True
             lines.append(candidate.reason.removeprefix(name))

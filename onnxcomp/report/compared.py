@@ -47,6 +47,9 @@ __all__ = [
 NAME_LENGTH = 36
 """Letters of a path that a table shows, the last ones."""
 
+LAYERS_SHOWN = 8
+"""Layers of each model that are shown without -v, the worst ones."""
+
 OPTIONAL = ("deflated", "same class", "latency, measured", "95% interval", "int8")
 """What a narrow terminal goes without first."""
 
@@ -70,7 +73,7 @@ def print_comparisons(found: Comparisons, console: Console, *, verbose: bool = F
         if one.after is not None and (verbose or one.layers):
             sections += [
                 dataclasses.replace(section, title=f"{name}: {section.title}")
-                for section in comparison_sections(_with_layers(found, one), verbose=verbose)
+                for section in comparison_sections(_with_layers(found, one), verbose=verbose, rows=LAYERS_SHOWN)
                 if verbose or "layer" in section.title
             ]
     head = [f"{printable(found.model['path'] or 'model')} and {len(names)} candidates", summary_text(found)]

@@ -51,6 +51,7 @@ __all__ = [
     "attempt_setting",
     "figure_rows",
     "interval_text",
+    "kernel_changes",
     "latency_text",
     "ledger_lines",
     "options_text",
@@ -231,6 +232,14 @@ def interval_text(figures: Figures) -> str:
         return ""
     low, high = figures.drop_interval
     return f"{signed(low)} to {signed(high)}"
+
+
+def kernel_changes(old: Figures, new: Figures) -> Iterator[tuple[str, int, int]]:
+    """The kernels that two models do not run equally often, and how often each does."""
+    for name in dict.fromkeys([*old.kernels, *new.kernels]):
+        before, after = old.kernels.get(name, 0), new.kernels.get(name, 0)
+        if before != after:
+            yield printable(name), before, after
 
 
 def _fits(loss: float, limit: object) -> bool | None:

@@ -53,13 +53,13 @@ class Section:
     optional: tuple[str, ...] = ()
 
 
-def cut(section: Section, *, verbose: bool) -> Section:
+def cut(section: Section, *, verbose: bool, rows: int = ROWS_SHOWN) -> Section:
     """A section with as many rows as are shown without -v."""
-    hidden = 0 if verbose else max(0, len(section.rows) - ROWS_SHOWN)
+    hidden = 0 if verbose else max(0, len(section.rows) - rows)
     if not hidden:
         return section
     more = f"and {hidden} more (-v shows them)"
-    return replace(section, rows=section.rows[:ROWS_SHOWN], more=more)
+    return replace(section, rows=section.rows[:rows], more=more)
 
 
 def show(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from onnxcomp.report.rows import figure_rows
+from onnxcomp.report.rows import figure_rows, kernel_changes
 from onnxcomp.report.sections import ROWS_SHOWN, Section, cut, show
 from onnxcomp.report.text import bytes_text, count_text, decibels_text, error_text, percent, printable, shortened
 
@@ -131,26 +131,21 @@ def print_comparison(comparison: Comparison, console: Console, *, verbose: bool 
     show(console, head, sections, figures=figure_rows(comparison), warnings=comparison.warnings)
 
 
-def comparison_sections(comparison: Comparison, *, verbose: bool) -> Iterator[Section]:
+def comparison_sections(comparison: Comparison, *, verbose: bool, rows: int = ROWS_SHOWN) -> Iterator[Section]:
     """The outputs, kernels and layers of two models side by side."""
     if len(comparison.sqnr_db) > 1:
-        rows = [(printable(name), decibels_text(value)) for name, value in comparison.sqnr_db.items()]
-        yield cut(Section("SQNR of each output", rows=rows), verbose=verbose)
-    yield cut(_kernels(comparison), verbose=verbose)
+        outputs = [(printable(name), decibels_text(value)) for name, value in comparison.sqnr_db.items()]
+        yield cut(Section("SQNR of each output", rows=outputs), verbose=verbose, rows=rows)
+    yield cut(_kernels(comparison), verbose=verbose, rows=rows)
     if comparison.layers is not None:
         for section in _layer_errors(comparison.layers, verbose=verbose):
-            yield cut(section, verbose=verbose)
+            yield cut(section, verbose=verbose, rows=rows)
 
 
 def _kernels(comparison: Comparison) -> Section:
     """The kernels of both models; those that both run equally often are left out."""
-    old, new = comparison.before.kernels, comparison.after.kernels
-    names = [*old, *(name for name in new if name not in old)]
-    rows = [
-        (printable(name), str(old.get(name, 0)), str(new.get(name, 0)))
-        for name in names
-        if old.get(name, 0) != new.get(name, 0)
-    ]
+    changes = kernel_changes(comparison.before, comparison.after)
+    rows = [(name, str(before), str(after)) for name, before, after in changes]
     return Section("kernels", ("kernel", "before", "after"), rows, more="" if rows else "the same in both")
 
 
