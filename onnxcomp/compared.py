@@ -138,6 +138,17 @@ class Comparisons:
     schema_version: str = COMPARISON_VERSION
 
     @property
+    def name(self) -> str:
+        """What the original is called: its path, where it has one."""
+        return str(self.model["path"] or "original")
+
+    @property
+    def named(self) -> list[tuple[str, Candidate]]:
+        """The candidates, each with its path, or its number where it has none."""
+        numbered = enumerate(self.candidates, start=1)
+        return [(str(one.model["path"] or f"candidate {number}"), one) for number, one in numbered]
+
+    @property
     def measured(self) -> list[Candidate]:
         """The candidates that did not fail."""
         return [candidate for candidate in self.candidates if candidate.after is not None]
@@ -148,7 +159,7 @@ class Comparisons:
             message = f"{candidate.model['path']} was not measured: {candidate.reason}"
             raise ValueError(message)
         return Comparison(
-            original=str(self.model["path"] or "model"),
+            original=self.name,
             new=str(candidate.model["path"] or "model"),
             before=self.before,
             after=candidate.after,

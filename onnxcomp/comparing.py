@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from onnxcomp.analysis import count_parameters, deflated_bytes, mac_counts
+from onnxcomp.analysis import mac_counts
 from onnxcomp.data import Dataset, ImageOptions, InputSpec, generate, input_specs, open_data
 from onnxcomp.errors import ModelError, OnnxcompError, RuntimeFailure
 from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
@@ -21,6 +20,7 @@ from onnxcomp.layers import layer_errors, tensor_pairs
 from onnxcomp.ledger import Figures
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
+from onnxcomp.model_figures import model_figures, with_timing
 from onnxcomp.pairs import (
     as_tuples,
     chosen_metric,
@@ -32,7 +32,7 @@ from onnxcomp.pairs import (
     static_shapes,
 )
 from onnxcomp.quality import Array, Quality, Reference, flatten, relative_error, to_decibels, trim
-from onnxcomp.runtime import Census, Runtime, Timing, explain
+from onnxcomp.runtime import Census, Runtime, Timing
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial, agrees_with_itself
 
@@ -180,6 +180,10 @@ def _samples(base: Model, specs: Sequence[InputSpec], asked: Asked) -> Dataset:
     )  # fmt: skip
 
 
+_Groups: TypeAlias = dict[int, tuple[_Ran, list[Measured]]]
+"""What ran on the same samples, by the identity of the original's run."""
+
+
 class _Bench:
     """Runs the original and what is compared with it."""
 
@@ -198,12 +202,13 @@ class _Bench:
         self._tell("running the original")
         trial = Trial(self.base, lambda: self.path, self.runtime, self.asked.seed, shapes)
         shared, _ = trial.use(samples, self._reference)
-        groups: dict[int, tuple[_Ran, list[Measured]]] = {id(shared): (shared, [])}
+        groups: _Groups = {id(shared): (shared, [])}
         for one in found:
             with _noted(one, strict=self.strict) as go:
                 if go:
                     ran = self._compare(one, shared, trial)
                     groups.setdefault(id(ran), (ran, []))[1].append(one)
+        shared, groups = self._shared(shared, groups)
         before = self._figures(self.base, self.path, self.census, shared.itself, shared.feed)
         for ran, members in groups.values():
             before = self._measure(ran, members, before, first=ran is shared)
@@ -246,11 +251,21 @@ class _Bench:
                 one.quality, one.sqnr_db = self._loss(one, ran)
                 return ran
 
-            ran, samples = trial.use(shared.samples, both)
-            how = "other made-up inputs" if samples.generated else "the samples one by one"
-            one.warnings.append(f"compared on {how}: it refuses the batches of the others")
-            return ran
+            return trial.use(shared.samples, both)[0]
         return shared
+
+    @staticmethod
+    def _shared(shared: _Ran, groups: _Groups) -> tuple[_Ran, _Groups]:
+        """What the figures of the original are of: what a model ran on, where there is such a thing."""
+        if not groups[id(shared)][1]:
+            groups = {key: group for key, group in groups.items() if key != id(shared)} or groups
+            shared = next(iter(groups.values()))[0]
+        for ran, members in groups.values():
+            if ran is not shared:
+                how = "other made-up inputs" if ran.samples.generated else "the samples one by one"
+                for one in members:
+                    one.warnings.append(f"compared on {how}: it refuses the batches that the others take")
+        return shared, groups
 
     def _loss(self, one: Measured, ran: _Ran) -> tuple[Quality, dict[str, float]]:
         """The loss on the samples, and the signal-to-noise ratio of each output."""
@@ -265,16 +280,16 @@ class _Bench:
         alive = [one for one in members if one.error is None]
         times = self._time(ran, alive)
         if first and times:
-            before = _timed(before, next(iter(times.values()))[0])
+            before = with_timing(before, next(iter(times.values()))[0])
         elif first and self._times_here and not alive:
-            before = _timed(before, self.runtime.time([self.path], ran.feed, seconds=TIMING_SECONDS)[0])
+            before = with_timing(before, self.runtime.time([self.path], ran.feed, seconds=TIMING_SECONDS)[0])
         for one in alive:
             with _noted(one, strict=self.strict) as go:
                 if go and one.model is not None and one.quality is not None:
                     census = self.runtime.census(one.path)
                     figures = self._figures(one.model, one.path, census, one.quality, ran.feed)
                     old, new = times.get(id(one), (None, None))
-                    one.before, one.after = _timed(before, old), _timed(figures, new)
+                    one.before, one.after = with_timing(before, old), with_timing(figures, new)
                     one.layers = self._layers(one.model, one.path, census, ran) if self.asked.layers else None
         return before
 
@@ -303,26 +318,9 @@ class _Bench:
         return times
 
     def _figures(self, model: Model, path: Path, census: Census, quality: Quality, feed: Mapping[str, Any]) -> Figures:
-        macs = mac_counts(model, {name: array.shape for name, array in feed.items()})
-        int8 = set(explain(model.proto(), census, wide=self.wide).int8)
-        parameters, nonzeros = count_parameters(model)
-        return Figures(
-            size_bytes=model.size_bytes,
-            deflated_bytes=deflated_bytes(path),
-            resident_bytes=census.initializer_bytes,
-            parameters=parameters,
-            nonzeros=nonzeros,
-            macs=sum(macs.values()),
-            int8_macs=sum(count for name, count in macs.items() if name in int8),
-            load_ms=self.runtime.check(path).load_ms,
-            metric=quality.metric,
-            drop=quality.drop,
-            drop_interval=quality.interval,
-            error=quality.error,
-            sqnr_db=quality.sqnr_db,
-            agreement=quality.agreement,
-            kernels=census.counts(),
-        )
+        shapes = {name: array.shape for name, array in feed.items()}
+        load_ms = self.runtime.check(path).load_ms
+        return model_figures(model, path, census, quality, shapes, wide=self.wide, load_ms=load_ms)
 
     def _layers(self, model: Model, path: Path, census: Census, ran: _Ran) -> list[LayerRow]:
         shapes = {name: array.shape for name, array in ran.feed.items()}
@@ -374,19 +372,6 @@ def _noted(one: Measured, *, strict: bool) -> Iterator[bool]:
         if strict:
             raise
         one.error = error
-
-
-def _timed(figures: Figures, timing: Timing | None) -> Figures:
-    """Figures with a timing."""
-    if timing is None:
-        return figures
-    return dataclasses.replace(
-        figures,
-        latency_ms=timing.median_ms,
-        latency_p10_ms=timing.p10_ms,
-        latency_p90_ms=timing.p90_ms,
-        latency_evidence="measured",
-    )
 
 
 def _kept(runs: Iterable[list[Any]], kept: list[list[Any]]) -> Iterator[list[Any]]:

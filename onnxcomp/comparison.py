@@ -191,7 +191,7 @@ def _candidate(one: Measured, outcome: Outcome, budget: Budget) -> Candidate:
     if one.error is not None or one.model is None or one.quality is None:
         path = str(one.source) if isinstance(one.source, str | Path) else None
         nothing = dict.fromkeys(("sha256", "size_bytes", "opset", "ir_version"))
-        return Candidate({"path": path, **nothing}, "failed", str(one.error))
+        return Candidate({"path": path, **nothing}, "failed", str(one.error).removeprefix(f"{path}: "))
     size = outcome.before.size_bytes / one.after.size_bytes
     inside = budget.allows(one.quality, generated=outcome.data["generated"])
     return Candidate(

@@ -159,7 +159,7 @@ def _told(found: Comparisons, *, asked_budget: bool) -> int:
             lines.append(f"it is over the budget: {candidate.reason.removesuffix(' (over the budget)')}")
         if candidate.verdict == "failed":
             failed = True
-            lines.append(candidate.reason.removeprefix(name))
+            lines.append(candidate.reason)
         missed |= bool(lines)
         for line in lines:
             click.echo(f"Error: {printable(name + line)}", err=True)

@@ -47,10 +47,17 @@ __all__ = [
 NAME_LENGTH = 36
 """Letters of a path that a table shows, the last ones."""
 
+LATENCY = "latency, measured"
+
+TITLES = frozenset({
+    *("model", "verdict", "size", "smaller", "deflated", LATENCY, "faster", "drop", "95% interval", "error", "int8"),
+    "same class",
+})  # fmt: skip
+
 LAYERS_SHOWN = 8
 """Layers of each model that are shown without -v, the worst ones."""
 
-OPTIONAL = ("deflated", "same class", "latency, measured", "95% interval", "int8")
+OPTIONAL = ("deflated", "same class", LATENCY, "95% interval", "int8")
 """What a narrow terminal goes without first."""
 
 
@@ -66,7 +73,7 @@ def print_comparisons(found: Comparisons, console: Console, *, verbose: bool = F
         print_comparison(_with_layers(found, found.candidates[0]), console, verbose=verbose)
         return
     sections = [comparison_table(found)]
-    names = [(printable(one.model["path"] or "model"), one) for one in found.candidates]
+    names = [(printable(name), one) for name, one in found.named]
     failed = [(name, printable(one.reason)) for name, one in names if one.after is None]
     sections.append(Section("could not be compared", rows=failed, left=2))
     for name, one in names:
@@ -76,7 +83,7 @@ def print_comparisons(found: Comparisons, console: Console, *, verbose: bool = F
                 for section in comparison_sections(_with_layers(found, one), verbose=verbose, rows=LAYERS_SHOWN)
                 if verbose or "layer" in section.title
             ]
-    head = [f"{printable(found.model['path'] or 'model')} and {len(names)} candidates", summary_text(found)]
+    head = [f"{printable(found.name)} and {len(names)} candidates", summary_text(found)]
     show(console, head, sections, warnings=warnings_of(found))
 
 
@@ -110,10 +117,8 @@ class Entry:
 
 def models(found: Comparisons) -> list[Entry]:
     """The original, and the candidates in the order in which they were given."""
-    rest = [
-        Entry(one.model["path"] or "model", one.verdict, one.after, one.size, one.speed) for one in found.candidates
-    ]
-    return [Entry(found.model["path"] or "model", "original", found.before), *rest]
+    rest = [Entry(name, one.verdict, one.after, one.size, one.speed) for name, one in found.named]
+    return [Entry(found.name, "original", found.before), *rest]
 
 
 def comparison_table(found: Comparisons) -> Section:
@@ -132,7 +137,7 @@ def comparison_table(found: Comparisons) -> Section:
         list(zip(*shown.values(), strict=True)),
         2,
         bars=bars,
-        optional=(*OPTIONAL, printable((found.metric or {}).get("name", ""))),
+        optional=(*OPTIONAL, metric_title(found)),
     )
 
 
@@ -156,20 +161,25 @@ def columns(found: Comparisons) -> dict[str, Callable[[Entry], str]]:
         "95% interval": told(interval_text, lost=True),
     }
     errors = {"error": told(lambda figures: _or_none(figures.error, error_text), lost=True)}
-    metric = printable((found.metric or {}).get("name", "metric"))
     return {
         "model": lambda row: shortened(printable(row.name), NAME_LENGTH),
         "verdict": lambda row: row.verdict,
         "size": told(lambda figures: bytes_text(figures.size_bytes)),
         "smaller": lambda row: "" if row.first else _or_none(row.size, times) or "-",
         "deflated": told(lambda figures: _or_none(figures.deflated_bytes, bytes_text)),
-        "latency, measured": told(latency_text),
+        LATENCY: told(latency_text),
         "faster": lambda row: "" if row.first else _or_none(row.speed, times) or "-",
-        metric: told(lambda figures: _or_none(figures.metric, "{:.4f}".format)),
+        metric_title(found): told(lambda figures: _or_none(figures.metric, "{:.4f}".format)),
         **(errors if relative else losses),
         "int8": told(int8_text),
         "same class": told(lambda figures: _or_none(figures.agreement, percent), lost=True),
     }
+
+
+def metric_title(found: Comparisons) -> str:
+    """What the metric's column is called, whatever the user calls the metric."""
+    name = printable((found.metric or {}).get("name", "metric"))
+    return f"{name} (metric)" if name in TITLES else name
 
 
 def int8_text(figures: Figures) -> str | None:
@@ -206,8 +216,7 @@ def comparisons_html(found: Comparisons) -> str:
     table = comparison_table(found)
     head = "".join(f"<th>{_safe(title)}</th>" for title in table.head)
     body = "".join("<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    failed = [one for one in found.candidates if one.after is None]
-    notes = [f"{one.model['path'] or 'model'} could not be compared: {one.reason}" for one in failed]
+    notes = [f"{name} could not be compared: {one.reason}" for name, one in found.named if one.after is None]
     notes += [f"Warning: {text}" for text in warnings_of(found)]
     told = "".join(f"<p>{_safe(note)}</p>" for note in notes)
     return f"<div><p><small>{_safe(summary_text(found))}</small></p><table><tr>{head}</tr>{body}</table>{told}</div>"
@@ -215,7 +224,7 @@ def comparisons_html(found: Comparisons) -> str:
 
 def warnings_of(found: Comparisons) -> list[str]:
     """The warnings of the run, and those of each candidate with its name."""
-    own = [f"{one.model['path'] or 'model'}: {text}" for one in found.candidates for text in one.warnings]
+    own = [f"{name}: {text}" for name, one in found.named for text in one.warnings]
     return [*found.warnings, *own]
 
 

@@ -82,8 +82,8 @@ def comparison_frame(found: Comparisons, rows: str) -> Rows:
     kinds: dict[str, Callable[[], Rows]] = {
         "models": lambda: list(_models(found)),
         "layers": lambda: [
-            _row(("model", *_LAYER), {"model": candidate.model["path"], **layer})
-            for candidate in found.candidates
+            _row(("model", *_LAYER), {"model": name, **layer})
+            for name, candidate in found.named
             for layer in candidate.layers
         ],
     }
@@ -124,10 +124,10 @@ def _attempts(report: Report) -> Iterator[dict[str, Any]]:
 def _models(found: Comparisons) -> Iterator[dict[str, str | float | bool]]:
     from onnxcomp.ledger import Figures
 
-    first = {"model": found.model["path"] or "model", "verdict": "original", "reason": ""}
+    first = {"model": found.name, "verdict": "original", "reason": ""}
     yield _figures(first, found.before, 1.0, 1.0, _MODEL)
-    for one in found.candidates:
-        names = {"model": one.model["path"] or "model", "verdict": one.verdict, "reason": one.reason}
+    for name, one in found.named:
+        names = {"model": name, "verdict": one.verdict, "reason": one.reason}
         after = one.after or Figures(size_bytes=None)  # type: ignore[arg-type]  # of a model that failed nothing is known
         yield _figures(names, after, one.speed, one.size, _MODEL)
 

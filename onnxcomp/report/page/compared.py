@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.report.compared import columns, loss, models, summary_text, warnings_of
+from onnxcomp.report.compared import LATENCY, columns, loss, models, summary_text, warnings_of
 from onnxcomp.report.page.answer import PLACEHOLDER, Card, Step, cards, command_line
 from onnxcomp.report.page.candidates import Candidate, charts
 from onnxcomp.report.page.layers import layer_row, table_data
@@ -54,16 +54,7 @@ def comparison_page_html(found: Comparisons) -> str:
 
 def _view(found: Comparisons) -> dict[str, Any]:
     names = [printable(row.name) for row in models(found)]
-    tells = columns(found) | {"model": lambda row: printable(row.name)}
-    rows = [
-        (
-            row.verdict,
-            TONES.get(row.verdict, ""),
-            [tell(row).replace("+-", "\N{PLUS-MINUS SIGN}") for tell in tells.values()],
-        )
-        for row in models(found)
-    ]
-    shown = [index for index in range(len(tells)) if any(cells[index] not in {"", "-"} for _, _, cells in rows)]
+    head, rows = _table(found)
     verdict, outcome = _answer(found)
     arrow = "\N{RIGHTWARDS ARROW}"
     return {
@@ -73,20 +64,29 @@ def _view(found: Comparisons) -> dict[str, Any]:
         "summary": summary_text(found),
         "warnings": [printable(text) for text in warnings_of(found)],
         "steps": [_again(found)],
-        "head": [_capital(list(tells)[index]) for index in shown],
-        "rows": [(verdict, tone, [cells[index] for index in shown]) for verdict, tone, cells in rows],
-        "details": [_detail(found, one) for one in found.candidates],
+        "head": head,
+        "rows": rows,
+        "details": [_detail(found, name, one) for name, one in found.named],
         "facts": _facts(found),
         "data": {
             "compared": charts(_points(found), found, {}, None),
             "layers": table_data(list(_layers(found))),
         },
-        "models": list(dict.fromkeys(_name(one) for one in found.candidates if one.layers)),
+        "models": list(dict.fromkeys(printable(name) for name, one in found.named if one.layers)),
     }
 
 
-def _name(one: compared.Candidate) -> str:
-    return printable(one.model["path"] or "model")
+def _table(found: Comparisons) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The table's head, and for each model how its verdict looks, and its cells; columns without any are left out."""
+    tells = columns(found)
+    tells["model"] = lambda row: printable(row.name)
+    latency = tells[LATENCY]
+    tells[LATENCY] = lambda row: latency(row).replace("+-", "\N{PLUS-MINUS SIGN}")
+    cells = {title: [tell(row) for row in models(found)] for title, tell in tells.items()}
+    shown = {title: texts for title, texts in cells.items() if any(text not in {"", "-"} for text in texts)}
+    tones = [TONES.get(row.verdict, "") for row in models(found)]
+    lines = [list(line) for line in zip(*shown.values(), strict=True)]
+    return [_capital(title) for title in shown], list(zip(tones, lines, strict=True))
 
 
 def _capital(text: str) -> str:
@@ -110,7 +110,7 @@ def _points(found: Comparisons) -> list[Candidate]:
     relative = found.quality == "relative-error"
     return [
         Candidate(
-            stage=shortened(_name(one), LABEL_LENGTH),
+            stage=shortened(printable(row.name), LABEL_LENGTH),
             setting="",
             verdict=one.verdict,
             reason=printable(one.reason),
@@ -126,9 +126,9 @@ def _points(found: Comparisons) -> list[Candidate]:
     ]
 
 
-def _detail(found: Comparisons, one: compared.Candidate) -> Detail:
+def _detail(found: Comparisons, name: str, one: compared.Candidate) -> Detail:
     notes = [printable(text) for text in (*one.warnings, *one.shortfalls)]
-    detail = Detail(_name(one), one.verdict, TONES.get(one.verdict, ""), printable(one.reason), notes)
+    detail = Detail(printable(name), one.verdict, TONES.get(one.verdict, ""), printable(one.reason), notes)
     if one.after is None:
         return detail
     pair = found.pair(one)
@@ -147,9 +147,9 @@ def _decibels(value: float | None) -> str:
 def _layers(found: Comparisons) -> Iterator[dict[str, Any]]:
     """The layers of all candidates, the worst first; with one candidate there is no need to name it."""
     several = len(found.candidates) > 1
-    for one in found.candidates:
+    for name, one in found.named:
         for layer in one.layers:
-            yield {**layer_row(layer), **({"model": _name(one)} if several else {})}
+            yield {**layer_row(layer), **({"model": name} if several else {})}
 
 
 def _again(found: Comparisons) -> Step:
