@@ -80,7 +80,8 @@ class Candidate:
         after: Its figures; None where it failed. Losses are relative to the original.
         speed: Original latency over this one's; None where it was not measured.
         size: Original bytes over these; None where it failed.
-        sqnr_db: Output -> signal-to-noise ratio in dB; infinite where the outputs are equal.
+        sqnr_db: Output -> signal-to-noise ratio in dB; infinite where the outputs are equal, None where JSON had no
+            number for it.
         warnings: What to know of this one before trusting its figures.
         shortfalls: A line for each limit that it does not reach.
         layers: Its layers beside the original's, as in a `Report`; empty where they were not asked for.
@@ -92,7 +93,7 @@ class Candidate:
     after: Figures | None = None
     speed: float | None = None
     size: float | None = None
-    sqnr_db: dict[str, float] = field(default_factory=dict)
+    sqnr_db: dict[str, float | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     shortfalls: list[str] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -154,7 +155,7 @@ class Comparisons:
         return [candidate for candidate in self.candidates if candidate.after is not None]
 
     def pair(self, candidate: Candidate) -> Comparison:
-        """The original and one candidate that did not fail, without their layers."""
+        """The original and one candidate that did not fail, without their layers. What JSON had no number for is NaN."""
         if candidate.after is None:
             message = f"{candidate.model['path']} was not measured: {candidate.reason}"
             raise ValueError(message)
@@ -166,7 +167,7 @@ class Comparisons:
             speed=candidate.speed,
             size=math.nan if candidate.size is None else candidate.size,
             quality=self.quality,
-            sqnr_db=candidate.sqnr_db,
+            sqnr_db={name: math.nan if value is None else value for name, value in candidate.sqnr_db.items()},
             metric=self.metric,
             data=self.data,
             target=self.target,

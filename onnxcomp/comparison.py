@@ -21,7 +21,7 @@ from onnxcomp.pairs import source_name
 from onnxcomp.reporting import environment, model_facts
 from onnxcomp.targets import Target
 
-__all__ = ["Comparison", "Comparisons", "compare", "compare_all", "shortfalls"]
+__all__ = ["Comparison", "Comparisons", "compare", "compare_all", "shortfalls", "worth"]
 
 FIXED_LIMITS = ("sqnr", "agreement", "size", "speed")
 
@@ -196,12 +196,12 @@ def _candidate(one: Measured, outcome: Outcome, budget: Budget) -> Candidate:
     inside = budget.allows(one.quality, generated=outcome.data["generated"])
     return Candidate(
         model=model_facts(one.model, one.source),
-        verdict=_verdict(size, one.speed) if inside else "over",
+        verdict=worth(size, one.speed) if inside else "over",
         reason=_told(size, one.speed, one.after, inside=inside),
         after=one.after,
         speed=one.speed,
         size=size,
-        sqnr_db=one.sqnr_db,
+        sqnr_db=dict(one.sqnr_db),
         warnings=one.warnings,
         layers=[
             {**dataclasses.asdict(row), "macs": outcome.macs.get(row.name) if row.where != "new" else None}
@@ -210,8 +210,13 @@ def _candidate(one: Measured, outcome: Outcome, budget: Budget) -> Candidate:
     )
 
 
-def _verdict(size: float, speed: float | None) -> str:
-    """Whether what is inside the budget is worth having."""
+def worth(size: float, speed: float | None) -> str:
+    """Whether what is inside the budget is worth having: the verdict.
+
+    Example:
+        >>> worth(2.0, 1.0), worth(2.0, 0.9)
+        ('better', 'no gain')
+    """
     pace = 1.0 if speed is None else speed
     worse = size < 1 - SAME_SIZE or pace < 1 - SAME
     gains = size > 1 + SAME_SIZE or pace > 1 + SAME

@@ -186,7 +186,9 @@ def _layer_errors(layers: Sequence[LayerRow], *, verbose: bool) -> Iterator[Sect
 def _layer_decibels(row: LayerRow) -> str:
     if row.where != "both":
         return f"not in both: {row.where} only"
-    return "not in both" if row.sqnr_db is None else decibels_text(row.sqnr_db)
+    if row.sqnr_db is None:
+        return "exact" if row.error == 0 else "not in both"  # infinity is null in JSON
+    return decibels_text(row.sqnr_db)
 
 
 def _change(before: str | None, after: str | None, row: LayerRow) -> str:

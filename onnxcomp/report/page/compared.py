@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -134,14 +133,9 @@ def _detail(found: Comparisons, name: str, one: compared.Candidate) -> Detail:
     pair = found.pair(one)
     detail.cards.extend(cards(pair))
     detail.figures.extend((row.label, row.before, row.after, row.change) for row in figure_rows(pair))
-    detail.outputs.extend((printable(name), _decibels(value)) for name, value in one.sqnr_db.items())
+    detail.outputs.extend((printable(name), decibels_text(value)) for name, value in pair.sqnr_db.items())
     detail.kernels.extend(kernel_changes(pair.before, pair.after))
     return detail
-
-
-def _decibels(value: float | None) -> str:
-    """JSON has no infinity: what is null there is equal, or cannot be compared."""
-    return "exact or no match" if value is None or math.isnan(value) else decibels_text(value)
 
 
 def _layers(found: Comparisons) -> Iterator[dict[str, Any]]:

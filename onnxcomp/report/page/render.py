@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from onnxcomp.report.rows import figure_rows, outcome, summary_lines, title
 from onnxcomp.report.text import printable
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from onnxcomp.ledger import Report
 
 __all__ = ["fact_groups", "page_html", "whole_page"]
@@ -43,12 +46,7 @@ def page_html(report: Report) -> str:
 
 def whole_page(name: str, view: dict[str, Any]) -> str:
     """Fill in a template, with what the style and the scripts need."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FunctionLoader(_file), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.get_template(name)
+    template = _templates().get_template(name)
     style, library = _file("page.css"), _library()
     script = "\n".join(_file(f"scripts/{name}.js") for name in SCRIPTS)
     return template.render(
@@ -59,6 +57,15 @@ def whole_page(name: str, view: dict[str, Any]) -> str:
         script=_inline(script),
         library=_inline(library),
         licence=_file("vendor/chart-LICENSE.txt"),
+    )
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    return Environment(
+        loader=FunctionLoader(_file), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
 
