@@ -155,7 +155,7 @@ class Comparisons:
         return [candidate for candidate in self.candidates if candidate.after is not None]
 
     def pair(self, candidate: Candidate) -> Comparison:
-        """The original and one candidate that did not fail, without their layers. What JSON had no number for is NaN."""
+        """The original and one candidate that did not fail, without layers; what JSON had no number for is NaN."""
         if candidate.after is None:
             message = f"{candidate.model['path']} was not measured: {candidate.reason}"
             raise ValueError(message)
