@@ -52,7 +52,7 @@ def hostile_comparison() -> Comparisons:
     )
     found = sample_comparison(
         one,
-        dataclasses.replace(one),
+        dataclasses.replace(one, model={**one.model, "path": f"{HOSTILE}2"}),
         failed(HOSTILE, HOSTILE),
         metric={"name": HOSTILE, "higher_is_better": True},
         target=HOSTILE,
