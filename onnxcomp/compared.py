@@ -67,6 +67,12 @@ class Comparison:
 
         return pair_frame(self)
 
+    def _repr_html_(self) -> str:
+        """The comparison as a notebook shows it."""
+        from onnxcomp.report.html import pair_html
+
+        return pair_html(self)
+
 
 @dataclass
 class Candidate:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import numpy as np
 
 from onnxcomp.analysis import mac_counts
 from onnxcomp.data import Dataset, ImageOptions, InputSpec, generate, input_specs, open_data
@@ -31,7 +28,7 @@ from onnxcomp.pairs import (
     source_name,
     static_shapes,
 )
-from onnxcomp.quality import Array, Quality, Reference, flatten, relative_error, to_decibels, trim
+from onnxcomp.quality import Quality, Reference, output_decibels
 from onnxcomp.runtime import Census, Runtime, Timing
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial, agrees_with_itself
@@ -273,7 +270,7 @@ class _Bench:
         kept: list[list[Any]] = []
         runs = _kept(self.runtime.run(one.path, ran.samples.feeds(), outputs=theirs), kept)
         quality = ran.reference.compare(runs, ran.samples)
-        return quality, dict(_decibels(names, ran, kept))
+        return quality, dict(output_decibels(names, ran.samples, ran.outputs, kept))
 
     def _measure(self, ran: _Ran, members: list[Measured], before: Figures, *, first: bool) -> Figures:
         """Time what ran on the same samples, and measure the rest of it; the figures of the original."""
@@ -290,7 +287,7 @@ class _Bench:
                     figures = self._figures(one.model, one.path, census, one.quality, ran.feed)
                     old, new = times.get(id(one), (None, None))
                     one.before, one.after = with_timing(before, old), with_timing(figures, new)
-                    one.layers = self._layers(one.model, one.path, census, ran) if self.asked.layers else None
+                    one.layers = self._layers(one, one.model, census, ran) if self.asked.layers else None
         return before
 
     @property
@@ -322,12 +319,20 @@ class _Bench:
         load_ms = self.runtime.check(path).load_ms
         return model_figures(model, path, census, quality, shapes, wide=self.wide, load_ms=load_ms)
 
-    def _layers(self, model: Model, path: Path, census: Census, ran: _Ran) -> list[LayerRow]:
+    def _layers(self, one: Measured, model: Model, census: Census, ran: _Ran) -> list[LayerRow]:
+        """The layers side by side; none where they cannot be had, which costs a model no more than these."""
         shapes = {name: array.shape for name, array in ran.feed.items()}
-        original = ModelLayers(self.base, self.census, shapes, wide=self.wide)
-        new = ModelLayers(model, census, shapes, wide=self.wide)
-        tensors = original.results(tensor_pairs(self.base.proto(), model.proto()))
-        return layer_rows(original, new, layer_errors(self.runtime, self.path, path, ran.samples.feeds, tensors))
+        try:
+            original = ModelLayers(self.base, self.census, shapes, wide=self.wide)
+            new = ModelLayers(model, census, shapes, wide=self.wide)
+            tensors = original.results(tensor_pairs(self.base.proto(), model.proto()))
+            errors = layer_errors(self.runtime, self.path, one.path, ran.samples.feeds, tensors)
+        except OnnxcompError as error:
+            if self.strict:
+                raise
+            one.warnings.append(f"its layers are not listed: {error}")
+            return []
+        return layer_rows(original, new, errors)
 
     def _data(self, samples: Dataset) -> dict[str, Any]:
         hashed = {"sha256": samples.digest} if self.asked.hashes else {}
@@ -378,15 +383,3 @@ def _kept(runs: Iterable[list[Any]], kept: list[list[Any]]) -> Iterator[list[Any
     for run in runs:
         kept.append(run)
         yield run
-
-
-def _decibels(names: Sequence[str], ran: _Ran, theirs: Sequence[list[Any]]) -> Iterator[tuple[str, float]]:
-    """The signal-to-noise ratio of each output of floats."""
-    for index, name in enumerate(names):
-        pairs: list[tuple[Array, Array]] = []
-        for batch, a, b in zip(ran.samples.batches(), ran.outputs, theirs, strict=False):
-            one, other = (trim(flatten([run[index]]), batch) for run in (a, b))
-            pairs += zip(one, other, strict=False) if len(one) == len(other) else [(np.zeros(1), np.zeros(0))]
-        if pairs and pairs[0][0].dtype.kind == "f":
-            fit = all(a.shape == b.shape for a, b in pairs)
-            yield name, to_decibels(relative_error(pairs, centred=False)) if fit else -math.inf

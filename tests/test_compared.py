@@ -171,6 +171,18 @@ def test_candidates_that_fix_one_input_otherwise_are_not_fed_together(folder):
     )
 
 
+def test_layers_that_cannot_be_had_cost_a_candidate_nothing_else(folder, monkeypatch):
+    def layer_errors(*_: Any) -> Any:
+        message = "no room for the tensors"
+        raise RuntimeFailure(message)
+
+    monkeypatch.setattr(comparing, "layer_errors", layer_errors)
+    [one] = compare_all(folder / "a.onnx", [folder / "near.onnx"], timing=False, layers=True).candidates
+    assert one.after is not None
+    assert one.layers == []
+    assert one.warnings == ["its layers are not listed: no room for the tensors"]
+
+
 def test_nothing_to_compare_with_is_refused():
     with pytest.raises(OptionError, match="give at least one candidate"):
         compare_all(classifier(), [])

@@ -243,6 +243,8 @@ def test_plain_text_says_why_a_model_could_not_be_compared():
 
 
 def test_one_candidate_is_shown_before_and_after():
+    head = "model.onnx -> int8.onnx: better, 3.60 times smaller, 1.80 times as fast, drop 0.0020"
+    assert shown(sample_comparison(candidate())).startswith(f"{head}\n")
     assert "size                     755 kB         210 kB" in shown(sample_comparison(candidate()))
 
 
@@ -280,6 +282,14 @@ def test_a_relative_error_takes_the_place_of_the_drop():
     )
     assert "1.00%" in shown(found)
     assert "drop" not in shown(found).partition("could not")[0].replace("drop 0.0020", "")
+
+
+def test_a_notebook_shows_a_pair_escaped():
+    found = hostile_comparison()
+    text = found.pair(found.candidates[0])._repr_html_()
+    assert "<th>size</th><td" in text
+    assert "<script" not in text
+    assert "\x1b" not in text
 
 
 def test_a_notebook_shows_the_table_escaped():

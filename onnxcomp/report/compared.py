@@ -70,7 +70,9 @@ def print_comparisons(found: Comparisons, console: Console, *, verbose: bool = F
         verbose: Show all kernels and outputs, and all layers where they were measured.
     """
     if len(found.candidates) == 1 and found.measured:
-        print_comparison(_with_layers(found, found.candidates[0]), console, verbose=verbose)
+        [one] = found.candidates
+        verdict = f"{one.verdict}, {one.reason}"
+        print_comparison(_with_layers(found, one), console, verbose=verbose, verdict=verdict)
         return
     sections = [comparison_table(found)]
     names = [(printable(name), one) for name, one in found.named]

@@ -119,12 +119,13 @@ def _layers(facts: ModelFacts, *, verbose: bool) -> Section:
 # --- compare ----------------------------------------------------------------------------------------------------------
 
 
-def print_comparison(comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
-    """Show how one model differs from another."""
+def print_comparison(comparison: Comparison, console: Console, *, verbose: bool = False, verdict: str = "") -> None:
+    """Show how one model differs from another; `verdict` is the answer in a line, where there is one."""
     data = printable(comparison.data["description"])
     threads = f"{comparison.threads} thread{'s' * (comparison.threads != 1)}"
+    told = f": {printable(verdict)}" if verdict else ""
     head = [
-        f"{printable(comparison.original)} -> {printable(comparison.new)}",
+        f"{printable(comparison.original)} -> {printable(comparison.new)}{told}",
         f"target {comparison.target}, {data}, {threads}",
     ]
     sections = list(comparison_sections(comparison, verbose=verbose))
