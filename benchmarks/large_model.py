@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,9 @@ from onnx import TensorProto, helper
 __all__ = ["make_large_model", "simplify_in_fresh_process"]
 
 SIZE = 4096
-"""Each weight is SIZE x SIZE float32: 64 MiB."""
+"""A weight is SIZE x SIZE float32, 64 MiB, or smaller where a model has fewer than `LEAST_LAYERS` of them."""
+
+LEAST_LAYERS = 8
 
 WORK = """
 import json, resource, sys, time
@@ -49,25 +52,26 @@ print(json.dumps({"before_mb": before, "peak_mb": peak_mb(), "seconds": seconds,
 
 def make_large_model(folder: Path, gigabytes: float) -> Path:
     """A chain of MatMuls with a Relu after each, an Identity, a twin of the first weight, and external data."""
-    layers = max(2, round(gigabytes * 1e9 / (4 * SIZE * SIZE)))
+    size = min(SIZE, int(math.sqrt(gigabytes * 1e9 / (4 * LEAST_LAYERS))))
+    layers = round(gigabytes * 1e9 / (4 * size * size))
     path, data = folder / "large.onnx", folder / "large.onnx.data"
     nodes, weights, source = [], [], "x"
     rng = np.random.default_rng(0)
     with data.open("wb") as file:
         for layer in range(layers):
-            weight = TensorProto(name=f"W{layer}", data_type=TensorProto.FLOAT, dims=[SIZE, SIZE])
+            weight = TensorProto(name=f"W{layer}", data_type=TensorProto.FLOAT, dims=[size, size])
             weight.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", data.name), ("offset", file.tell()), ("length", 4 * SIZE * SIZE)):
+            for key, value in (("location", data.name), ("offset", file.tell()), ("length", 4 * size * size)):
                 weight.external_data.add(key=key, value=str(value))
             weights.append(weight)
             if layer == layers - 1:
                 rng = np.random.default_rng(0)  # the last weight equals the first
-            file.write((rng.standard_normal((SIZE, SIZE), np.float32) * SIZE**-0.5).tobytes())
+            file.write((rng.standard_normal((size, size), np.float32) * size**-0.5).tobytes())
             nodes.append(helper.make_node("MatMul", [source, weight.name], [f"m{layer}"]))
             nodes.append(helper.make_node("Identity", [f"m{layer}"], [f"i{layer}"]))
             source = "y" if layer == layers - 1 else f"r{layer}"
             nodes.append(helper.make_node("Relu", [f"i{layer}"], [source]))
-    interface = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", SIZE]) for name in ("x", "y")]
+    interface = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", size]) for name in ("x", "y")]
     graph = helper.make_graph(nodes, "large", interface[:1], interface[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path.write_bytes(model.SerializeToString())

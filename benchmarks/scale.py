@@ -125,7 +125,7 @@ def time_bytes(gigabytes: list[float]) -> dict[str, dict[str, float]]:
             seconds = time.monotonic() - started
         allowed = 2.5 * 4 * SIZE * SIZE / 1e6 + 500
         found[f"{real:.3f}"] = {"seconds": seconds, "peak_mb": peak}
-        print(f"| {real:.2f} | {seconds:.1f} | {seconds / real:.1f} | {peak:.0f} | {allowed:.0f} |", flush=True)
+        print(f"| {real:.3f} | {seconds:.1f} | {seconds / real:.1f} | {peak:.0f} | {allowed:.0f} |", flush=True)
     return found
 
 

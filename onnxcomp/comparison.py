@@ -193,7 +193,7 @@ def _candidate(one: Measured, outcome: Outcome, budget: Budget) -> Candidate:
         nothing = dict.fromkeys(("sha256", "size_bytes", "opset", "ir_version"))
         return Candidate({"path": path, **nothing}, "failed", str(one.error).removeprefix(f"{path}: "))
     size = outcome.before.size_bytes / one.after.size_bytes
-    inside = budget.allows(one.quality, generated=outcome.data["generated"])
+    inside = budget.allows(one.quality)
     return Candidate(
         model=model_facts(one.model, one.source),
         verdict=worth(size, one.speed) if inside else "over",

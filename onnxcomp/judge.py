@@ -40,11 +40,6 @@ ROUNDING_MARGIN = 4.0
 """Rewritten arithmetic rounds elsewhere: errors up to this many times the original's own rounding are rounding too. It
 matters where outputs are next to nothing, such as the 1e-7 of a text detector that sees no text."""
 
-GENERATED_ERROR = 0.5
-"""Allowed relative error on generated inputs. They do not look like real ones, so this only catches broken models:
-unrelated outputs differ by 1.4, while rounding to 8 bits moved a real classifier by 0.2 on inputs out of its range."""
-
-
 WHOLE_OUTPUT = 0.5
 """The share of `Budget.max_error` that a whole output may be off by, its constant part included."""
 
@@ -70,12 +65,13 @@ class Budget:
     max_drop: float = 0.005
     max_error: float = 0.2
 
-    def allows(self, quality: Quality, *, generated: bool, share: float = 1.0, rounding: float = 0.0) -> bool:
+    def allows(self, quality: Quality, *, share: float = 1.0, rounding: float = 0.0) -> bool:
         """Whether a measured loss is inside the budget.
+
+        Where a relative error is all that there is to judge by, the upper end of its 95% interval counts.
 
         Args:
             quality: The loss.
-            generated: Whether it was measured on made-up inputs.
             share: The part of the budget that may be used.
             rounding: An error that float rounding alone makes; it is never held against a candidate.
         """
@@ -86,14 +82,14 @@ class Budget:
             return False
         if quality.kind == "metric":
             return True
-        if generated:
-            return quality.error <= max(GENERATED_ERROR * share, rounding)
-        whole = max(self.max_error * WHOLE_OUTPUT * share, rounding)
+        whole, rest = (max(self.max_error * part * share, rounding) for part in (WHOLE_OUTPUT, 1.0))
+        if quality.kind == "relative-error":
+            return quality.plain_interval[1] <= whole and quality.error_interval[1] <= rest
         if quality.plain_error > whole:
             return False
-        if quality.kind == "expected-drop" and not quality.guessed:
-            return not quality.detection or quality.error <= whole
-        return quality.error <= max(self.max_error * share, rounding)
+        if quality.detection:
+            return quality.error <= whole
+        return not quality.guessed or quality.error <= rest
 
 
 @dataclass(frozen=True)
@@ -277,7 +273,7 @@ class Judge:
 
     def allows(self, quality: Quality, share: float = 1.0) -> bool:
         """Whether a measured loss is inside the budget."""
-        return self.budget.allows(quality, generated=self.generated, share=share, rounding=self.rounding)
+        return self.budget.allows(quality, share=share, rounding=self.rounding)
 
     def used(self, model: Model) -> float:
         """The part of the budget that a model's loss has used up, to within 1 %; 1 where it is all."""

@@ -37,6 +37,7 @@ class Figures:
         drop: How much worse than the original, bigger is worse; see `Report.quality`.
         drop_interval: The 95% interval of the drop.
         error: The largest relative error over the outputs.
+        error_interval: Its 95% interval over the samples; its upper end is held against the budget.
         sqnr_db: The smallest signal-to-noise ratio over the outputs, in dB.
         agreement: For classifiers, how often the top class is the original's.
         kernels: Operators of ONNX Runtime's optimized graph and how often each occurs.
@@ -58,6 +59,7 @@ class Figures:
     drop: float | None = None
     drop_interval: tuple[float, float] | None = None
     error: float | None = None
+    error_interval: tuple[float, float] | None = None
     sqnr_db: float | None = None
     agreement: float | None = None
     kernels: dict[str, int] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class Attempt:
     drop: float | None = None
     drop_interval: tuple[float, float] | None = None
     error: float | None = None
+    error_interval: tuple[float, float] | None = None
     evidence: str = "not measured"
 
 

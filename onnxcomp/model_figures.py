@@ -52,6 +52,7 @@ def model_figures(
         drop=quality.drop,
         drop_interval=quality.interval,
         error=quality.error,
+        error_interval=quality.error_interval,
         sqnr_db=quality.sqnr_db,
         agreement=quality.agreement,
         kernels=census.counts(),

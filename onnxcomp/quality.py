@@ -28,6 +28,7 @@ from onnxcomp.data import Batch, Dataset
 from onnxcomp.detection import MixedOutput, find_mixed
 from onnxcomp.errors import DataError
 from onnxcomp.metrics import Metric
+from onnxcomp.relative_error import energies, relative_error
 
 __all__ = ["LOSSLESS_ERROR", "Quality", "Reference", "output_decibels"]
 
@@ -39,9 +40,6 @@ LOSSLESS_ERROR = 1e-4
 
 CENTRED_FROM_SAMPLES = 8
 """With fewer samples the mean over samples says nothing."""
-
-CONSTANT_BELOW = 1e-6
-"""An output that varies by less, relative to its size, varies by float32 rounding alone: it is a constant."""
 
 OUTPUT_BYTES = 256 << 20
 """Reference outputs kept in memory at most; of larger ones, fewer samples are compared."""
@@ -57,7 +55,9 @@ class Quality:
         interval: Its paired 95% interval.
         error: The relative error of the worst output; see the module. Of an output that is in part scores, that of the
             rest, counted by the scores beside it.
+        error_interval: Its 95% interval (of a detector's boxes, just the error).
         plain_error: The same without taking the mean out: what "equal to rounding" is about.
+        plain_interval: The 95% interval of that.
         sqnr_db: The signal-to-noise ratio of the worst output.
         agreement: How often the top class is the same.
         metric: The candidate's own metric value.
@@ -72,7 +72,9 @@ class Quality:
     drop: float | None
     interval: tuple[float, float] | None
     error: float
+    error_interval: tuple[float, float]
     plain_error: float
+    plain_interval: tuple[float, float]
     sqnr_db: float
     agreement: float | None
     metric: float | None
@@ -84,6 +86,10 @@ class Quality:
     def detection(self) -> bool:
         """Whether the drop is that of a detector's scores."""
         return self.score_error is not None and self.kind == "expected-drop"
+
+
+Measured = tuple[float, float, float]
+"""A relative error and the ends of its interval."""
 
 
 class Reference:
@@ -105,11 +111,13 @@ class Reference:
         self._seed = seed
         self._centred = not data.generated
         self._runs: Runs = []
+        self._counts: list[int] = []
         labels = []
         kept_bytes = 0
         for batch, arrays in zip(data.batches(), outputs, strict=False):
             run = trim(flatten(arrays), batch)
             self._runs.append(run)
+            self._counts.append(batch.count)
             self.batches += 1
             if batch.labels is not None:
                 labels.append(batch.labels)
@@ -202,9 +210,11 @@ class Reference:
             kind=self.kind,
             drop=drop,
             interval=interval,
-            error=centred,
-            plain_error=plain,
-            sqnr_db=to_decibels(plain),
+            error=centred[0],
+            error_interval=centred[1:],
+            plain_error=plain[0],
+            plain_interval=plain[1:],
+            sqnr_db=to_decibels(plain[0]),
             agreement=agreement,
             metric=value,
             samples=self.samples,
@@ -226,60 +236,42 @@ class Reference:
         interval = metrics.paired_interval(metric, before, after, labels, seed=self._seed)
         return value, metrics.drop(metric, original, value), interval
 
-    def _errors(self, runs: Runs) -> tuple[float, float]:
+    def _errors(self, runs: Runs) -> tuple[Measured, Measured]:
         """The worst output's relative error, plain and centred."""
-        plain = centred = 0.0
+        plain = centred = (0.0, 0.0, 0.0)
         if [len(run) for run in self._runs] != [len(run) for run in runs]:
-            return math.inf, math.inf  # a sequence of another length
+            return _exactly(math.inf), _exactly(math.inf)  # a sequence of another length
         for index in range(_width(runs)):
-            pairs = [(a[index], b[index]) for a, b in zip(self._runs, runs, strict=True) if index < len(a)]
+            present = [place for place, run in enumerate(self._runs) if index < len(run)]
+            pairs = [(self._runs[place][index], runs[place][index]) for place in present]
             if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
-                return math.inf, math.inf
-            if pairs[0][0].dtype.kind != "f":
-                differing = sum(int(np.count_nonzero(a != b)) for a, b in pairs)
-                share = differing / max(1, sum(a.size for a, _ in pairs))
-                plain, centred = max(plain, share), max(centred, share)
-                continue
-            one = relative_error(pairs, centred=False)
-            plain = max(plain, one)
-            if self._mixed is not None and self._mixed[0] == index:
-                teacher, student = (np.concatenate(part) for part in zip(*pairs, strict=True))
-                centred = max(centred, self._mixed[1].error(teacher, student))
-                continue
-            use_mean = self._centred and self.samples >= CENTRED_FROM_SAMPLES
-            centred = max(centred, relative_error(pairs, centred=True) if use_mean else one)
+                return _exactly(math.inf), _exactly(math.inf)
+            one, other = self._error(index, pairs, [self._counts[place] for place in present])
+            plain, centred = _worst(plain, one), _worst(centred, other)
         return plain, centred
 
+    def _error(self, index: int, pairs: list[tuple[Array, Array]], counts: list[int]) -> tuple[Measured, Measured]:
+        """One output's relative error, plain and centred."""
+        if pairs[0][0].dtype.kind != "f":
+            differing = sum(int(np.count_nonzero(a != b)) for a, b in pairs)
+            share = _exactly(differing / max(1, sum(a.size for a, _ in pairs)))
+            return share, share
+        found = energies(pairs, counts)
+        plain = found.error(centred=False), *found.interval(self._seed, centred=False)
+        if self._mixed is not None and self._mixed[0] == index:
+            teacher, student = (np.concatenate(part) for part in zip(*pairs, strict=True))
+            return plain, _exactly(self._mixed[1].error(teacher, student))
+        if not self._centred or self.samples < CENTRED_FROM_SAMPLES:
+            return plain, plain
+        return plain, (found.error(centred=True), *found.interval(self._seed, centred=True))
 
-def relative_error(pairs: Sequence[tuple[Array, Array]], *, centred: bool) -> float:
-    """The root mean square of the difference over that of the reference, over several runs.
 
-    Args:
-        pairs: (reference, candidate) of each run, of equal shapes; the first axis is the samples.
-        centred: Take each element's mean over the samples out of the reference, where all samples have one shape
-            and the reference depends on the input at all.
-    """
-    shapes = {a.shape[1:] for a, _ in pairs}
-    mean: Any = 0.0
-    if centred and len(shapes) == 1 and all(a.ndim for a, _ in pairs):
-        total = sum(np.sum(np.where(np.isfinite(a), a, 0), axis=0, dtype=np.float64) for a, _ in pairs)
-        mean = total / max(1, sum(len(a) for a, _ in pairs))
-    noise = signal = whole = 0.0
-    for a, b in pairs:
-        reference, candidate = a.astype(np.float64), b.astype(np.float64)
-        finite = np.isfinite(reference) & np.isfinite(candidate)
-        if not finite.all():
-            if not np.array_equal(reference[~finite], candidate[~finite], equal_nan=True):
-                return math.inf
-            reference, candidate = np.where(finite, reference, 0), np.where(finite, candidate, 0)
-        noise += float(np.square(reference - candidate).sum())
-        whole += float(np.square(reference).sum())
-        signal += float(np.square(np.where(finite, reference - mean, 0)).sum())
-    if noise == 0.0:
-        return 0.0
-    if signal <= whole * CONSTANT_BELOW**2:
-        signal = whole
-    return math.sqrt(noise / signal) if signal > 0 else math.inf
+def _exactly(error: float) -> Measured:
+    return error, error, error
+
+
+def _worst(one: Measured, other: Measured) -> Measured:
+    return max(one[0], other[0]), max(one[1], other[1]), max(one[2], other[2])
 
 
 def to_decibels(error: float) -> float:
@@ -306,7 +298,7 @@ def output_decibels(
             pairs += zip(one, other, strict=False) if len(one) == len(other) else [(np.zeros(1), np.zeros(0))]
         if pairs and pairs[0][0].dtype.kind == "f":
             fit = all(a.shape == b.shape for a, b in pairs)
-            yield name, to_decibels(relative_error(pairs, centred=False)) if fit else -math.inf
+            yield name, to_decibels(relative_error(pairs)) if fit else -math.inf
 
 
 def flatten(outputs: list[Any]) -> list[Array]:

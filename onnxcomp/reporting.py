@@ -166,6 +166,7 @@ def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, qu
         drop=quality.drop,
         drop_interval=quality.interval,
         error=quality.error,
+        error_interval=quality.error_interval,
         sqnr_db=quality.sqnr_db,
         agreement=quality.agreement,
         kernels=score.census.counts(),

@@ -99,6 +99,7 @@ class Trial:
             drop=quality.drop if quality else None,
             drop_interval=quality.interval if quality else None,
             error=quality.error if quality else None,
+            error_interval=quality.error_interval if quality else None,
             evidence=score.evidence if score else "not measured",
         )
 
@@ -404,7 +405,8 @@ def _loss(quality: Quality) -> str:
     """A loss in words."""
     error = f"relative error {quality.error:.2%}" if math.isfinite(quality.error) else "different shapes or NaN"
     if quality.drop is None or quality.interval is None:
-        return f"{error} ({quality.samples} samples)"
+        most = f"95% interval to {quality.error_interval[1]:.2%}, " if math.isfinite(quality.error) else ""
+        return f"{error} ({most}{quality.samples} samples)"
     low, high = quality.interval
     drop = f"drop {quality.drop:.4f} (95% interval {low:.4f} to {high:.4f}, {quality.samples} samples)"
     return f"{drop}, {error}" if quality.guessed or quality.detection else drop

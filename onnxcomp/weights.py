@@ -97,6 +97,9 @@ def check_tensor(tensor: onnx.TensorProto) -> None:
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return
     if tensor.HasField("raw_data"):
+        if tensor.data_type == onnx.TensorProto.STRING:
+            message = f"{where}: its strings are in raw_data, where ONNX allows none"
+            raise ModelError(message)
         unit, expected, got = "bytes", stored_bytes(dims, tensor.data_type), len(tensor.raw_data)
     else:
         unit, expected = "numbers", _stored_numbers(math.prod(dims), tensor.data_type)

@@ -13,7 +13,7 @@ import onnx
 from onnxcomp.data import input_specs, open_data
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
-from onnxcomp.quality import relative_error
+from onnxcomp.relative_error import relative_error
 from onnxcomp.runtime import Runtime, explain
 from onnxcomp.targets import find_target
 from onnxcomp_passes.quantize import Quantize
@@ -84,7 +84,7 @@ def quantize(
     feeds = [samples]  # those that the ranges come from: nothing is cut, and what is left is rounding
     wanted = next(iter(runtime.run(paths[0], feeds)))[0]
     errors = tuple(
-        relative_error([(wanted, next(iter(runtime.run(paths[1], feeds, optimize=optimize)))[0])], centred=False)
+        relative_error([(wanted, next(iter(runtime.run(paths[1], feeds, optimize=optimize)))[0])])
         for optimize in (True, False)
     )
     return Quantized(result, changes, census.counts(), missed, (errors[0], errors[1]))

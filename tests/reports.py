@@ -161,7 +161,9 @@ def large_report(rows: int) -> Report:
     changed = [{"where": name, "what": f"{index % 97} of 4,096 weights are zero"} for index, name in enumerate(names)]
     left = [{"where": name, "why": f"costs {index % 89 / 1000:.3f} of the metric"} for index, name in enumerate(names)]
     entries = [PassEntry(name, {}, changed=changed, left=left) for name in ("prune", "quantize")]
-    attempts = [Attempt(entries, "kept", "2.00 times smaller", 1.0, 1.5, 2.0, 0.001, (0.0, 0.002), 0.01, "measured")]
+    attempts = [
+        Attempt(entries, "kept", "2.00 times smaller", 1.0, 1.5, 2.0, 0.001, (0.0, 0.002), 0.01, None, "measured")
+    ]
     layers = [
         layer(name, error=index / rows, weight_bytes_before=4 * index, weight_bytes_after=index, macs=index * 1009)
         for index, name in enumerate(names)

@@ -51,7 +51,9 @@ def make_judge(model: Model, data: Dataset, runtime: Runtime, folder: Path, **op
 
 def loss(**values: Any) -> Quality:
     given = {"kind": "metric", "drop": 0.0, "interval": (0.0, 0.0), "error": 0.0, "plain_error": 0.0, "sqnr_db": 99.0}
-    return Quality(**{**given, "agreement": None, "metric": None, "samples": 10, **values})
+    made = {**given, "agreement": None, "metric": None, "samples": 10, **values}
+    sure = {f"{kind}_interval": (made[key],) * 2 for kind, key in (("error", "error"), ("plain", "plain_error"))}
+    return Quality(**{**sure, **made})
 
 
 def scaled(model: Model, factor: float) -> Model:
@@ -189,18 +191,20 @@ def test_generated_inputs_are_never_taken_for_classes(runtime: Runtime, tmp_path
         (loss(kind="relative-error", drop=None, error=0.1), True),
         (loss(kind="relative-error", drop=None, error=0.21), False),
         (loss(kind="relative-error", drop=None, error=0.1, plain_error=0.11), False),
+        (loss(kind="relative-error", drop=None, error=0.1, error_interval=(0.05, 0.21)), False),
+        (loss(kind="relative-error", drop=None, plain_error=0.05, plain_interval=(0.01, 0.11)), False),
     ],
 )
 def test_a_budget_allows_what_it_says(quality: Quality, allowed: bool) -> None:
-    assert Budget().allows(quality, generated=False) is allowed
+    assert Budget().allows(quality) is allowed
 
 
 def test_a_share_of_the_budget_is_smaller() -> None:
-    assert not Budget().allows(loss(drop=0.004), generated=False, share=0.5)
+    assert not Budget().allows(loss(drop=0.004), share=0.5)
 
 
 def test_float_rounding_is_never_held_against_a_candidate() -> None:
-    assert Budget().allows(loss(drop=None, error=0.3), generated=False, rounding=0.4)
+    assert Budget().allows(loss(drop=None, error=0.3), rounding=0.4)
 
 
 def test_tells_which_part_of_the_budget_is_used_up(runtime: Runtime, tmp_path: Path) -> None:

@@ -263,6 +263,14 @@ def test_refuses_a_sparse_initializer_that_cannot_be_written_out(dims, indices, 
         Model.load(proto)
 
 
+def test_refuses_strings_in_raw_data():
+    proto = graph_model("g (float[N] x) => (float[N] y) { y = Identity(x) }")
+    proto.graph.initializer.add(name="s", dims=[2], data_type=onnx.TensorProto.STRING, raw_data=bytes(16))
+
+    with pytest.raises(ModelError, match="tensor 's': its strings are in raw_data"):
+        Model.load(proto)
+
+
 def test_refuses_a_tensor_in_segments():
     proto = mlp_model()
     proto.graph.initializer[0].segment.end = 4

@@ -129,7 +129,11 @@ def confirm_only_from(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
 
     def judged(judge: Judge, model: Model) -> Quality:
         quality = confirm(judge, model)
-        return quality if len(Recorder.shares) >= run else replace(quality, error=9.0, plain_error=9.0)
+        return (
+            quality
+            if len(Recorder.shares) >= run
+            else replace(quality, error=9.0, plain_error=9.0, error_interval=(9.0, 9.0))
+        )
 
     monkeypatch.setattr(Judge, "confirm", judged)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from onnxcomp.data import Dataset, generate, input_specs, open_data
 from onnxcomp.errors import DataError
 from onnxcomp.metrics import get_metric
-from onnxcomp.quality import CENTRED_FROM_SAMPLES, LOSSLESS_ERROR, Quality, Reference, flatten, relative_error
+from onnxcomp.quality import CENTRED_FROM_SAMPLES, LOSSLESS_ERROR, Quality, Reference, flatten
+from onnxcomp.relative_error import Energies, energies, relative_error
 from tests.models import graph_model, if_model, random_inputs, random_weights, run
 
 Array = np.ndarray[Any, Any]
@@ -182,11 +183,40 @@ def test_the_interval_is_the_same_for_the_same_seed():
 def test_relative_error_is_that_of_the_noise_whatever_the_scale(share: float, scale: float):
     array = random_weights(30, 7).astype(np.float64) * scale
 
-    found = relative_error(
-        [(array[:10], noisy(array, share)[:10]), (array[10:], noisy(array, share)[10:])], centred=False
-    )
+    found = relative_error([(array[:10], noisy(array, share)[:10]), (array[10:], noisy(array, share)[10:])])
 
     assert found == pytest.approx(share, rel=1e-6)
+
+
+@given(seed=st.integers(0, 99), split=st.integers(1, 15))
+def test_the_interval_of_an_error_is_the_same_however_samples_are_put_into_runs(seed: int, split: int):
+    array = np.random.default_rng(seed).normal(size=(16, 7))
+    parts = [(array[a:b], noisy(array, 0.1)[a:b]) for a, b in ((0, split), (split, 16))]
+    whole, apart = energies([(array, noisy(array, 0.1))], [16]), energies(parts, [split, 16 - split])
+
+    assert whole.interval(0, centred=True) == pytest.approx(apart.interval(0, centred=True))
+    assert whole.interval(0, centred=True)[0] < whole.error(centred=True) < whole.interval(0, centred=True)[1]
+
+
+def test_an_output_without_samples_along_its_first_axis_counts_as_one():
+    array = random_weights(5, 7)
+
+    found = energies([(array, noisy(array, 0.1))] * 2, [3, 3])
+
+    assert found.noise.shape == (2,)
+
+
+def test_the_upper_end_of_the_interval_is_mostly_above_the_error_of_all_samples_where_few_have_most_of_it():
+    sigma = 1.0
+    noise = np.random.default_rng(3).lognormal(sigma=sigma, size=(400, 8))  # 400 draws of 8 samples each
+    truth = math.sqrt(math.exp(sigma**2 / 2))
+
+    covered = [Energies(row, np.ones(8), np.ones(8)).interval(0, centred=False)[1] >= truth for row in noise]
+
+    assert (
+        np.mean(np.sqrt(noise.mean(axis=1)) >= truth) < 0.45
+    )  # what the error alone says is too little as often as not
+    assert np.mean(covered) > 0.75
 
 
 def test_the_centred_error_catches_damage_that_a_constant_hides():

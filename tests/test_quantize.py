@@ -17,7 +17,7 @@ from onnxcomp.data import input_specs, open_data
 from onnxcomp.errors import OptionError, RequirementError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
-from onnxcomp.quality import relative_error
+from onnxcomp.relative_error import relative_error
 from onnxcomp.runtime import Runtime, explain
 from onnxcomp.targets import find_target
 from onnxcomp_passes import _placement
@@ -92,7 +92,7 @@ def assert_close(model: Model, result: Model, runtime: Runtime, folder: Path) ->
     wanted = run(model, runtime, folder / "float.onnx")[0]
     for optimize in (True, False):
         got = run(result, runtime, folder / f"int8-{optimize}.onnx", optimize=optimize)[0]
-        assert relative_error([(wanted, got)], centred=False) < INT8_ERROR
+        assert relative_error([(wanted, got)]) < INT8_ERROR
 
 
 def test_makes_one_int8_kernel_of_conv_and_relu(runtime: Runtime, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def hostile_report() -> Report:
         notes=[HOSTILE],
         tables=[table],
     )
-    tried = Attempt([entry], "kept", HOSTILE, 1.0, 1.5, 2.0, 0.001, (0.0, 0.1), 0.1, "measured")
+    tried = Attempt([entry], "kept", HOSTILE, 1.0, 1.5, 2.0, 0.001, (0.0, 0.1), 0.1, (0.05, 0.2), "measured")
     report = sample_report(
         verdict=HOSTILE,
         target=HOSTILE,

@@ -88,7 +88,7 @@ def hold_from(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
     def judged(judge: Judge, model: Model) -> Quality:
         quality = confirm(judge, model)
         fine = len(Spend.shares) >= runs or judge.is_lossless(quality)
-        return quality if fine else replace(quality, error=9.0, plain_error=9.0)
+        return quality if fine else replace(quality, error=9.0, plain_error=9.0, error_interval=(9.0, 9.0))
 
     monkeypatch.setattr(Judge, "confirm", judged)
 

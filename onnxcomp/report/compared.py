@@ -15,6 +15,7 @@ from onnxcomp.report.sections import Section, show
 from onnxcomp.report.text import (
     bytes_text,
     duration_text,
+    error_range,
     error_text,
     percent,
     printable,
@@ -162,7 +163,10 @@ def columns(found: Comparisons) -> dict[str, Callable[[Entry], str]]:
         "drop": told(lambda figures: _or_none(figures.drop, signed), lost=True),
         "95% interval": told(interval_text, lost=True),
     }
-    errors = {"error": told(lambda figures: _or_none(figures.error, error_text), lost=True)}
+    errors = {
+        "error": told(lambda figures: _or_none(figures.error, error_text), lost=True),
+        "95% interval": told(lambda figures: error_range(figures.error_interval), lost=True),
+    }
     return {
         "model": lambda row: shortened(printable(row.name), NAME_LENGTH),
         "verdict": lambda row: row.verdict,

@@ -25,7 +25,8 @@ Rows: TypeAlias = list[dict[str, "str | float | bool"]]
 
 _ATTEMPT = (
     *("stage", "setting", "verdict", "reason", "evidence"),
-    *("form", "seconds", "speed", "size", "drop", "drop_low", "drop_high", "error"),
+    *("form", "seconds", "speed", "size", "drop", "drop_low", "drop_high"),
+    *("error", "error_low", "error_high"),
     *("kept", "resumed"),
 )
 _STAGE = ("name", "verdict", "reason", "seconds", "attempts", "resumed")
@@ -112,7 +113,8 @@ def _attempts(report: Report) -> Iterator[dict[str, Any]]:
         for number, attempt in enumerate(stage.attempts, start=1):
             yield {
                 **dataclasses.asdict(attempt),
-                **_ends(attempt.drop_interval),
+                **_ends("drop", attempt.drop_interval),
+                **_ends("error", attempt.error_interval),
                 "stage": stage.name,
                 "form": number,
                 "setting": attempt_setting(number, stage.attempts),
@@ -142,14 +144,14 @@ def _figures(
     """A row of a model's figures, without the kernels, which are no number."""
     values = dataclasses.asdict(figures)
     del values["kernels"]
-    interval = values.pop("drop_interval")
-    columns = (*first, "speed", "size", *values, "drop_low", "drop_high")
-    return _row(columns, {**values, **_ends(interval), **names, "speed": speed, "size": size})
+    ends = {**_ends("drop", values.pop("drop_interval")), **_ends("error", values.pop("error_interval"))}
+    columns = (*first, "speed", "size", *values, *ends)
+    return _row(columns, {**values, **ends, **names, "speed": speed, "size": size})
 
 
-def _ends(interval: Sequence[float | None] | None) -> dict[str, float | None]:
+def _ends(name: str, interval: Sequence[float | None] | None) -> dict[str, float | None]:
     low, high = interval or (None, None)
-    return {"drop_low": low, "drop_high": high}
+    return {f"{name}_low": low, f"{name}_high": high}
 
 
 def _row(columns: Sequence[str], values: Mapping[str, Any]) -> dict[str, str | float | bool]:

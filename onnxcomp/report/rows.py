@@ -13,6 +13,7 @@ from onnxcomp.report.text import (
     count_text,
     decibels_text,
     duration_text,
+    error_range,
     error_text,
     milliseconds,
     percent,
@@ -221,7 +222,9 @@ def _quality_rows(report: Figured) -> Iterator[Row]:
     if new.error is not None:
         judged = report.quality == "relative-error" and not report.data.get("generated")
         limit = report.budget.get("max_error") if judged else None
-        yield Row("relative error", "", error_text(new.error), "", _fits(new.error, limit) if judged else None)
+        _, most = new.error_interval or (None, None)
+        fits = _fits(new.error if most is None else most, limit) if judged else None
+        yield Row("relative error", "", error_text(new.error), error_range(new.error_interval), fits)
     if new.sqnr_db is not None:
         yield Row("SQNR", "", decibels_text(new.sqnr_db))
 

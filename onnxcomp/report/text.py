@@ -8,6 +8,7 @@ __all__ = [
     "bytes_text",
     "count_text",
     "duration_text",
+    "error_range",
     "error_text",
     "milliseconds",
     "percent",
@@ -115,6 +116,17 @@ def error_text(error: float) -> str:
     if error == 0:
         return "0"
     return "infinite" if not math.isfinite(error) else "below 0.01%" if error < 1e-4 else f"{error:.2%}"
+
+
+def error_range(interval: tuple[float | None, float | None] | None) -> str:
+    """The interval of a relative error; empty where it is not known (an infinite end is null in the JSON) or a point.
+
+    Example:
+        >>> error_range((0.01, 0.035)), error_range(None)
+        ('1.00% to 3.50%', '')
+    """
+    low, high = interval or (None, None)
+    return "" if low is None or high is None or low == high else f"{error_text(low)} to {error_text(high)}"
 
 
 def times(ratio: float) -> str:

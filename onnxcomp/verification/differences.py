@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.quality import flatten, relative_error, to_decibels
+from onnxcomp.quality import flatten, to_decibels
+from onnxcomp.relative_error import relative_error
 from onnxcomp.verification.results import Difference
 
 __all__ = ["difference", "too_far"]
@@ -91,7 +92,7 @@ def _error(column: Sequence[tuple[Array, Array]]) -> float:
         return math.inf
     if column[0][0].dtype.kind not in "fiub":
         return 0.0 if all(_same(a, b) for a, b in column) else math.inf
-    return relative_error([(a.astype(np.float64), b.astype(np.float64)) for a, b in column], centred=False)
+    return relative_error([(a.astype(np.float64), b.astype(np.float64)) for a, b in column])
 
 
 def _furthest(a: Array, b: Array) -> float:

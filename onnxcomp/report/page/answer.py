@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from onnxcomp.report.rows import Figured, Row, figure_rows
-from onnxcomp.report.text import bytes_text, count_text, error_text, printable, signed
+from onnxcomp.report.text import bytes_text, count_text, error_range, error_text, printable, signed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,8 +109,12 @@ def _error_card(report: Figured) -> Card:
     if report.data.get("generated"):
         note = "on made-up inputs, as there were no data: it says nothing of accuracy"
         return Card("Relative error", "0", error_text(error), "", "", [note])
-    details = [] if limit is None else [f"budget {error_text(limit)}: {'met' if error <= limit else 'NOT met'}"]
-    return Card("Relative error", "0", error_text(error), "", _tone(limit is None or error <= limit), details)
+    _, most = report.after.error_interval or (None, None)
+    inside = limit is None or (error if most is None else most) <= limit
+    interval = error_range(report.after.error_interval)
+    details = [f"95 % interval {interval}, of which the upper end counts"] if interval else []
+    details += [] if limit is None else [f"budget {error_text(limit)}: {'met' if inside else 'NOT met'}"]
+    return Card("Relative error", "0", error_text(error), "", _tone(inside), details)
 
 
 def _int8(report: Figured, rows: dict[str, Row]) -> Card:

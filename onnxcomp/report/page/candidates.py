@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxcomp.report.rows import attempt_setting
-from onnxcomp.report.text import error_text, printable, signed, times
+from onnxcomp.report.text import error_range, error_text, printable, signed, times
 
 if TYPE_CHECKING:
     from onnxcomp.ledger import Attempt, Report
@@ -55,7 +55,8 @@ class Candidate:
         if self.loss is None:
             return "-"
         if relative:
-            return error_text(self.loss)
+            interval = error_range(self.interval)
+            return f"{error_text(self.loss)} ({interval})" if interval else error_text(self.loss)
         if self.interval is None or None in self.interval:
             return signed(self.loss)
         return f"{signed(self.loss)} ({signed(self.interval[0])} to {signed(self.interval[1])})"
@@ -95,7 +96,7 @@ def _candidate(stage: str, setting: str, attempt: Attempt, *, kept: bool, relati
         speed=attempt.speed,
         size=attempt.size,
         loss=attempt.error if relative else attempt.drop,
-        interval=None if relative else attempt.drop_interval,
+        interval=attempt.error_interval if relative else attempt.drop_interval,
         kept=kept,
     )
 

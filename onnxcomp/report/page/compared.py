@@ -117,7 +117,7 @@ def _points(found: Comparisons) -> list[Candidate]:
             speed=one.speed,
             size=one.size,
             loss=loss(row, relative=relative),
-            interval=None if relative else one.after.drop_interval,
+            interval=one.after.error_interval if relative else one.after.drop_interval,
             kept=one.verdict in {"better", "no gain"},
         )
         for one, row in zip(found.candidates, models(found)[1:], strict=True)
