@@ -23,7 +23,7 @@ from onnxcomp.weights import LazyWeight, SparseWeight, numpy_dtype
 __all__ = [
     "Node",
     "Variable",
-    "describe",
+    "describe_tensors",
     "export_graph",
     "export_node",
     "import_graph",
@@ -112,7 +112,7 @@ def import_graph(
         elif isinstance(known, gs.Constant):
             known.info = info
         elif isinstance(known, Variable) and known.info is not None and not known.info.type.ByteSize():
-            describe(known, info)
+            _describe(known, info)
     scope = {**outer, **local}
     produced: set[str] = set()
 
@@ -161,17 +161,37 @@ def import_graph(
 
 def _variable(info: onnx.ValueInfoProto) -> Variable:
     variable = Variable(info.name)
-    describe(variable, info)
+    _describe(variable, info)
     return variable
 
 
-def describe(variable: Variable, info: onnx.ValueInfoProto) -> None:
+def _describe(variable: Variable, info: onnx.ValueInfoProto) -> None:
     """Copy dtype and shape of a tensor type; the rest (sequences, maps, optionals) stays in `info` alone."""
     variable.info = info
     if not info.type.HasField("tensor_type") or not info.type.tensor_type.elem_type:
         return
     variable.dtype = numpy_dtype(info.type.tensor_type.elem_type)
     variable.shape = _shape(info.type.tensor_type)
+
+
+def describe_tensors(graph: gs.Graph, proto: onnx.GraphProto) -> None:
+    """Copy inferred dtypes and shapes to the variables of a graph and of its subgraphs."""
+    known = {info.name: info for info in proto.value_info}
+    inner = {node.output[0] if node.output else node.name: node for node in proto.node}
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            info = known.get(tensor.name)
+            if info is None or not isinstance(tensor, gs.Variable) or not info.type.HasField("tensor_type"):
+                continue
+            fresh = Variable(tensor.name)
+            _describe(fresh, info)
+            tensor.dtype = fresh.dtype if fresh.dtype is not None else tensor.dtype
+            tensor.shape = fresh.shape if fresh.shape is not None else tensor.shape
+        node_proto = inner.get(node.outputs[0].name if node.outputs else node.name)
+        for attribute in node_proto.attribute if node_proto else []:
+            value = node.attrs.get(attribute.name)
+            if isinstance(value, gs.Graph):
+                describe_tensors(value, attribute.g)
 
 
 def _shape(tensor_type: onnx.TypeProto.Tensor) -> list[int | str | None] | None:

@@ -169,6 +169,9 @@ class Judge:
         self.runtime = runtime
         self.target = target
         self.generated = select.generated
+        self.cautious = False
+        """Whether the expected drop must be inside the budget too. On a few hundred labels the metric takes coarse
+        steps, and what it calls free may not be; the expected drop, which needs no labels, has far less noise."""
         self._select, self._confirm = select, confirm
         self._workdir = workdir
         self.timed = timing and target.is_host
@@ -273,6 +276,8 @@ class Judge:
 
     def allows(self, quality: Quality, share: float = 1.0) -> bool:
         """Whether a measured loss is inside the budget."""
+        if self.cautious and quality.expected_drop is not None and quality.expected_drop > self.budget.max_drop * share:
+            return False
         return self.budget.allows(quality, share=share, rounding=self.rounding)
 
     def used(self, model: Model) -> float:

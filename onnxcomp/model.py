@@ -17,7 +17,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files import check_writable, replaced_whole
-from onnxcomp.graph_io import Node, Variable, describe, export_graph, import_graph, walk
+from onnxcomp.graph_io import Node, describe_tensors, export_graph, import_graph, walk
 from onnxcomp.inference import infer_shapes
 from onnxcomp.structure import (
     LAZY_FROM_BYTES,
@@ -261,7 +261,7 @@ class Model:
             inferred = infer_shapes(self.proto())
         except (shape_inference.InferenceError, RuntimeError, ValueError):
             return  # a model that its own operators contradict keeps what it declares
-        _describe_tensors(self.graph, inferred.graph)
+        describe_tensors(self.graph, inferred.graph)
 
     def raise_opset(self, version: int) -> None:
         """Convert the model to a later opset with ONNX's version converter.
@@ -402,23 +402,3 @@ def value_of(constant: gs.Constant) -> Array:
 def _lazy(tensor: onnx.TensorProto, blobs: dict[str, Blob]) -> LazyWeight:
     reference = reference_of(tensor)
     return LazyWeight(tensor, blobs[reference] if reference else None)
-
-
-def _describe_tensors(graph: gs.Graph, proto: onnx.GraphProto) -> None:
-    """Copy inferred dtypes and shapes to the variables of a graph and of its subgraphs."""
-    known = {info.name: info for info in proto.value_info}
-    inner = {node.output[0] if node.output else node.name: node for node in proto.node}
-    for node in graph.nodes:
-        for tensor in node.outputs:
-            info = known.get(tensor.name)
-            if info is None or not isinstance(tensor, gs.Variable) or not info.type.HasField("tensor_type"):
-                continue
-            fresh = Variable(tensor.name)
-            describe(fresh, info)
-            tensor.dtype = fresh.dtype if fresh.dtype is not None else tensor.dtype
-            tensor.shape = fresh.shape if fresh.shape is not None else tensor.shape
-        node_proto = inner.get(node.outputs[0].name if node.outputs else node.name)
-        for attribute in node_proto.attribute if node_proto else []:
-            value = node.attrs.get(attribute.name)
-            if isinstance(value, gs.Graph):
-                _describe_tensors(value, attribute.g)

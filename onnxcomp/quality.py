@@ -66,6 +66,7 @@ class Quality:
             inside its budget too.
         score_error: Where an output holds other numbers beside its scores, the scores' relative error. The drop is
             theirs then, and `error` that of the others, which have a budget of their own.
+        expected_drop: The expected drop, where an output holds class scores, whether or not there are labels as well.
     """
 
     kind: Literal["metric", "expected-drop", "relative-error"]
@@ -81,6 +82,7 @@ class Quality:
     samples: int
     guessed: bool = False
     score_error: float | None = None
+    expected_drop: float | None = None
 
     @property
     def detection(self) -> bool:
@@ -204,6 +206,7 @@ class Reference:
                 score_error = mixed.score_error(teacher, student)
             else:
                 drop, interval, score_error = math.inf, (math.inf, math.inf), math.inf
+        expected = drop
         if self._metric is not None and self._labels is not None:
             value, drop, interval = self._metric_drop(self._metric, runs, self._labels)
         return Quality(
@@ -220,6 +223,7 @@ class Reference:
             samples=self.samples,
             guessed=self._guessed and self.kind == "expected-drop",
             score_error=score_error,
+            expected_drop=expected,
         )
 
     def _metric_drop(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+from onnxcomp.candidate import Candidate, loss_text, pass_entry
 from onnxcomp.errors import ModelError, RequirementError, RuntimeFailure
-from onnxcomp.judge import NOT_SLOWER, Judge, Score
-from onnxcomp.ledger import Attempt, PassEntry, StageEntry
+from onnxcomp.judge import NOT_SLOWER, Judge
+from onnxcomp.ledger import Attempt, StageEntry
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass
-from onnxcomp.quality import Quality
 from onnxcomp.stages import Stage
 from onnxcomp.verification.candidate import CandidateCheck
 
@@ -27,9 +24,6 @@ WORTH_KEEPING = 1.03
 LESS = 0.7
 LEAST_SHARE = 0.3
 """A stage that does not hold on other samples chooses again within 0.7 of the budget, then 0.49, then 0.34."""
-
-WHOLE = "the model"
-"""Where passes say that they leave what has no name of its own."""
 
 MAX_WEAKER = 6
 """Weaker forms of one stage that are tried at most."""
@@ -66,42 +60,6 @@ class Kept:
         """A stage was finished by an earlier run; None: it did not change the model."""
         entry = replace(entry, resumed=True)
         return self.with_entry(entry) if model is None else self.after(model, entry, stage)
-
-
-@dataclass
-class Trial:
-    """A form of a stage that was applied: the candidate and what its passes said."""
-
-    model: Model
-    passes: list[PassEntry] = field(default_factory=list)
-    failure: str | None = None
-    quality: Quality | None = None
-    score: Score | None = None
-    versus_base: float = 1.0
-    chose: bool = False
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def count(self) -> int:
-        """How many places changed."""
-        return sum(len(entry.changed) for entry in self.passes)
-
-    def attempt(self, verdict: str, reason: str) -> Attempt:
-        """The trial as the ledger shows it."""
-        score, quality = self.score, self.quality
-        return Attempt(
-            passes=self.passes,
-            verdict=verdict,
-            reason=reason,
-            seconds=time.monotonic() - self.started,
-            speed=score.speed if score else None,
-            size=score.size if score else None,
-            drop=quality.drop if quality else None,
-            drop_interval=quality.interval if quality else None,
-            error=quality.error if quality else None,
-            error_interval=quality.error_interval if quality else None,
-            evidence=score.evidence if score else "not measured",
-        )
 
 
 class StageRunner:
@@ -145,18 +103,18 @@ class StageRunner:
         attempts: list[Attempt] = []
         for form in forms:
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
-            trial = self._apply(form, kept)
-            verdict, reason = self._verdict(trial, kept.model, form)
-            attempts.append(trial.attempt(verdict, reason))
+            candidate = self._apply(form, kept)
+            verdict, reason = self._verdict(candidate, kept.model, form)
+            attempts.append(candidate.attempt(verdict, reason))
             if verdict in {"kept", "forced"}:
                 if form.lossless and not stage.lossless:
                     reason = f"{form.name} alone ({_last_dropped(attempts).reason}): {reason}"
                 entry = StageEntry(stage.name, verdict, reason, time.monotonic() - started, attempts)
                 if not (form.lossless or form.required):
-                    self._last = form, trial.chose
-                return kept.after(trial.model, entry, form)
+                    self._last = form, candidate.chose
+                return kept.after(candidate.model, entry, form)
             if verdict == "dropped":
-                self.judge.forget(trial.model)
+                self.judge.forget(candidate.model)
             if self._context.out_of_time() or (verdict == "unchanged" and form is stage):
                 break
         last = _last_dropped(attempts)
@@ -172,7 +130,7 @@ class StageRunner:
             if self.judge.allows(quality):
                 break
             before, index = kept.before, len(kept.before.stages)
-            reason = f"did not hold on the samples kept for confirmation: {_loss(quality)}"
+            reason = f"did not hold on the samples kept for confirmation: {loss_text(quality)}"
             dropped, later = _dropped(kept.stages[index], reason), kept.stages[index + 1 :]
             kept = self._with_later(self._again(stages[index], before, dropped), stages[index + 1 :], later)
         self._share = 1.0
@@ -193,7 +151,8 @@ class StageRunner:
     def _again(self, stage: Stage, before: Kept, dropped: StageEntry) -> Kept:
         """Run a stage once more within less of the budget; after some tries, its lossless passes alone.
 
-        A form that chose nothing would come out as before: its weaker forms are next.
+        A form that chose nothing would come out as before: its weaker forms are next. What labels called free and was
+        not is chosen more cautiously.
         """
         form, chose = self._last or (stage, True)
         past = None if chose or form not in _forms(stage) else form
@@ -201,7 +160,9 @@ class StageRunner:
             self._share *= LESS
         enough = self._share < LEAST_SHARE or self._context.out_of_time()
         passes = stage.lossless_passes if enough else stage.passes
+        self.judge.cautious = True
         kept = self.run(replace(stage, passes=passes), before, past=past) if passes else before.with_entry(dropped)
+        self.judge.cautious = False
         entry = kept.stages[-1]
         if kept.before is not before:
             self._share = 1.0  # the stage before it has tries of its own
@@ -217,32 +178,32 @@ class StageRunner:
 
     # --- one form ---------------------------------------------------------------------------------------------------
 
-    def _apply(self, form: Stage, kept: Kept) -> Trial:
+    def _apply(self, form: Stage, kept: Kept) -> Candidate:
         """Apply the passes of one form, checking the structure after each, then measure."""
         base = kept.model
-        trial = Trial(base.fork())
+        candidate = Candidate(base.fork())
         self._context.exact = kept.exact
         for step, share in zip(form.passes, self._shares(form, base), strict=True):
             started = time.monotonic()
             self._context.share, self._context.was_asked = share, False
             try:
-                changes = step.rewrite(trial.model, self._context)
-                trial.chose |= self._context.was_asked
+                changes = step.rewrite(candidate.model, self._context)
+                candidate.chose |= self._context.was_asked
             except (RuntimeFailure, ModelError, RequirementError) as error:
-                trial.failure = f"{step.name} failed: {error}"
-                return trial
+                candidate.failure = f"{step.name} failed: {error}"
+                return candidate
             except MemoryError:
-                trial.failure = f"{step.name} ran out of memory"
-                return trial
+                candidate.failure = f"{step.name} ran out of memory"
+                return candidate
             if changes.count and not (step.lossless or step.rounds):
                 self._context.exact = None  # the weights are others now, and not for rounding
-            trial.passes.append(_entry(step, changes, time.monotonic() - started))
-            trial.failure = self._structure(trial.model, step, changes)
-            if trial.failure:
-                return trial
-        if trial.count:
-            self._measure(trial, base)
-        return trial
+            candidate.passes.append(pass_entry(step, changes, time.monotonic() - started))
+            candidate.failure = self._structure(candidate.model, step, changes)
+            if candidate.failure:
+                return candidate
+        if candidate.count:
+            self._measure(candidate, base)
+        return candidate
 
     def _shares(self, form: Stage, base: Model) -> Iterator[float]:
         """The part of the budget that each pass may have used up: lossy ones get equal parts of what is left.
@@ -269,56 +230,56 @@ class StageRunner:
             return f"ONNX Runtime does not load the result of {step.name}: {error}"
         return None
 
-    def _measure(self, trial: Trial, base: Model) -> None:
+    def _measure(self, candidate: Candidate, base: Model) -> None:
         try:
-            trial.quality = self.judge.quality(trial.model)
-            trial.score = self.judge.score(trial.model, quality=trial.quality)
-            trial.versus_base = self._versus(base, trial)
+            candidate.quality = self.judge.quality(candidate.model)
+            candidate.score = self.judge.score(candidate.model, quality=candidate.quality)
+            candidate.versus_base = self._versus(base, candidate)
         except RuntimeFailure as error:
-            trial.failure = f"ONNX Runtime fails on it: {error}"
+            candidate.failure = f"ONNX Runtime fails on it: {error}"
         except MemoryError:
-            trial.failure = "measuring it ran out of memory"
+            candidate.failure = "measuring it ran out of memory"
 
-    def _versus(self, base: Model, trial: Trial) -> float:
+    def _versus(self, base: Model, candidate: Candidate) -> float:
         """How many times faster than the model before the stage; each was timed in turn with the original."""
-        assert trial.score is not None
+        assert candidate.score is not None
         before = self.judge.score(base)
-        if self.judge.same_kernels(before.census, trial.score.census):
+        if self.judge.same_kernels(before.census, candidate.score.census):
             return 1.0
-        return trial.score.speed / before.speed
+        return candidate.score.speed / before.speed
 
     # --- the verdict ------------------------------------------------------------------------------------------------
 
-    def _verdict(self, trial: Trial, base: Model, stage: Stage) -> tuple[str, str]:
+    def _verdict(self, candidate: Candidate, base: Model, stage: Stage) -> tuple[str, str]:
         """The verdict and its reason."""
-        if trial.failure:
-            return "dropped", trial.failure
-        if not trial.count:
-            return "unchanged", _nothing(trial, stage)
-        assert trial.quality is not None
-        assert trial.score is not None
-        against = self._against(trial, base, stage) or self._check.against(trial.model, trial.quality)
+        if candidate.failure:
+            return "dropped", candidate.failure
+        if not candidate.count:
+            return "unchanged", candidate.nothing(stage)
+        assert candidate.quality is not None
+        assert candidate.score is not None
+        against = self._against(candidate, base, stage) or self._check.against(candidate.model, candidate.quality)
         if against is None:
-            return "kept", _gain(trial)
+            return "kept", candidate.gain
         if stage.required:
             return "kept", f"the target needs it, although: {against}"
         return ("forced", f"{self._forced}, although: {against}") if self._force else ("dropped", against)
 
-    def _against(self, trial: Trial, base: Model, stage: Stage) -> str | None:
+    def _against(self, candidate: Candidate, base: Model, stage: Stage) -> str | None:
         """What speaks against keeping a measured candidate, or None."""
-        quality, score, lossless = trial.quality, trial.score, stage.lossless
+        quality, score, lossless = candidate.quality, candidate.score, stage.lossless
         assert quality is not None
         assert score is not None
         if lossless and self.judge.is_lossless(self.judge.quality(base)) and not self.judge.is_lossless(quality):
             return f"claims to be lossless, but the outputs differ by {quality.plain_error:.2g} (relative)"
         if not lossless and not self.judge.allows(quality, stage.share):
-            return f"over the budget: {_loss(quality)}"
+            return f"over the budget: {loss_text(quality)}"
         # With no kernel more than before and some fewer, a slower clock is a noisy one.
         noise = lossless and self.judge.no_more_kernels(score.census, self.judge.score(base).census)
         if score.speed < NOT_SLOWER and not noise:
             return f"slower than the original: {score.speed:.2f} times as fast ({score.evidence})"
-        if trial.versus_base < NOT_SLOWER and lossless and not noise:
-            return f"slower than before: {trial.versus_base:.2f} times as fast"
+        if candidate.versus_base < NOT_SLOWER and lossless and not noise:
+            return f"slower than before: {candidate.versus_base:.2f} times as fast"
         before = self.judge.score(base)
         smaller = before.size_bytes / score.size_bytes
         if lossless:
@@ -326,8 +287,9 @@ class StageRunner:
             return None if smaller >= 1 or grows else f"larger than before: {score.size_bytes:,} bytes"
         if score.size < 1:
             return f"larger than the original: {score.size_bytes:,} bytes"
-        if trial.versus_base * smaller < WORTH_KEEPING:
-            return f"does not pay: {trial.versus_base:.2f} times as fast and {smaller:.2f} times as small as without it"
+        if candidate.versus_base * smaller < WORTH_KEEPING:
+            faster = candidate.versus_base
+            return f"does not pay: {faster:.2f} times as fast and {smaller:.2f} times as small as without it"
         return None
 
 
@@ -345,19 +307,6 @@ def _last_dropped(attempts: Sequence[Attempt]) -> Attempt:
     return next((attempt for attempt in reversed(attempts) if attempt.verdict == "dropped"), attempts[-1])
 
 
-def _nothing(trial: Trial, stage: Stage) -> str:
-    """Why nothing changed: what each lossy pass says of the whole model, else of most that it left."""
-    told = []
-    for step, entry in zip(stage.passes, trial.passes, strict=True):
-        whole = [left["why"] for left in entry.left if left["where"] == WHOLE]
-        whys = Counter(whole or (left["why"] for left in entry.left))
-        if whys and not step.lossless:
-            why, count = whys.most_common(1)[0]
-            who = f"{step.name}: " if len(stage.passes) > 1 else ""
-            told.append(f"{who}{why}" + (f" ({count} of {whys.total()})" if whys.total() > 1 else ""))
-    return "; ".join(told) or "nothing to do"
-
-
 def _forms(stage: Stage) -> Iterator[Stage]:
     """The stage as it is, then with each pass's weaker forms, one pass at a time, then its lossless passes alone."""
     yield stage
@@ -372,18 +321,6 @@ def _forms(stage: Stage) -> Iterator[Stage]:
         yield replace(stage, passes=stage.lossless_passes)
 
 
-def _entry(step: Pass, changes: Changes, seconds: float) -> PassEntry:
-    return PassEntry(
-        name=step.name,
-        options={**step.options(), **changes.resolved},
-        changed=[{"where": change.where, "what": change.what} for change in changes.changed],
-        left=[{"where": left.where, "why": left.why} for left in changes.left],
-        notes=list(changes.notes),
-        tables=[dataclasses.asdict(table) for table in changes.tables],
-        seconds=seconds,
-    )
-
-
 def _interface(model: Model) -> tuple[object, ...]:
     """Names, types and dims of the inputs and outputs. Before IR 4, initializers are listed as inputs and are none."""
     graph = model.proto().graph
@@ -392,21 +329,3 @@ def _interface(model: Model) -> tuple[object, ...]:
         [(info.name, info.type.SerializeToString()) for info in graph.input if info.name not in listed],
         [(info.name, info.type.SerializeToString()) for info in graph.output],
     )
-
-
-def _gain(trial: Trial) -> str:
-    assert trial.score is not None
-    assert trial.quality is not None
-    score = trial.score
-    return f"{score.size:.2f} times smaller, {score.speed:.2f} times as fast ({score.evidence}), {_loss(trial.quality)}"
-
-
-def _loss(quality: Quality) -> str:
-    """A loss in words."""
-    error = f"relative error {quality.error:.2%}" if math.isfinite(quality.error) else "different shapes or NaN"
-    if quality.drop is None or quality.interval is None:
-        most = f"95% interval to {quality.error_interval[1]:.2%}, " if math.isfinite(quality.error) else ""
-        return f"{error} ({most}{quality.samples} samples)"
-    low, high = quality.interval
-    drop = f"drop {quality.drop:.4f} (95% interval {low:.4f} to {high:.4f}, {quality.samples} samples)"
-    return f"{drop}, {error}" if quality.guessed or quality.detection else drop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from onnx import numpy_helper, parser
 
 from onnxcomp.data import Dataset, generate, input_specs, open_data
 from onnxcomp.judge import SAME_KERNELS, Budget, Judge
+from onnxcomp.metrics import get_metric
 from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp.quality import Quality
@@ -205,6 +207,22 @@ def test_a_share_of_the_budget_is_smaller() -> None:
 
 def test_float_rounding_is_never_held_against_a_candidate() -> None:
     assert Budget().allows(loss(drop=None, error=0.3), rounding=0.4)
+
+
+def test_a_cautious_judge_takes_labels_and_the_expected_drop(runtime: Runtime, tmp_path: Path) -> None:
+    model = dense_model("y = Softmax(h)")
+    values = np.random.default_rng(1).standard_normal((48, 128)).astype(np.float32)
+    data = open_data({"x": values, "label": np.zeros(48, np.int64)}, input_specs(model.proto()))
+    judge = make_judge(model, data, runtime, tmp_path, metric=get_metric("top1"), classifier=True, timing=False)
+    coarser = judge.quality(scaled(model, 1.3))
+    free = replace(coarser, drop=0.0)
+
+    assert coarser.kind == "metric"
+    assert coarser.expected_drop is not None
+    assert judge.allows(free)
+    judge.cautious = True
+    assert judge.allows(free)
+    assert not judge.allows(replace(free, expected_drop=0.006))
 
 
 def test_tells_which_part_of_the_budget_is_used_up(runtime: Runtime, tmp_path: Path) -> None:

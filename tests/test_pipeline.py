@@ -82,14 +82,16 @@ class Breaker(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class Recorder(QuantizeWeights):
-    """Stores weights, and notes the share of the budget that it was given."""
+    """Stores weights, and notes the share of the budget that it was given and whether the judge was cautious."""
 
     name: ClassVar[str] = "recorder"
     min_elements: int = 1
     shares: ClassVar[list[float]] = []
+    cautious: ClassVar[list[bool]] = []
 
     def rewrite(self, model: Model, context: Context) -> Changes:
         self.shares.append(round(context.share, 3))
+        self.cautious.append(context.judge is not None and context.judge.cautious)
         return super().rewrite(model, context)
 
 
@@ -125,6 +127,7 @@ class SeenExact(Pass):
 def confirm_only_from(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
     """Let the check on the last samples fail until the recorder has run so often."""
     Recorder.shares.clear()
+    Recorder.cautious.clear()
     confirm = Judge.confirm
 
     def judged(judge: Judge, model: Model) -> Quality:
@@ -242,6 +245,14 @@ def test_a_stage_that_does_not_hold_at_the_end_chooses_again_within_less(monkeyp
     assert entry.verdict == "kept"
     assert [attempt.verdict for attempt in entry.attempts] == ["dropped", "dropped", "kept"]
     assert "did not hold on the samples kept for confirmation" in entry.attempts[0].reason
+
+
+def test_only_later_choices_are_cautious(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirm_only_from(monkeypatch, run=2)
+
+    optimize(small_model(), data=small_data(), passes=[Recorder()])
+
+    assert Recorder.cautious == [False, True]
 
 
 def test_an_order_that_does_not_hold_at_the_end_goes_on_with_its_weaker_form(monkeypatch: pytest.MonkeyPatch) -> None:
