@@ -140,7 +140,7 @@ def _check_files(options: dict[str, Any]) -> None:
         with contextlib.suppress(OnnxcompError):  # what cannot be read is told once it is its turn
             inputs += model_files(model)
     json_path, page_path = options["json_path"], options["page_path"]
-    outputs = [Path(path) for path in (json_path, page_path) if path not in {None, "-"}]
+    outputs = [Path(path) for path in (None if json_path == "-" else json_path, page_path) if path is not None]
     for path in outputs:
         check_writable(path, inputs=tuple(inputs))
     if len({path.absolute() for path in outputs}) < len(outputs):
