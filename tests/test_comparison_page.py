@@ -266,7 +266,7 @@ def test_it_fits_the_terminal(width, found):
 
 def test_a_narrow_terminal_says_which_columns_it_goes_without():
     text = shown(sample_comparison(), terminal=True, width=80)
-    assert "there is no room for deflated, same class," in text
+    assert "there is no room for deflated; same class;" in text
     assert "no room" not in shown(sample_comparison(), terminal=True, width=240)
     assert "95% interval" in shown(sample_comparison(), width=80)  # no terminal: nothing is left out
 

@@ -73,7 +73,7 @@ def test_columns_that_may_be_left_out_make_room_for_bars_and_are_named():
     lines = drawn(table(1.0, optional=("bytes",)), 32)
     assert bars(lines) > [0]
     assert not any("1 kB" in line for line in lines)
-    assert "there is no room for bytes; --plain shows all" in " ".join(map(str.rstrip, lines))
+    assert "there is no room for bytes (--plain shows all)" in " ".join(map(str.rstrip, lines))
 
 
 def test_a_terminal_that_has_but_ascii_gets_plain_text():

@@ -20,8 +20,8 @@ __all__ = ["ROWS_SHOWN", "Section", "cut", "show"]
 ROWS_SHOWN = 20
 """Lines of a table that are shown without -v."""
 
-NAME_LENGTH = 26
-"""Letters of a name that a terminal has room for; a longer one takes several lines."""
+NAME_LENGTHS = (44, 26)
+"""Letters of a name that are shown in one line, at the cost of other columns; or else at that of lines."""
 
 GAP = 2
 """Spaces between columns."""
@@ -124,25 +124,18 @@ def _show_rich(
 
 def _fitted(section: Section, width: int) -> tuple[Section, int]:
     """What of a section a terminal of this width has room for, and how long its bars may be."""
-
-    def room(kept: Sequence[int]) -> int:
-        lengths = [max(len(row[index]) for row in (section.head or section.rows[0], *section.rows)) for index in kept]
-        lengths[0] = min(lengths[0], NAME_LENGTH)  # a longer name is folded
-        spaces = sum(lengths) + GAP * len(kept)
-        bars = sum(section.head[index] in section.bars for index in kept) if section.head else 0
-        return (width - spaces) // bars - GAP if bars else min(width - spaces, 0)
-
-    kept = list(range(len(section.rows[0])))
     wanted = SHORTEST_BAR if section.bars else 0
-    hidden = []
-    for title in section.optional:
-        if room(kept) >= wanted:
+    for name_length in NAME_LENGTHS:
+        kept, hidden = list(range(len(section.rows[0]))), []
+        for title in section.optional:
+            if _room(section, kept, width, name_length) < wanted and title in section.head:
+                kept.remove(section.head.index(title))
+                hidden.append(title)
+        room = _room(section, kept, width, name_length)
+        if room >= wanted:
             break
-        if title in section.head:
-            kept.remove(section.head.index(title))
-            hidden.append(title)
     more = [section.more] if section.more else []
-    more += [f"there is no room for {', '.join(hidden)}; --plain shows all"] if hidden else []
+    more += [f"there is no room for {'; '.join(hidden)} (--plain shows all)"] if hidden else []
     fitted = replace(
         section,
         head=tuple(section.head[index] for index in kept) if section.head else (),
@@ -150,8 +143,16 @@ def _fitted(section: Section, width: int) -> tuple[Section, int]:
         left=sum(index < section.left for index in kept),
         more="\n".join(more),
     )
-    length = min(room(kept), LONGEST_BAR) if section.bars else 0
-    return fitted, length if length >= SHORTEST_BAR else 0
+    return fitted, min(room, LONGEST_BAR) if section.bars and room >= SHORTEST_BAR else 0
+
+
+def _room(section: Section, kept: Sequence[int], width: int, name_length: int) -> int:
+    """How long each bar may be beside these columns; below 0 where even they have no room."""
+    table = [section.head, *section.rows] if section.head else section.rows
+    first, *rest = (max(len(row[index]) for row in table) for index in kept)
+    left = width - min(first, name_length) - sum(rest) - GAP * len(kept)
+    bars = sum(section.head[index] in section.bars for index in kept) if section.head else 0
+    return left // bars - GAP if bars else left
 
 
 def _table(section: Section, room: int) -> Table:

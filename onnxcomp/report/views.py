@@ -113,7 +113,7 @@ def _layers(facts: ModelFacts, *, verbose: bool) -> Section:
         "bytes": [largest[node][2] for node in shown],
         "MACs": [facts.macs.get(node) for node in shown],
     }
-    return Section("layers", head, rows, 4, more, bars, ("type", "zeros"))
+    return Section("layers", head, rows, 4, more, bars, ("type", "zeros", "weight"))
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
