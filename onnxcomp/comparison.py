@@ -141,6 +141,9 @@ def compare_all(
     Raises:
         OnnxcompError: The original cannot be read or run, the data do not fit, or a limit is on what was not measured.
     """
+    if isinstance(candidates, str | Path):
+        message = f"candidates: expected a list of models, got {str(candidates)!r}; put it into one, or use compare"
+        raise OptionError(message)
     if not candidates:
         message = "there is nothing to compare the original with; give at least one candidate"
         raise OptionError(message)

@@ -12,7 +12,7 @@ import pytest
 
 from onnxcomp import comparing
 from onnxcomp.comparison import compare, compare_all, worth
-from onnxcomp.errors import DataError, ModelError, OptionError, RuntimeFailure
+from onnxcomp.errors import DataError, ModelError, OptionError, RuntimeFailure, WorkerDied
 from onnxcomp.judge import Budget
 from onnxcomp.metrics import Metric
 from onnxcomp.runtime import Runtime
@@ -183,9 +183,26 @@ def test_layers_that_cannot_be_had_cost_a_candidate_nothing_else(folder, monkeyp
     assert one.warnings == ["its layers are not listed: no room for the tensors"]
 
 
-def test_nothing_to_compare_with_is_refused():
+def test_a_candidate_that_crashes_onnx_runtime_ends_nothing_else(folder, monkeypatch):
+    execute = Runtime.run
+
+    def crashing(self: Runtime, path: Path, *rest: Any, **more: Any) -> Any:
+        if path.name == "far.onnx":
+            message = "the ONNX Runtime process died while running far.onnx (signal 11)"
+            raise WorkerDied(message)
+        return execute(self, path, *rest, **more)
+
+    monkeypatch.setattr(Runtime, "run", crashing)
+    far, near = compare_all(folder / "a.onnx", [folder / "far.onnx", folder / "near.onnx"], timing=False).candidates
+    assert (far.verdict, far.reason) == ("failed", "the ONNX Runtime process died while running far.onnx (signal 11)")
+    assert near.after is not None
+
+
+def test_nothing_to_compare_with_is_refused(folder):
     with pytest.raises(OptionError, match="give at least one candidate"):
         compare_all(classifier(), [])
+    with pytest.raises(OptionError, match=r"expected a list of models, got '.*near\.onnx'"):
+        compare_all(classifier(), str(folder / "near.onnx"))
 
 
 def test_models_in_memory_are_told_apart_by_their_numbers():
