@@ -116,7 +116,6 @@ const draw = () => {
     canvas.dataset.marks = String(counted(chart));
   }
 };
-draw();
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 // Paper is white: charts are drawn again in the light colours, and back afterwards.
 const onPaper = (paper) => () => {
