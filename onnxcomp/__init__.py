@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxcomp.advice import Advice, advise
-    from onnxcomp.comparison import Comparison, compare
+    from onnxcomp.comparison import Comparison, Comparisons, compare, compare_all
     from onnxcomp.deployment import Package, deploy
     from onnxcomp.errors import (
         DataError,
@@ -40,6 +40,7 @@ __all__ = [
     "Budget",
     "Changes",
     "Comparison",
+    "Comparisons",
     "Context",
     "DataError",
     "Exported",
@@ -61,6 +62,7 @@ __all__ = [
     "WorkerDied",
     "advise",
     "compare",
+    "compare_all",
     "deploy",
     "export",
     "inspect",
@@ -73,7 +75,7 @@ __all__ = [
 
 _HOMES = {
     "advice": ("Advice", "advise"),
-    "comparison": ("Comparison", "compare"),
+    "comparison": ("Comparison", "Comparisons", "compare", "compare_all"),
     "deployment": ("Package", "deploy"),
     "exporting": ("Exported", "export"),
     "facts": ("ModelFacts", "inspect"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxcomp.report.frames import Rows
 
 __all__ = ["SCHEMA_VERSION", "Attempt", "Figures", "PassEntry", "Report", "StageEntry"]
 
@@ -160,6 +163,19 @@ class Report:
         """The report as JSON-ready data, as the shipped schema describes it."""
         # The graphs are plain data, and large ones: they need no copy.
         return {**dataclasses.asdict(dataclasses.replace(self, graph=None)), "graph": self.graph}
+
+    def to_frame(self, rows: str = "attempts") -> Rows:
+        """Rows that `pandas.DataFrame` and `polars.DataFrame` take: flat, and with one type a column.
+
+        Args:
+            rows: "attempts" (each form of each stage), "stages", "figures" (original and result) or "layers".
+
+        Raises:
+            OptionError: There are no such rows.
+        """
+        from onnxcomp.report.frames import report_frame
+
+        return report_frame(self, rows)
 
     @property
     def ledger(self) -> list[StageEntry]:

@@ -20,6 +20,7 @@ __all__ = [
     "common_inputs",
     "common_outputs",
     "model_file",
+    "narrowed",
     "source_name",
     "static_shapes",
 ]
@@ -27,7 +28,13 @@ __all__ = [
 
 def common_inputs(original: Model, new: Model) -> list[InputSpec]:
     """What both models can be fed: axes that either of them fixes are fixed."""
-    ours, theirs = ({spec.name: spec for spec in input_specs(model.proto())} for model in (original, new))
+    return narrowed(input_specs(original.proto()), new)
+
+
+def narrowed(specs: Iterable[InputSpec], new: Model) -> list[InputSpec]:
+    """What a further model can be fed of what fits others, which are called the original in errors."""
+    ours = {spec.name: spec for spec in specs}
+    theirs = {spec.name: spec for spec in input_specs(new.proto())}
     if ours.keys() != theirs.keys():
         listed = [", ".join(specs) or "none" for specs in (ours, theirs)]
         message = f"the models must take the same inputs; the original has {listed[0]}, the new one {listed[1]}"

@@ -17,7 +17,7 @@ Three ways, the best one that the data allow:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,9 +28,9 @@ from onnxcomp.data import Batch, Dataset
 from onnxcomp.detection import MixedOutput, find_mixed
 from onnxcomp.errors import DataError
 from onnxcomp.metrics import Metric
-from onnxcomp.relative_error import energies
+from onnxcomp.relative_error import energies, relative_error
 
-__all__ = ["LOSSLESS_ERROR", "Quality", "Reference"]
+__all__ = ["LOSSLESS_ERROR", "Quality", "Reference", "output_decibels"]
 
 Array = np.ndarray[Any, Any]
 Runs = list[list[Array]]
@@ -282,6 +282,27 @@ def to_decibels(error: float) -> float:
     if not error:
         return math.inf
     return -20 * math.log10(error) if math.isfinite(error) else -math.inf
+
+
+def output_decibels(
+    names: Sequence[str], data: Dataset, ours: Sequence[list[Any]], theirs: Sequence[list[Any]]
+) -> Iterator[tuple[str, float]]:
+    """The signal-to-noise ratio of each output of floats.
+
+    Args:
+        names: What the outputs are called.
+        data: The samples.
+        ours: The original's outputs, a list for each batch.
+        theirs: The candidate's.
+    """
+    for index, name in enumerate(names):
+        pairs: list[tuple[Array, Array]] = []
+        for batch, a, b in zip(data.batches(), ours, theirs, strict=False):
+            one, other = (trim(flatten([run[index]]), batch) for run in (a, b))
+            pairs += zip(one, other, strict=False) if len(one) == len(other) else [(np.zeros(1), np.zeros(0))]
+        if pairs and pairs[0][0].dtype.kind == "f":
+            fit = all(a.shape == b.shape for a, b in pairs)
+            yield name, to_decibels(relative_error(pairs)) if fit else -math.inf
 
 
 def flatten(outputs: list[Any]) -> list[Array]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from onnxcomp.runtime import Timing
     from onnxcomp.verdict import Kept
 
-__all__ = ["build_report", "environment", "file_facts", "replayed_stages"]
+__all__ = ["build_report", "environment", "file_facts", "model_facts", "replayed_stages"]
 
 FINAL_TIMING_SECONDS = 2.0
 HASH_CHUNK_BYTES = 1 << 22
@@ -82,7 +82,7 @@ def build_report(
         before=before,
         after=after,
         stages=list(kept.stages),
-        model=_model_facts(original, source),
+        model=model_facts(original, source),
         output=None,
         data=data,
         metric=_metric_facts(judge),
@@ -244,7 +244,8 @@ def _warnings(judge: Judge, quality: Quality, samples: Dataset, model: Model) ->
     return warnings
 
 
-def _model_facts(model: Model, source: ModelSource) -> dict[str, Any]:
+def model_facts(model: Model, source: ModelSource) -> dict[str, Any]:
+    """What tells a model from others."""
     named = {"path": str(source)} if isinstance(source, str | Path) else {"path": None}
     return {
         **named,

@@ -113,7 +113,8 @@ def test_compares_and_fails_under_a_limit(folder):
     result = run(*arguments, "--fail-under", "top1=0.5", "--fail-under", "sqnr=20", "--json", folder / "c.json")
     assert result.exit_code == 0, result.output
     assert "top1" in result.stdout
-    assert json.loads((folder / "c.json").read_text())["shortfalls"] == []
+    [one] = json.loads((folder / "c.json").read_text())["candidates"]
+    assert one["shortfalls"] == []
     missed = run(*arguments, "-q", "--fail-under", "size=3")
     assert missed.exit_code == 3
     assert missed.stdout == ""
@@ -128,10 +129,10 @@ def test_compares_layer_by_layer(folder):
     assert re.search(
         r"^  first +Gemm +FusedGemm +\S+ +32x48 +6.14 kB +[0-9.]+ dB +[0-9.]+%$", result.stdout, re.MULTILINE
     )
-    layers = json.loads((folder / "c.json").read_text())["layers"]
-    assert [set(row) for row in layers] == [{field.name for field in dataclasses.fields(LayerRow)}] * 2
+    layers = json.loads((folder / "c.json").read_text())["candidates"][0]["layers"]
+    assert [set(row) for row in layers] == [{*(field.name for field in dataclasses.fields(LayerRow)), "macs"}] * 2
     assert all(f"`{name}`" in read("docs/cli.md") for name in layers[0])
-    assert json.loads(run(*models, "--json", "-").stdout)["layers"] is None
+    assert json.loads(run(*models, "--json", "-").stdout)["candidates"][0]["layers"] == []
 
 
 def test_a_limit_on_a_metric_names_the_metric(folder):

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from onnxcomp import judge, passes, quality, resume, verdict, viewing
 from onnxcomp.cli import main
 from onnxcomp.lints import LINTS
-from onnxcomp.report import schema
+from onnxcomp.report import comparison_schema, schema
 from onnxcomp.stages import default_stages
 from onnxcomp.targets import TARGETS
 from onnxcomp.verification import LAYERS
@@ -277,8 +277,16 @@ def test_every_field_of_an_attempt_is_told():
     assert {name for name in schema()["$defs"]["attempt"]["properties"] if f"`{name}`" not in text} == set()
 
 
+@pytest.mark.parametrize("definition", [None, "candidate"])
+def test_every_field_of_a_comparison_is_told(definition):
+    whole = comparison_schema()
+    text = section("docs/report-schema.md", "A comparison")
+    part = whole if definition is None else whole["$defs"][definition]
+    assert {name for name in part["properties"] if f"`{name}`" not in text} == set()
+
+
 def test_no_table_tells_of_a_field_that_is_not_in_the_schema():
-    known = set(json.dumps(schema()).replace('"', " ").split())
+    known = set(json.dumps([schema(), comparison_schema()]).replace('"', " ").split())
     for line in read("docs/report-schema.md").splitlines():
         if line.startswith("| `"):
             for part in line.split("|")[1].split(","):

@@ -52,7 +52,11 @@ def test_holds_every_module_of_the_two_packages_and_nothing_else(wheel):
     [
         "onnxcomp/py.typed",
         "onnxcomp/report/schema.json",
+        "onnxcomp/report/comparison_schema.json",
+        "onnxcomp/report/page/comparison.html.jinja",
         "onnxcomp/report/page/page.html.jinja",
+        "onnxcomp/report/page/parts.html.jinja",
+        "onnxcomp/report/page/scripts/compare.js",
         "onnxcomp/report/page/vendor/chart-LICENSE.txt",
         "onnxcomp/deployment/snippets/load.kt",
         "onnxcomp/verification/environments/android/runner.c",

@@ -185,6 +185,13 @@ def test_html_shows_figures_and_stages():
     assert text.endswith("</div>")
 
 
+def test_a_notebook_shows_what_stands_on_top_of_the_page():
+    report = sample_report()
+    text = html_summary(report)
+    for part in (report.verdict, *report.warnings, *report.notes, "in/model.onnx", "x86-vnni", "MACs in int8"):
+        assert part in text
+
+
 def test_a_report_shows_itself():
     report = sample_report()
     assert str(report) == plain_text(report)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, sync_playwright
 
+from onnxcomp.compared import Comparisons
 from onnxcomp.ledger import PassEntry, Report
-from onnxcomp.report import from_json, to_json
-from onnxcomp.report.page import page_html
+from onnxcomp.report.page import write_page
 from tests.graphs import graph_of
 from tests.reports import detail, large_report, layer, sample_report
 from tests.test_demo_runs import CHROMIUM, QUIET
@@ -66,14 +66,14 @@ def full_report() -> Report:
 
 @pytest.fixture
 def shown(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Page]]:
-    """Opens a report's page from disk; in the end it must have said nothing and asked for nothing but itself."""
+    """Opens a report's or comparison's page from disk; it must say nothing and ask for nothing but itself."""
     contexts: list[BrowserContext] = []
     said: list[str] = []
     asked: list[str] = []
     path = tmp_path / "report.html"
 
-    def show(report: Report, **options: Any) -> Page:
-        path.write_text(page_html(from_json(to_json(report))), encoding="utf-8")
+    def show(report: Report | Comparisons, **options: Any) -> Page:
+        write_page(report, path)
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         context.on("request", lambda request: asked.append(request.url))

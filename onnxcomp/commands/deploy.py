@@ -12,6 +12,7 @@ from onnxcomp.commands.options import (
     check_code,
     image_from,
     output_options,
+    plain_option,
     sample_options,
     shape_option,
     shapes_from,
@@ -28,6 +29,7 @@ __all__ = ["deploy_command"]
 @shape_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of made-up sample inputs.")
 @click.option("--force", is_flag=True, help="Write it although lints found errors.")
+@plain_option
 @output_options
 def deploy_command(**options: Any) -> None:
     """Write MODEL for a target, with a manifest, samples, and the lines that load it.
@@ -38,7 +40,7 @@ def deploy_command(**options: Any) -> None:
     from onnxcomp.deployment import deploy
 
     check_code(allow_code=options["allow_code"], data=options["data"])
-    with progress_to(verbose=options["verbose"], quiet=options["quiet"]) as progress:
+    with progress_to(verbose=options["verbose"], quiet=options["quiet"], plain=options["plain"]) as progress:
         if progress:
             progress("writing the package")
         package = deploy(
@@ -55,4 +57,4 @@ def deploy_command(**options: Any) -> None:
     if not options["quiet"]:
         from onnxcomp.report.deployment import print_package
 
-        print_package(package, stdout_console(), verbose=options["verbose"])
+        print_package(package, stdout_console(plain=options["plain"]), verbose=options["verbose"])

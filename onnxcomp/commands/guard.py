@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUDGET_NOT_MET",
+    "FAILURE",
     "GIVEN",
     "STOPPED",
     "GuardedCommand",
@@ -28,6 +29,7 @@ __all__ = [
     "stdout_console",
 ]
 
+FAILURE = 1
 BUDGET_NOT_MET = 3
 GIVEN = "onnxcomp.given"
 """Where a command's context holds the words that it was given."""
@@ -107,16 +109,33 @@ def parsed(parse: Callable[[str], Value]) -> Callable[[click.Context, click.Para
     return callback
 
 
-def stdout_console() -> Console:
-    """Where results are printed."""
+class _Ascii:
+    """A text file that takes ASCII alone: what else is written is escaped."""
+
+    encoding = "ascii"
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        return self._file.write(text.encode("ascii", "backslashreplace").decode("ascii"))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def stdout_console(*, plain: bool = False) -> Console:
+    """Where results are printed; `plain`: as if it were no terminal, and in ASCII, whatever the environment says."""
     from rich.console import Console
 
+    if plain:
+        return Console(file=cast("TextIO", _Ascii(sys.stdout)), highlight=False, force_terminal=False, no_color=True)
     return Console(file=sys.stdout, highlight=False)
 
 
 @contextmanager
-def progress_to(*, verbose: bool, quiet: bool) -> Iterator[Callable[[str], None] | None]:
-    """Show what is going on, on stderr: with `verbose` line by line, else in one moving line on a terminal."""
+def progress_to(*, verbose: bool, quiet: bool, plain: bool = False) -> Iterator[Callable[[str], None] | None]:
+    """Show what is going on, on stderr: with `verbose` line by line, else in one moving line unless it is for a log."""
     import time
 
     from rich.console import Console
@@ -124,7 +143,7 @@ def progress_to(*, verbose: bool, quiet: bool) -> Iterator[Callable[[str], None]
 
     console = Console(stderr=True, highlight=False)
     started = time.monotonic()
-    if quiet or not (verbose or console.is_terminal):
+    if quiet or not (verbose or (console.is_terminal and not plain)):
         yield None
     elif verbose:
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onnxcomp.commands.guard import GuardedCommand, emit_json, stdout_console
-from onnxcomp.commands.options import json_option, output_options, shape_option, shapes_from
+from onnxcomp.commands.options import json_option, output_options, plain_option, shape_option, shapes_from
 
 if TYPE_CHECKING:
     from onnxcomp.advice import Advice
@@ -23,9 +23,10 @@ __all__ = ["inspect_command"]
 @click.option("--advise", is_flag=True, help="Say which techniques suit the model, with reasons and estimates.")
 @shape_option
 @json_option
+@plain_option
 @output_options
 def inspect_command(
-    model: Path, advise: bool, shape: tuple[str, ...], json_path: str | None, quiet: bool, verbose: bool
+    model: Path, advise: bool, shape: tuple[str, ...], json_path: str | None, plain: bool, quiet: bool, verbose: bool
 ) -> None:
     """Show MODEL's inputs, outputs, operators, weights, multiply-accumulates and zeros, without running it."""
     from onnxcomp.facts import inspect
@@ -40,7 +41,7 @@ def inspect_command(
         return
     from onnxcomp.report.views import print_facts
 
-    print_facts(facts, advice, stdout_console(), verbose=verbose)
+    print_facts(facts, advice, stdout_console(plain=plain), verbose=verbose)
 
 
 def _json(facts: ModelFacts, advice: list[Advice] | None) -> str:

@@ -24,6 +24,7 @@ from onnxcomp.commands.options import (
     image_from,
     json_option,
     output_options,
+    plain_option,
     shape_option,
     shapes_from,
 )
@@ -81,6 +82,7 @@ def _target(text: str) -> str:
 @click.option("--no-resume", is_flag=True, help="Start over instead of going on with an interrupted run.")
 @json_option
 @click.option("--report", "page_path", metavar="PATH", help="Write a page to show to others: one HTML file.")
+@plain_option
 @output_options
 @click.pass_context
 def optimize_command(ctx: click.Context, /, **options: Any) -> None:
@@ -93,7 +95,7 @@ def optimize_command(ctx: click.Context, /, **options: Any) -> None:
     asked for.
     """
     source: Path = options.pop("model")
-    quiet, verbose = (options.pop(name) for name in ("quiet", "verbose"))
+    quiet, verbose, plain = (options.pop(name) for name in ("quiet", "verbose", "plain"))
     json_path, page_path = options.pop("json_path"), options.pop("page_path")
     targets: tuple[str, ...] = options.pop("targets")
     output: Path | None = options.pop("output")
@@ -108,7 +110,7 @@ def optimize_command(ctx: click.Context, /, **options: Any) -> None:
     met = True
     for job in jobs:
         arguments["target"] = job.target
-        met &= _run(source, job, arguments, ctx.meta[GIVEN], quiet=quiet, verbose=verbose)
+        met &= _run(source, job, arguments, ctx.meta[GIVEN], quiet=quiet, verbose=verbose, plain=plain)
     if asked_budget and not met:
         ctx.exit(BUDGET_NOT_MET)
 
@@ -228,14 +230,16 @@ def _check_files(source: Path, jobs: list[_Job], read: list[Any]) -> None:
                 raise OptionError(message)
 
 
-def _run(source: Path, job: _Job, arguments: dict[str, Any], given: list[str], *, quiet: bool, verbose: bool) -> bool:
+def _run(
+    source: Path, job: _Job, arguments: dict[str, Any], given: list[str], *, quiet: bool, verbose: bool, plain: bool
+) -> bool:
     """Optimize for one target, write and show what came of it; whether the result is inside the budget."""
     from onnxcomp.pipeline import optimize
     from onnxcomp.report import print_report, to_json
     from onnxcomp.report.page import write_page
 
     asked: dict[str, Any] = {"layers": True} if job.json is not None or job.page is not None else {}
-    with progress_to(verbose=verbose, quiet=quiet) as progress:
+    with progress_to(verbose=verbose, quiet=quiet, plain=plain) as progress:
         result = optimize(source, progress=progress, **asked, **arguments)
         result.save(job.model)
     result.report.options["command"] = given
@@ -243,5 +247,5 @@ def _run(source: Path, job: _Job, arguments: dict[str, Any], given: list[str], *
     if job.page is not None:
         write_page(result.report, job.page)
     if not quiet and not taken:
-        print_report(result.report, stdout_console(), verbose=verbose)
+        print_report(result.report, stdout_console(plain=plain), verbose=verbose)
     return bool(result.report.budget_met)

@@ -19,6 +19,7 @@ __all__ = [
     "image_from",
     "json_option",
     "output_options",
+    "plain_option",
     "sample_options",
     "shape_option",
     "shapes_from",
@@ -72,6 +73,7 @@ _OUTPUT = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks of internal errors."),
 )
+_PLAIN = click.option("--plain", is_flag=True, help="Print for logs: ASCII, no colours, bars or wrapped lines.")
 _JSON = click.option("--json", "json_path", metavar="PATH", help="Write all of it as JSON too; - is stdout.")
 
 
@@ -95,6 +97,11 @@ def shape_option(command: Command) -> Command:
 def json_option(command: Command) -> Command:
     """Add --json."""
     return _JSON(command)
+
+
+def plain_option(command: Command) -> Command:
+    """Add --plain."""
+    return _PLAIN(command)
 
 
 def output_options(command: Command) -> Command:

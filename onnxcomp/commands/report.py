@@ -1,4 +1,4 @@
-"""`onnxcomp report`: an earlier run's JSON report as a page."""
+"""`onnxcomp report`: an earlier run's JSON as a page."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["report_command"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; else REPORT.html beside it.")
 @output_options
 def report_command(source: Path, output: Path | None, *, quiet: bool, verbose: bool) -> None:
-    """Make one HTML file of REPORT, a JSON file that `optimize --json` wrote.
+    """Make one HTML file of REPORT, a JSON file that `optimize --json` or `compare --json` wrote.
 
     The page opens from disk and loads nothing, so that it can be sent to others as it is.
 
     Exit codes: 0 done, 1 failure, 2 usage.
     """
     from onnxcomp.files import check_writable
-    from onnxcomp.report import read_json
+    from onnxcomp.report import read_any_json
     from onnxcomp.report.page import write_page
 
     path = output or source.with_suffix(".html")
     check_writable(path, inputs=(source,))
-    size = write_page(read_json(source), path)
+    size = write_page(read_any_json(source), path)
     if not quiet:
         click.echo(f"{printable(path)}: {bytes_text(size)}")

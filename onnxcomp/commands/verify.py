@@ -15,6 +15,7 @@ from onnxcomp.commands.options import (
     image_from,
     json_option,
     output_options,
+    plain_option,
     shape_option,
     shapes_from,
 )
@@ -46,6 +47,7 @@ def _names(text: str) -> tuple[str, ...]:
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of generated inputs and intervals.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, help="Threads to run with here.")
 @json_option
+@plain_option
 @output_options
 @click.pass_context
 def verify_command(ctx: click.Context, /, **options: Any) -> None:
@@ -57,7 +59,7 @@ def verify_command(ctx: click.Context, /, **options: Any) -> None:
     from onnxcomp.verification import verify
 
     check_code(allow_code=options["allow_code"], data=options["data"], metric=options["metric"])
-    with progress_to(verbose=options["verbose"], quiet=options["quiet"]) as progress:
+    with progress_to(verbose=options["verbose"], quiet=options["quiet"], plain=options["plain"]) as progress:
         found = verify(
             options["original"],
             options["new"],
@@ -81,6 +83,6 @@ def verify_command(ctx: click.Context, /, **options: Any) -> None:
     if not taken and not options["quiet"]:
         from onnxcomp.report.verification import print_verification
 
-        print_verification(found, stdout_console(), verbose=options["verbose"])
+        print_verification(found, stdout_console(plain=options["plain"]), verbose=options["verbose"])
     if not found.passed:
         ctx.exit(BUDGET_NOT_MET)

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from onnxcomp.report.comparison_document import (
+    comparison_from_json,
+    comparison_schema,
+    comparison_to_json,
+    read_any_json,
+)
 from onnxcomp.report.document import from_json, read_json, schema, to_json, write_json
 from onnxcomp.report.html import html_summary
-from onnxcomp.report.plain import plain_text
+from onnxcomp.report.plain import plain_text, wants_plain, write_plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,10 +23,14 @@ if TYPE_CHECKING:
     from onnxcomp.ledger import Report
 
 __all__ = [
+    "comparison_from_json",
+    "comparison_schema",
+    "comparison_to_json",
     "from_json",
     "html_summary",
     "plain_text",
     "print_report",
+    "read_any_json",
     "read_json",
     "schema",
     "to_json",
@@ -36,11 +46,9 @@ def print_report(report: Report, console: Console, *, verbose: bool = False) -> 
         console: Where to.
         verbose: List each change, and each place left alone and why.
     """
-    if console.is_terminal:
+    if wants_plain(console):
+        write_plain(console, plain_text(report, verbose=verbose))
+    else:
         from onnxcomp.report.terminal import render
 
-        console.print(render(report, verbose=verbose))
-    else:
-        encoding = getattr(console.file, "encoding", None) or "utf-8"
-        text = plain_text(report, verbose=verbose)
-        console.file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        console.print(render(report, verbose=verbose, width=console.width))

@@ -20,7 +20,20 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made", bound="DataclassInstance")
 
-__all__ = ["from_json", "jsonable", "read_json", "schema", "to_json", "write_json", "write_text"]
+__all__ = [
+    "check_form",
+    "from_json",
+    "json_bytes",
+    "jsonable",
+    "known",
+    "loaded_json",
+    "read_json",
+    "report_from",
+    "schema",
+    "to_json",
+    "write_json",
+    "write_text",
+]
 
 LARGEST_BYTES = 1 << 28
 """A report of 50,000 layers, with 350,000 nodes, has three fifths of that; what is larger is something else."""
@@ -67,16 +80,24 @@ def read_json(path: str | Path) -> Report:
     Raises:
         OptionError: It cannot be read, or is not such a report.
     """
+    return from_json(json_bytes(path), str(path))
+
+
+def json_bytes(path: str | Path) -> bytes:
+    """What is in a file that a report may be in.
+
+    Raises:
+        OptionError: It cannot be read, or is too large.
+    """
     path = Path(path)
     try:
         if path.stat().st_size > LARGEST_BYTES:
             message = f"{path}: expected a report as --json writes it, got a file of more than 256 MB"
             raise OptionError(message)
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         message = f"{path}: cannot be read ({error.strerror})"
         raise OptionError(message) from error
-    return from_json(text, str(path))
 
 
 def from_json(text: str | bytes, name: str = "the report") -> Report:
@@ -89,15 +110,44 @@ def from_json(text: str | bytes, name: str = "the report") -> Report:
     Raises:
         OptionError: It is not such a report.
     """
-    try:
-        loaded = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        message = f"{name}: expected a report as --json writes it, got what is no JSON ({error})"
-        raise OptionError(message) from error
-    if (wrong := first_mismatch(loaded, schema()) or lost_place(loaded)) is not None:
+    return report_from(loaded_json(text, name), name)
+
+
+def report_from(loaded: Any, name: str) -> Report:
+    """The report that data tell of, once they are checked.
+
+    Raises:
+        OptionError: They are not those of a report.
+    """
+    check_form(loaded, schema(), name, "a report")
+    if (wrong := lost_place(loaded)) is not None:
         message = f"{name}: is not a report as --json writes it: {wrong}"
         raise OptionError(message)
     return _report(loaded)
+
+
+def loaded_json(text: str | bytes, name: str) -> Any:
+    """What JSON holds.
+
+    Raises:
+        OptionError: It is none, or holds numbers that are none.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        message = f"{name}: expected a report as --json writes it, got what is no JSON ({error})"
+        raise OptionError(message) from error
+
+
+def check_form(loaded: Any, wanted: Mapping[str, Any], name: str, what: str) -> None:
+    """Refuse what is not as a schema wants it.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if (wrong := first_mismatch(loaded, wanted)) is not None:
+        message = f"{name}: is not {what} as --json writes it: {wrong}"
+        raise OptionError(message)
 
 
 def _no_number(text: str) -> object:
@@ -111,16 +161,16 @@ def _report(loaded: dict[str, Any]) -> Report:
 
     def stage(entry: dict[str, Any]) -> StageEntry:
         attempts = [
-            _known(Attempt, {**attempt, "passes": [_known(PassEntry, step) for step in attempt["passes"]]})
+            known(Attempt, {**attempt, "passes": [known(PassEntry, step) for step in attempt["passes"]]})
             for attempt in entry["attempts"]
         ]
-        return _known(StageEntry, {**entry, "attempts": attempts})
+        return known(StageEntry, {**entry, "attempts": attempts})
 
-    figures = {name: _known(Figures, loaded[name]) for name in ("before", "after")}
-    return _known(Report, {**loaded, **figures, "stages": [stage(entry) for entry in loaded["stages"]]})
+    figures = {name: known(Figures, loaded[name]) for name in ("before", "after")}
+    return known(Report, {**loaded, **figures, "stages": [stage(entry) for entry in loaded["stages"]]})
 
 
-def _known(made: type[Made], values: Mapping[str, Any]) -> Made:
+def known(made: type[Made], values: Mapping[str, Any]) -> Made:
     """An object of the fields that this version knows."""
     return made(**{name: value for name, value in values.items() if name in made.__dataclass_fields__})
 

@@ -9,9 +9,22 @@ from onnxcomp.report.rows import Row, figure_rows, ledger_lines, summary_lines, 
 from onnxcomp.report.text import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from onnxcomp.ledger import Report
 
-__all__ = ["plain_columns", "plain_table", "plain_text"]
+__all__ = ["plain_columns", "plain_table", "plain_text", "wants_plain", "write_plain"]
+
+
+def wants_plain(console: Console) -> bool:
+    """Whether colours, bars and lines are of no use: in a file or a pipe, or in a terminal that has but ASCII."""
+    return not console.is_terminal or console.options.ascii_only
+
+
+def write_plain(console: Console, text: str) -> None:
+    """Write text as it is, in lines of any length; what the encoding lacks is escaped."""
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    console.file.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def plain_text(report: Report, *, verbose: bool = False) -> str:

@@ -51,6 +51,9 @@ __all__ = [
     "Row",
     "attempt_setting",
     "figure_rows",
+    "interval_text",
+    "kernel_changes",
+    "latency_text",
     "ledger_lines",
     "options_text",
     "outcome",
@@ -73,13 +76,23 @@ SAME_SPEED = 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of figures. `good`: the change is one for the better, for the worse, or neither."""
+    """One line of the table of figures.
+
+    Attributes:
+        label: What it is.
+        before: Of the original.
+        after: Of the new model.
+        change: How they differ.
+        good: Whether the change is one for the better, for the worse, or neither.
+        left: What part of the original's is left, for a bar; None where that means nothing.
+    """
 
     label: str
     before: str = ""
     after: str = ""
     change: str = ""
     good: bool | None = None
+    left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -157,9 +170,10 @@ def _ratio_row(label: str, old: int | None, new: int | None, text: Callable[[flo
     if old is None or new is None:
         return Row(label, before, after)
     ratio = 1.0 if old == new else old / new if new else math.inf
+    left = new / old if old else None
     if times(ratio) == times(1.0):
-        return Row(label, before, after, "same")
-    return Row(label, before, after, times(ratio), ratio > 1)
+        return Row(label, before, after, "same", left=left)
+    return Row(label, before, after, times(ratio), ratio > 1, left)
 
 
 def _int8_row(old: Figures, new: Figures) -> Row | None:
@@ -174,16 +188,17 @@ def _latency_rows(report: Figured) -> Iterator[Row]:
     evidence = printable(new.latency_evidence)
     label = f"latency, {evidence}" if evidence != "not measured" else "latency"
     change, good = "", None
+    left = 1 / report.speed if report.speed else None
     if report.speed is not None:
         same = abs(report.speed - 1) < SAME_SPEED
         change, good = ("same", None) if same else (times(report.speed), report.speed > 1)
     if change or old.latency_ms is not None or new.latency_ms is not None:
-        yield Row(label, _latency(old), _latency(new), change, good)
+        yield Row(label, latency_text(old), latency_text(new), change, good, left)
     if old.load_ms is not None and new.load_ms is not None:
         yield Row("load", f"{milliseconds(old.load_ms)} ms", f"{milliseconds(new.load_ms)} ms")
 
 
-def _latency(figures: Figures) -> str:
+def latency_text(figures: Figures) -> str:
     """The median, and half the distance between the 10th and the 90th percentile around it."""
     if figures.latency_ms is None:
         return "-"
@@ -201,7 +216,7 @@ def _quality_rows(report: Figured) -> Iterator[Row]:
         yield Row(name, "-" if old.metric is None else f"{old.metric:.4f}", f"{new.metric:.4f}")
     if new.drop is not None:
         label = "drop, expected" if report.quality == "expected-drop" else "drop"
-        yield Row(label, "", signed(new.drop), _interval(new), _fits(new.drop, report.budget.get("max_drop")))
+        yield Row(label, "", signed(new.drop), interval_text(new), _fits(new.drop, report.budget.get("max_drop")))
     if new.agreement is not None:
         yield Row("agreement", "", percent(new.agreement))
     if new.error is not None:
@@ -214,11 +229,20 @@ def _quality_rows(report: Figured) -> Iterator[Row]:
         yield Row("SQNR", "", decibels_text(new.sqnr_db))
 
 
-def _interval(figures: Figures) -> str:
+def interval_text(figures: Figures) -> str:
+    """The 95% interval of the drop."""
     if figures.drop_interval is None or None in figures.drop_interval:  # an infinite end is null in the JSON
         return ""
     low, high = figures.drop_interval
     return f"{signed(low)} to {signed(high)}"
+
+
+def kernel_changes(old: Figures, new: Figures) -> Iterator[tuple[str, int, int]]:
+    """The kernels that two models do not run equally often, and how often each does."""
+    for name in dict.fromkeys([*old.kernels, *new.kernels]):
+        before, after = old.kernels.get(name, 0), new.kernels.get(name, 0)
+        if before != after:
+            yield printable(name), before, after
 
 
 def _fits(loss: float, limit: object) -> bool | None:

@@ -103,7 +103,12 @@ def percent(share: float) -> str:
 
 
 def decibels_text(value: float) -> str:
-    """Return a signal-to-noise ratio, such as ``24.0 dB``; "exact" for equal outputs, "no match" for lost ones."""
+    """Return a signal-to-noise ratio, such as ``24.0 dB``; "exact" for equal outputs, "no match" for lost ones.
+
+    NaN may be either: JSON has no infinity, and what is read back from it does not tell.
+    """
+    if math.isnan(value):
+        return "exact or no match"
     if math.isinf(value):
         return "exact" if value > 0 else "no match"
     return f"{value:.1f} dB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from onnxcomp.report.rows import figure_rows
+from onnxcomp.report.rows import figure_rows, kernel_changes
 from onnxcomp.report.sections import ROWS_SHOWN, Section, cut, show
 from onnxcomp.report.text import bytes_text, count_text, decibels_text, error_text, percent, printable, shortened
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxcomp.facts import ModelFacts
     from onnxcomp.layer_table import LayerRow
 
-__all__ = ["print_comparison", "print_facts"]
+__all__ = ["comparison_sections", "print_comparison", "print_facts"]
 
 OPERATORS_SHOWN = 10
 """Kinds of operators that are named without -v."""
@@ -108,39 +108,45 @@ def _layers(facts: ModelFacts, *, verbose: bool) -> Section:
             )
         )
     more = f"and {len(layers) - len(shown)} smaller ones (-v shows them)" if len(shown) < len(layers) else ""
-    return Section("layers", ("layer", "op", "weight", "type", "bytes", "zeros", "MACs"), rows, 4, more)
+    head = ("layer", "op", "weight", "type", "bytes", "zeros", "MACs")
+    bars: dict[str, list[float | None]] = {
+        "bytes": [largest[node][2] for node in shown],
+        "MACs": [facts.macs.get(node) for node in shown],
+    }
+    return Section("layers", head, rows, 4, more, bars, ("type", "zeros", "weight"))
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
 
 
-def print_comparison(comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
-    """Show how one model differs from another."""
+def print_comparison(comparison: Comparison, console: Console, *, verbose: bool = False, verdict: str = "") -> None:
+    """Show how one model differs from another; `verdict` is the answer in a line, where there is one."""
     data = printable(comparison.data["description"])
     threads = f"{comparison.threads} thread{'s' * (comparison.threads != 1)}"
+    told = f": {printable(verdict)}" if verdict else ""
     head = [
-        f"{printable(comparison.original)} -> {printable(comparison.new)}",
+        f"{printable(comparison.original)} -> {printable(comparison.new)}{told}",
         f"target {comparison.target}, {data}, {threads}",
     ]
-    sections = []
-    if len(comparison.sqnr_db) > 1:
-        rows = [(printable(name), decibels_text(value)) for name, value in comparison.sqnr_db.items()]
-        sections.append(cut(Section("SQNR of each output", rows=rows), verbose=verbose))
-    sections.append(cut(_kernels(comparison), verbose=verbose))
-    if comparison.layers is not None:
-        sections += [cut(section, verbose=verbose) for section in _layer_errors(comparison.layers, verbose=verbose)]
+    sections = list(comparison_sections(comparison, verbose=verbose))
     show(console, head, sections, figures=figure_rows(comparison), warnings=comparison.warnings)
+
+
+def comparison_sections(comparison: Comparison, *, verbose: bool, rows: int = ROWS_SHOWN) -> Iterator[Section]:
+    """The outputs, kernels and layers of two models side by side."""
+    if len(comparison.sqnr_db) > 1:
+        outputs = [(printable(name), decibels_text(value)) for name, value in comparison.sqnr_db.items()]
+        yield cut(Section("SQNR of each output", rows=outputs), verbose=verbose, rows=rows)
+    yield cut(_kernels(comparison), verbose=verbose, rows=rows)
+    if comparison.layers is not None:
+        for section in _layer_errors(comparison.layers, verbose=verbose):
+            yield cut(section, verbose=verbose, rows=rows)
 
 
 def _kernels(comparison: Comparison) -> Section:
     """The kernels of both models; those that both run equally often are left out."""
-    old, new = comparison.before.kernels, comparison.after.kernels
-    names = [*old, *(name for name in new if name not in old)]
-    rows = [
-        (printable(name), str(old.get(name, 0)), str(new.get(name, 0)))
-        for name in names
-        if old.get(name, 0) != new.get(name, 0)
-    ]
+    changes = kernel_changes(comparison.before, comparison.after)
+    rows = [(name, str(before), str(after)) for name, before, after in changes]
     return Section("kernels", ("kernel", "before", "after"), rows, more="" if rows else "the same in both")
 
 
@@ -164,7 +170,16 @@ def _layer_errors(layers: Sequence[LayerRow], *, verbose: bool) -> Iterator[Sect
         for row in layers
     ]
     head = ("layer", "op", "kernel", "output", "weight", "bytes", "SQNR", "error")
-    yield Section("layers", head, rows, 5, "" if rows else "none has a Conv, Gemm, MatMul or the like")
+    bars = {"error": [row.error for row in layers]}
+    yield Section(
+        "layers",
+        head,
+        rows,
+        5,
+        "" if rows else "none has a Conv, Gemm, MatMul or the like",
+        bars,
+        ("output", "weight", "SQNR", "bytes"),
+    )
     missed = [(name(row), printable(row.reason)) for row in layers if row.reason]
     yield Section("quantized layers without an int8 kernel", rows=missed, left=2)
 
@@ -172,7 +187,9 @@ def _layer_errors(layers: Sequence[LayerRow], *, verbose: bool) -> Iterator[Sect
 def _layer_decibels(row: LayerRow) -> str:
     if row.where != "both":
         return f"not in both: {row.where} only"
-    return "not in both" if row.sqnr_db is None else decibels_text(row.sqnr_db)
+    if row.sqnr_db is None:
+        return "exact" if row.error == 0 else "not in both"  # infinity is null in JSON
+    return decibels_text(row.sqnr_db)
 
 
 def _change(before: str | None, after: str | None, row: LayerRow) -> str:

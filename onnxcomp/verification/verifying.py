@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxcomp.comparison import GENERATED_SAMPLES
+from onnxcomp.comparing import GENERATED_SAMPLES
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
 from onnxcomp.errors import OptionError, RuntimeFailure
 from onnxcomp.lints import Finding, lint_file, lint_model

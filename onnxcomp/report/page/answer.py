@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from onnxcomp.report.rows import Row, figure_rows
+from onnxcomp.report.rows import Figured, Row, figure_rows
 from onnxcomp.report.text import bytes_text, count_text, error_range, error_text, printable, signed
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from onnxcomp.ledger import Figures, Report
 
-__all__ = ["Card", "Step", "cards", "evidence_text", "next_steps"]
+__all__ = ["Card", "Step", "cards", "command_line", "evidence_text", "next_steps"]
 
 PLACEHOLDER = "DATA"
 """Stands for the path of the samples where a report does not tell it."""
@@ -55,7 +55,7 @@ def evidence_text(label: str) -> str:
     return _EVIDENCE.get(label, printable(label))
 
 
-def cards(report: Report) -> list[Card]:
+def cards(report: Figured) -> list[Card]:
     """The four figures: size, latency, accuracy, share of the work in int8."""
     rows = {row.label.partition(",")[0]: row for row in figure_rows(report)}
     return [_size(rows), _latency(report, rows), _accuracy(report), _int8(report, rows)]
@@ -69,7 +69,7 @@ def _size(rows: dict[str, Row]) -> Card:
     return Card("Size", row.before, row.after, row.change, _tone(row.good), details)
 
 
-def _latency(report: Report, rows: dict[str, Row]) -> Card:
+def _latency(report: Figured, rows: dict[str, Row]) -> Card:
     row = rows.get("latency", Row("latency", "-", "-"))
     label = report.after.latency_evidence
     before, after = (text.replace("+-", "\N{PLUS-MINUS SIGN}") for text in (row.before, row.after))
@@ -79,7 +79,7 @@ def _latency(report: Report, rows: dict[str, Row]) -> Card:
     return Card("Latency", before or "-", after or "-", row.change, _tone(row.good), details)
 
 
-def _accuracy(report: Report) -> Card:
+def _accuracy(report: Figured) -> Card:
     old, new = report.before, report.after
     if new.drop is None:
         return _error_card(report)
@@ -102,7 +102,7 @@ def _drop_details(new: Figures, limit: float | None) -> Iterator[str]:
         yield f"budget {limit:g}: {'met' if new.drop <= limit else 'NOT met'}"
 
 
-def _error_card(report: Report) -> Card:
+def _error_card(report: Figured) -> Card:
     error, limit = report.after.error, report.budget.get("max_error")
     if error is None:
         return Card("Relative error", "-", "-", "", "", ["was not measured"])
@@ -117,7 +117,7 @@ def _error_card(report: Report) -> Card:
     return Card("Relative error", "0", error_text(error), "", _tone(inside), details)
 
 
-def _int8(report: Report, rows: dict[str, Row]) -> Card:
+def _int8(report: Figured, rows: dict[str, Row]) -> Card:
     row = rows.get("MACs in int8", Row("", "-", "-"))
     details = []
     if report.after.macs:
@@ -140,16 +140,21 @@ def next_steps(report: Report) -> list[Step]:
     output = str((report.output or {}).get("path") or f"{PurePath(source).stem}.opt.onnx")
     command = report.options.get("command")
     if isinstance(command, list) and all(isinstance(word, str) for word in command):
-        again = Step("Do it again", _line(["onnxcomp", "optimize", *command]), "as it was run")
+        again = Step("Do it again", command_line(["onnxcomp", "optimize", *command]), "as it was run")
     else:
         again = Step(
-            "Do it again", _line(_rebuilt(report, source, output)), f"put the path of your samples for {PLACEHOLDER}"
+            "Do it again",
+            command_line(_rebuilt(report, source, output)),
+            f"put the path of your samples for {PLACEHOLDER}",
         )
     data = [] if report.data.get("generated") else ["--data", _data_path(command)]
     verify = ["onnxcomp", "verify", source, output, "--target", report.target, *data]
     note = f"put the path of your samples for {PLACEHOLDER}" if PLACEHOLDER in verify else ""
-    steps = [again, Step("Verify the result as its target runs it", _line(verify), note)]
-    return [*steps, Step("Look at its whole graph", _line(["onnxcomp", "view", output]), "with netron, in the browser")]
+    steps = [again, Step("Verify the result as its target runs it", command_line(verify), note)]
+    return [
+        *steps,
+        Step("Look at its whole graph", command_line(["onnxcomp", "view", output]), "with netron, in the browser"),
+    ]
 
 
 def _data_path(command: object) -> str:
@@ -178,5 +183,6 @@ def _rebuilt(report: Report, source: str, output: str) -> list[str]:
     return [*words, "-o", output]
 
 
-def _line(words: list[str]) -> str:
+def command_line(words: list[str]) -> str:
+    """Words as a shell takes them."""
     return printable(shlex.join(words))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxcomp.report.rows import attempt_setting
 from onnxcomp.report.text import error_range, error_text, printable, signed, times
@@ -12,7 +12,19 @@ from onnxcomp.report.text import error_range, error_text, printable, signed, tim
 if TYPE_CHECKING:
     from onnxcomp.ledger import Attempt, Report
 
-__all__ = ["Candidate", "candidates", "chart_data", "front"]
+__all__ = ["Candidate", "candidates", "chart_data", "charts", "front"]
+
+
+class Judged(Protocol):
+    """What the charts need to know of a report, or of a comparison."""
+
+    @property
+    def quality(self) -> str: ...
+    @property
+    def budget(self) -> Mapping[str, Any]: ...
+    @property
+    def data(self) -> Mapping[str, Any]: ...
+
 
 TOP = 4.0
 """Losses of more than this many budgets are drawn at the chart's upper edge, so that the others can be told apart."""
@@ -105,22 +117,27 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def chart_data(report: Report, tried: Sequence[Candidate]) -> list[dict[str, Any]]:
     """A chart of loss against speed, and one against size; none where nothing was measured."""
-    relative = report.quality == "relative-error"
-    limit = report.budget.get("max_error" if relative else "max_drop")
-    if relative and report.data.get("generated"):
+    result = report.after.error if report.quality == "relative-error" else report.after.drop
+    return charts(tried, report, {"speed": report.speed, "size": report.size}, result)
+
+
+def charts(
+    tried: Sequence[Candidate], judged: Judged, gains: Mapping[str, float | None], result: float | None
+) -> list[dict[str, Any]]:
+    """The charts of candidates, with the budget and, where `gains` and `result` tell of it, the result."""
+    relative = judged.quality == "relative-error"
+    limit = judged.budget.get("max_error" if relative else "max_drop")
+    if relative and judged.data.get("generated"):
         limit = None  # the error of made-up inputs is not what the budget is about
-    loss = "relative error" if relative else "expected drop" if report.quality == "expected-drop" else "drop"
-    result = report.after.error if relative else report.after.drop
-    charts = []
-    for axis, name, gain in (
-        ("speed", "times as fast as the original", report.speed),
-        ("size", "times smaller than the original", report.size),
-    ):
+    loss = "relative error" if relative else "expected drop" if judged.quality == "expected-drop" else "drop"
+    drawn = []
+    for axis, name in (("speed", "times as fast as the original"), ("size", "times smaller than the original")):
         measured = [(getattr(each, axis), each.loss, each) for each in tried]
         points = [(x, y, each) for x, y, each in measured if x is not None and y is not None]
         if not points:
             continue
-        charts.append(
+        gain = gains.get(axis)
+        drawn.append(
             {
                 "axis": axis,
                 "title": f"{loss[0].upper()}{loss[1:]} against {axis}",
@@ -136,4 +153,4 @@ def chart_data(report: Report, tried: Sequence[Candidate]) -> list[dict[str, Any
                 "result": None if gain is None or result is None else [gain, result],
             }
         )
-    return charts
+    return drawn

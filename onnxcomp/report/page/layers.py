@@ -12,13 +12,14 @@ from onnxcomp.report.text import printable
 if TYPE_CHECKING:
     from onnxcomp.ledger import Report
 
-__all__ = ["COLUMNS", "layer_data"]
+__all__ = ["COLUMNS", "layer_data", "layer_row", "table_data"]
 
 Told = list[tuple[int, str]]
 """Texts of passes, each with the number of its pass."""
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("layer", "text", "Layer"),
+    ("model", "text", "Model"),
     ("error", "error", "Error"),
     ("sqnr", "decibels", "SQNR"),
     ("before", "bytes", "Bytes before"),
@@ -54,7 +55,11 @@ def layer_data(report: Report) -> dict[str, Any]:
 
     Texts repeat from layer to layer, so each is held once.
     """
-    rows = _rows(report)
+    return {**table_data(_rows(report)), "details": details(report)}
+
+
+def table_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows as the page holds them, without panels."""
     used = [column for column in COLUMNS if any(row.get(column[0]) not in {None, ""} for row in rows)]
     texts: dict[str, int] = {}
 
@@ -70,7 +75,7 @@ def layer_data(report: Report) -> dict[str, Any]:
         "columns": [{"key": key, "kind": kind, "title": title} for key, kind, title in used],
         "texts": list(texts),
         "rows": cells,
-        "details": details(report),
+        "details": [],
         "sort": next((key for key in ("error", "before") if any(key == column[0] for column in used)), ""),
     }
 
@@ -81,7 +86,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     rows = []
     for layer in report.layers:
         names = dict.fromkeys(layer[key] for key in ("name", "weight_before", "weight_after") if layer[key])
-        row = _layer_row(layer)
+        row = layer_row(layer)
         row["done"], row["left"] = _taken(done, names), _taken(left, names)
         rows.append(row)
     others = dict.fromkeys([*done, *left])
@@ -94,7 +99,8 @@ def _taken(told: dict[str, Told], names: Iterable[str]) -> str:
     return SEVERAL.join(dict.fromkeys(text for _, text in texts))
 
 
-def _layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
+def layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table says of a layer itself, by the key of the column."""
     only = "" if layer["where"] == "both" else f" (in the {'result' if layer['where'] == 'new' else 'original'} only)"
     reason = f" ({layer['reason']})" if layer["reason"] else ""
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,13 @@ from onnxcomp.report.rows import figure_rows, outcome, summary_lines, title
 from onnxcomp.report.text import printable
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from onnxcomp.ledger import Report
 
-__all__ = ["page_html"]
+__all__ = ["fact_groups", "page_html", "whole_page"]
 
-SCRIPTS = ("words", "operators", "charts", "graph", "panel", "layers", "commands")
+SCRIPTS = ("words", "operators", "charts", "compare", "graph", "panel", "layers", "commands")
 """The page's own scripts, in the order in which they run: one script element holds them all."""
 
 STYLES = ("page.css", "graph.css")
@@ -42,21 +46,31 @@ def page_html(report: Report) -> str:
     Args:
         report: The report, as `from_json` gives it.
     """
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    return whole_page("page.html.jinja", _view(report))
 
-    environment = Environment(
-        loader=FunctionLoader(_file), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.get_template("page.html.jinja")
+
+def whole_page(name: str, view: dict[str, Any]) -> str:
+    """Fill in a template, with what the style and the scripts need."""
+    template = _templates().get_template(name)
     style, library = "".join(map(_file, STYLES)), _library()
     script = "\n".join(_file(f"scripts/{name}.js") for name in SCRIPTS)
     return template.render(
-        **_view(report),
+        **view,
+        embedded=_embedded(view["data"]),
         policy=_policy(style, [library, script]),
         style=_inline(style),
         script=_inline(script),
         library=_inline(library),
         licence=_file("vendor/chart-LICENSE.txt"),
+    )
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    return Environment(
+        loader=FunctionLoader(_file), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
 
@@ -93,7 +107,6 @@ def _view(report: Report) -> dict[str, Any]:
         "measured": measured(report),
         "facts": _facts(report),
         "data": data,
-        "embedded": _embedded(data),
     }
 
 
@@ -110,6 +123,11 @@ def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Machine", host),
         ("Versions", {**report.environment.get("versions", {}), "report": report.schema_version}),
     ]
+    return fact_groups(groups)
+
+
+def fact_groups(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Facts in words, by group; a group without any is left out."""
     return [
         (name, [(printable(key.replace("_", " ")), _fact(value)) for key, value in values.items()])
         for name, values in groups

@@ -126,7 +126,6 @@ const draw = () => {
   Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
   for (const figure of document.querySelectorAll("figure[data-chart]")) drawOne(figure);
 };
-draw();
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 // Paper is white: charts are drawn again in the light colours, and back afterwards.
 const onPaper = (paper) => () => {

@@ -12,4 +12,5 @@ for (const button of document.querySelectorAll(".copy")) {
     }
   });
 }
+draw();
 document.body.dataset.ready = "yes";

@@ -137,9 +137,12 @@ const layers = () => {
 
   const update = () => {
     const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const wanted = place(byId("filter").value);
+    // "all", a column that must say something, or column=what it must say
+    const [key, ...rest] = byId("filter").value.split("=");
+    const [wanted, value] = [place(key), rest.join("=")];
+    const kept = (row) => key === "all" || (wanted >= 0 && (value ? texts[row[wanted]] === value : texts[row[wanted]] !== ""));
     const fits = (row) => words.every((word) => columns.some((column, index) => isText(column) && lower[row[index]].includes(word)));
-    state.shown = rows.filter((row) => (byId("filter").value === "all" || (wanted >= 0 && texts[row[wanted]] !== "")) && fits(row));
+    state.shown = rows.filter((row) => kept(row) && fits(row));
     state.page = 0;
     order();
     show();
