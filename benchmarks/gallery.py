@@ -76,7 +76,7 @@ def take_screenshot() -> None:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1180, "height": 1240})
+        page = browser.new_page(viewport={"width": 1180, "height": 1560})
         page.goto((GALLERY / f"{SHOWN}.html").as_uri())
         page.screenshot(path=GALLERY / "report.png")
         browser.close()

@@ -29,7 +29,7 @@ from onnxcomp.pairs import (
     static_shapes,
 )
 from onnxcomp.quality import Quality, Reference, output_decibels
-from onnxcomp.runtime import Census, Runtime, Timing
+from onnxcomp.runtime import Census, Runtime, Timing, explain
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial, agrees_with_itself
 
@@ -316,8 +316,10 @@ class _Bench:
 
     def _figures(self, model: Model, path: Path, census: Census, quality: Quality, feed: Mapping[str, Any]) -> Figures:
         shapes = {name: array.shape for name, array in feed.items()}
-        load_ms = self.runtime.check(path).load_ms
-        return model_figures(model, path, census, quality, shapes, wide=self.wide, load_ms=load_ms)
+        counts = mac_counts(model, shapes)
+        int8 = set(explain(model.proto(), census, wide=self.wide).int8)
+        macs = sum(counts.values()), sum(count for name, count in counts.items() if name in int8)
+        return model_figures(model, path, census, quality, macs, self.runtime.check(path).load_ms)
 
     def _layers(self, one: Measured, model: Model, census: Census, ran: _Ran) -> list[LayerRow]:
         """The layers side by side; none where they cannot be had, which costs a model no more than these."""

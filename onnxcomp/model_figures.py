@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onnxcomp.analysis import count_parameters, deflated_bytes, mac_counts
+from onnxcomp.analysis import count_parameters, deflated_bytes
 from onnxcomp.ledger import Figures
 from onnxcomp.model import Model
 from onnxcomp.quality import Quality
-from onnxcomp.runtime import Census, Timing, explain
+from onnxcomp.runtime import Census, Timing
 
 __all__ = ["model_figures", "with_timing"]
 
+DEFLATE_LIMIT_BYTES = 1 << 29
+"""Deflating takes about 4 seconds a 64 MB: larger models are not worth the wait."""
+
 
 def model_figures(
-    model: Model,
-    path: Path,
-    census: Census,
-    quality: Quality,
-    shapes: Mapping[str, Sequence[int]],
-    *,
-    wide: str | None,
-    load_ms: float,
+    model: Model, path: Path, census: Census, quality: Quality, macs: tuple[int, int], load_ms: float | None
 ) -> Figures:
     """All that is known of a model but its time.
 
@@ -32,21 +27,18 @@ def model_figures(
         path: Its file.
         census: ONNX Runtime's optimized graph of it.
         quality: What it loses.
-        shapes: Of the inputs that multiply-accumulates are counted for.
-        wide: What the target's int8 kernels do with wide weights; see `explain`.
-        load_ms: The time to make a session.
+        macs: Multiply-accumulates of one run, and how many of them run in int8 kernels.
+        load_ms: The time to make a session; None: this host is not its target.
     """
-    macs = mac_counts(model, shapes)
-    int8 = set(explain(model.proto(), census, wide=wide).int8)
     parameters, nonzeros = count_parameters(model)
     return Figures(
         size_bytes=model.size_bytes,
-        deflated_bytes=deflated_bytes(path),
+        deflated_bytes=deflated_bytes(path) if model.size_bytes <= DEFLATE_LIMIT_BYTES else None,
         resident_bytes=census.initializer_bytes,
         parameters=parameters,
         nonzeros=nonzeros,
-        macs=sum(macs.values()),
-        int8_macs=sum(count for name, count in macs.items() if name in int8),
+        macs=macs[0],
+        int8_macs=macs[1],
         load_ms=load_ms,
         metric=quality.metric,
         drop=quality.drop,
@@ -59,10 +51,10 @@ def model_figures(
     )
 
 
-def with_timing(figures: Figures, timing: Timing | None) -> Figures:
-    """Figures with what was timed, if anything was."""
+def with_timing(figures: Figures, timing: Timing | None, evidence: str = "not measured") -> Figures:
+    """Figures with what was timed; `evidence` is how the speed is known where nothing was."""
     if timing is None:
-        return figures
+        return dataclasses.replace(figures, latency_evidence=evidence)
     return dataclasses.replace(
         figures,
         latency_ms=timing.median_ms,

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "benchmarks/README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))))
+DOCUMENTS = (
+    "README.md",
+    "benchmarks/README.md",
+    "docs/gallery/README.md",
+    *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))),
+)
 
 EXIT_CODE = re.compile(r"#\s*exits with (\d+)\s*$")
 FILE_NAME = re.compile(r"# ([\w.]+\.\w+)\n")

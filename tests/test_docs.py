@@ -127,6 +127,17 @@ def test_every_text_is_free_of_paths_and_hosts_of_a_machine(path):
     assert not [word for word in ("/home/", "/tmp/", "/work/", "/root/", "localhost") if word in text]
 
 
+def test_the_pages_of_the_gallery_are_whole_load_nothing_and_tell_nothing_of_a_machine():
+    pages = [link for link in links("docs/gallery/README.md") if link.endswith(".html")]
+    assert len(pages) == 4
+    for page in pages:
+        text = read(f"docs/gallery/{page}")
+        assert text.startswith("<!doctype html>")
+        assert text.rstrip().endswith("</html>")
+        assert "default-src 'none'" in text
+        assert not [word for word in ("/home/", "/tmp/", "/work/", "/root/") if word in text]
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
