@@ -261,13 +261,13 @@ class Reference:
             share = _exactly(differing / max(1, sum(a.size for a, _ in pairs)))
             return share, share
         found = energies(pairs, counts)
-        plain = found.error(centred=False), *found.interval(self._seed, centred=False)
+        plain = found.error(centred=False), *found.interval(centred=False)
         if self._mixed is not None and self._mixed[0] == index:
             teacher, student = (np.concatenate(part) for part in zip(*pairs, strict=True))
             return plain, _exactly(self._mixed[1].error(teacher, student))
         if not self._centred or self.samples < CENTRED_FROM_SAMPLES:
             return plain, plain
-        return plain, (found.error(centred=True), *found.interval(self._seed, centred=True))
+        return plain, (found.error(centred=True), *found.interval(centred=True))
 
 
 def _exactly(error: float) -> Measured:

@@ -194,8 +194,8 @@ def test_the_interval_of_an_error_is_the_same_however_samples_are_put_into_runs(
     parts = [(array[a:b], noisy(array, 0.1)[a:b]) for a, b in ((0, split), (split, 16))]
     whole, apart = energies([(array, noisy(array, 0.1))], [16]), energies(parts, [split, 16 - split])
 
-    assert whole.interval(0, centred=True) == pytest.approx(apart.interval(0, centred=True))
-    assert whole.interval(0, centred=True)[0] < whole.error(centred=True) < whole.interval(0, centred=True)[1]
+    assert whole.interval(centred=True) == pytest.approx(apart.interval(centred=True))
+    assert whole.interval(centred=True)[0] < whole.error(centred=True) < whole.interval(centred=True)[1]
 
 
 def test_an_output_without_samples_along_its_first_axis_counts_as_one():
@@ -211,7 +211,7 @@ def test_the_upper_end_of_the_interval_is_mostly_above_the_error_of_all_samples_
     noise = np.random.default_rng(3).lognormal(sigma=sigma, size=(400, 8))  # 400 draws of 8 samples each
     truth = math.sqrt(math.exp(sigma**2 / 2))
 
-    covered = [Energies(row, np.ones(8), np.ones(8)).interval(0, centred=False)[1] >= truth for row in noise]
+    covered = [Energies(row, np.ones(8), np.ones(8)).interval(centred=False)[1] >= truth for row in noise]
 
     assert (
         np.mean(np.sqrt(noise.mean(axis=1)) >= truth) < 0.45
