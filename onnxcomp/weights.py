@@ -120,6 +120,8 @@ def check_sparse(tensor: onnx.SparseTensorProto) -> None:
     problem = ""
     if any(dim < 0 for dim in dims) or stored_bytes(dims, tensor.values.data_type) > MOST_DENSE_BYTES:
         problem = f"its shape {list(dims)} is negative, or has more than 2 GiB of numbers"
+    elif len(tensor.values.dims) != 1:
+        problem = f"its values must have one axis, got the shape {list(tensor.values.dims)}"
     elif tensor.indices.data_type != onnx.TensorProto.INT64:
         problem = "its indices must be int64"
     elif tuple(tensor.indices.dims) not in {(count,), (count, len(dims))}:

@@ -263,6 +263,16 @@ def test_refuses_a_sparse_initializer_that_cannot_be_written_out(dims, indices, 
         Model.load(proto)
 
 
+def test_refuses_a_sparse_initializer_whose_values_have_two_axes():
+    proto = graph_model("g (float[N] x) => (float[N] y) { y = Add(x, w) }")
+    sparse = proto.graph.sparse_initializer.add(dims=[5])
+    sparse.values.CopyFrom(onnx.numpy_helper.from_array(np.ones((2, 1), np.float32), "w"))
+    sparse.indices.CopyFrom(onnx.numpy_helper.from_array(np.array([[1], [3]])))
+
+    with pytest.raises(ModelError, match=r"sparse tensor 'w': its values must have one axis, got the shape \[2, 1\]"):
+        Model.load(proto)
+
+
 def test_refuses_strings_in_raw_data():
     proto = graph_model("g (float[N] x) => (float[N] y) { y = Identity(x) }")
     proto.graph.initializer.add(name="s", dims=[2], data_type=onnx.TensorProto.STRING, raw_data=bytes(16))
