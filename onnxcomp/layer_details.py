@@ -146,17 +146,24 @@ class _Details:
     def detail(self, row: LayerRow) -> dict[str, Any]:
         """Histograms, ranges, factors and singular values."""
         before, parts = self._before.get(row.weight_before or ""), self._parts(row)
-        name, errors = self._table.name_in_new(row), self._table.errors
-        layer = self._table.new.by_name.get(name or "")
-        data = next(iter(self._inputs.get(row.name, ())), "")
-        seen = {"input": errors.get(data), "output": errors.get(row.tensor or "")}
         split = row.where == "both" and len(parts) > 1
         return {
             "weights": histogram(before, parts if row.where != "new" else parts[-1:]),
-            "activations": self._ranges.of_layer(name, layer.tensors, seen) if name and layer else [],
+            "activations": self._activations(row, parts[0] if split else None),
             "factors": [list(part.shape) for part in parts] if split else None,
             "singular_values": singular_values(before, parts) if split else None,
         }
+
+    def _activations(self, row: LayerRow, first: WeightValues | None) -> list[dict[str, Any]]:
+        """The ranges at a layer's input and output; `first` is the first factor of one that was split."""
+        name, errors = self._table.name_in_new(row), self._table.errors
+        layer = self._table.new.by_name.get(name or "")
+        if name is None or layer is None:
+            return []
+        data = next(iter(self._inputs.get(row.name, ())), "")
+        seen = {"input": errors.get(data), "output": errors.get(row.tensor or "")}
+        reads = None if first is None else first.node.name or first.node.outputs[0].name
+        return self._ranges.of_layer(name, layer.tensors, seen, reads=reads)
 
     def _parts(self, row: LayerRow) -> list[WeightValues]:
         after = self._after.get(row.weight_after or "")

@@ -140,6 +140,16 @@ def test_the_factors_of_a_layer_are_found_in_int8_too(quantize):
     assert np.abs(np.subtract(weights["before"], weights["after"])).sum() < 0.2 * 64 * 48
 
 
+def test_the_input_range_of_a_layer_that_was_split_is_that_of_its_first_factor():
+    report = report_of(LowRank(rank=8, min_elements=1), Quantize(), data={"x": random_weights(32, 64)})
+    [whole] = layer_of(report, "layer")["detail"]["activations"][:1]
+    [thin] = [each for layer in report.layers if layer["where"] == "new" for each in layer["detail"]["activations"][:1]]
+
+    assert whole["scale"] == thin["scale"]
+    assert whole["low"] == pytest.approx(whole["seen_low"], rel=0.1)
+    assert whole["high"] == pytest.approx(whole["seen_high"], rel=0.1)
+
+
 def test_of_many_layers_the_heaviest_and_the_worst_are_told_of_in_detail(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(layer_details, "MOST_DETAILED", 4)
     sizes = (8, 32, 8, 64, 8, 16, 8)
