@@ -212,22 +212,13 @@ def _make_folder(path: Path) -> None:
 
 def _check_files(source: Path, jobs: list[_Job], read: list[Any]) -> None:
     """Refuse outputs that cannot be written, or would overwrite what is read, before any work starts."""
-    from onnxcomp.files import check_writable
+    from onnxcomp.files import check_outputs
     from onnxcomp.structure import model_files
 
     inputs = (*model_files(source), *(Path(path) for path in read if path))
     for job in jobs:
-        check_writable(job.model, inputs=inputs)
-        taken = {job.model.absolute(): "-o"}
         json_path = Path(job.json) if job.json not in {None, "-"} else None
-        for option, report in (("--json", json_path), ("--report", job.page)):
-            if report is None:
-                continue
-            check_writable(report, inputs=(*inputs, job.model))
-            other = taken.setdefault(report.absolute(), option)
-            if other != option:
-                message = f"{other} and {option} both name {str(report)!r}; give one of them another name"
-                raise OptionError(message)
+        check_outputs({"-o": job.model, "--json": json_path, "--report": job.page}, inputs=inputs)
 
 
 def _run(
