@@ -15,6 +15,7 @@ from onnxcomp import analysis
 from onnxcomp.data import Dataset
 from onnxcomp.layer_table import LayerComparison, ModelLayers
 from onnxcomp.layers import layer_errors, tensor_pairs
+from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
 from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference
@@ -40,10 +41,6 @@ FEW_SAMPLES = 16
 ROUNDING_MARGIN = 4.0
 """Rewritten arithmetic rounds elsewhere: errors up to this many times the original's own rounding are rounding too. It
 matters where outputs are next to nothing, such as the 1e-7 of a text detector that sees no text."""
-
-WHOLE_OUTPUT = 0.5
-"""The share of `Budget.max_error` that a whole output may be off by, its constant part included."""
-
 
 RANKING = 0.5
 """The share of a detector's drop that the ranking of its scores may use up: boxes that moved cost precision as well."""

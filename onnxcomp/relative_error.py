@@ -18,8 +18,10 @@ CONSTANT_BELOW = 1e-6
 """An output that varies by less, relative to its size, varies by float32 rounding alone: it is a constant."""
 
 RESAMPLES = 1000
+LEAST_RESAMPLES = 100
 MOST_WEIGHTS = 4_000_000
-"""Of the bootstrap; of very many samples fewer resamples do, as the interval is narrow then."""
+"""Of the bootstrap; of very many samples fewer resamples do, as the interval is narrow then, and of still more they are
+drawn in groups: a million of them would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class Energies:
         """
         if not np.isfinite(self.noise).all():
             return math.inf, math.inf
-        drawn = _drawn(len(self.noise), seed)
-        ratios = _ratio(drawn @ self.noise, drawn @ (self.varying if centred else self.whole))
+        noise, signal = _grouped(self.noise), _grouped(self.varying if centred else self.whole)
+        drawn = _drawn(len(noise), seed)
+        ratios = _ratio(drawn @ noise, drawn @ signal)
         low, high = np.quantile(ratios, (0.025, 0.975), method="nearest")  # some may be infinite
         return float(low), float(high)
 
@@ -107,9 +110,15 @@ def _ratio(noise: Any, signal: Any) -> Any:
         return np.where(np.asarray(noise) == 0, 0.0, np.sqrt(np.divide(noise, signal)))
 
 
+def _grouped(values: Array) -> Array:
+    """The values, or where there are too many to draw each, their sums in groups that take turns."""
+    most = MOST_WEIGHTS // LEAST_RESAMPLES
+    return values if len(values) <= most else np.bincount(np.arange(len(values)) % most, values)
+
+
 @functools.lru_cache(maxsize=4)
 def _drawn(samples: int, seed: int) -> Array:
     """How often each sample is drawn in each resample, (resamples, samples)."""
-    resamples = int(np.clip(MOST_WEIGHTS // samples, 100, RESAMPLES))
+    resamples = int(np.clip(MOST_WEIGHTS // samples, LEAST_RESAMPLES, RESAMPLES))
     drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), resamples)
     return drawn.astype(np.float64)

@@ -208,12 +208,16 @@ def test_no_text_of_a_comparison_becomes_an_element_or_a_script():
     assert not {"\x1b", "\u202e"} & set(text)
 
 
-def test_a_relative_error_on_made_up_inputs_has_no_budget_line():
-    found = sample_comparison(candidate(after={"drop": None, "metric": None}), quality="relative-error", metric=None)
+def test_a_relative_error_on_made_up_inputs_has_the_limit_of_whole_outputs():
+    found = sample_comparison(
+        candidate(after={"drop": None, "metric": None, "error_interval": (0.0, 0.1)}),
+        quality="relative-error",
+        metric=None,
+    )
     judged = Page(comparison_page_html(read_back(found))).embedded["compared"]
     found.data["generated"] = True
     assert judged[0]["budget"] == 0.2
-    assert Page(comparison_page_html(read_back(found))).embedded["compared"][0]["budget"] is None
+    assert Page(comparison_page_html(read_back(found))).embedded["compared"][0]["budget"] == 0.1
 
 
 def test_five_models_of_2000_layers_stay_small():

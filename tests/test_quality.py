@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -204,6 +205,17 @@ def test_an_output_without_samples_along_its_first_axis_counts_as_one():
     found = energies([(array, noisy(array, 0.1))] * 2, [3, 3])
 
     assert found.noise.shape == (2,)
+
+
+def test_the_interval_of_an_error_over_very_many_samples_takes_little_memory():
+    noise = np.random.default_rng(0).chisquare(1, 200_000)
+    tracemalloc.start()
+    low, high = Energies(noise, np.ones(200_000), np.ones(200_000)).interval(0, centred=False)
+
+    spread = 3.92 * math.sqrt(2) / 2 / math.sqrt(200_000)  # of the root of a mean of squares of normal numbers
+    assert high - low == pytest.approx(spread, rel=0.3)
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
 
 
 def test_the_upper_end_of_the_interval_is_mostly_above_the_error_of_all_samples_where_few_have_most_of_it():

@@ -20,6 +20,7 @@ from onnxcomp.report.page.candidates import candidates, chart_data, front
 from onnxcomp.report.page.history import curves, measured, time_line
 from onnxcomp.report.page.layers import layer_data
 from onnxcomp.report.page.panels import details
+from onnxcomp.report.rows import figure_rows
 from tests.graphs import graph_of
 from tests.markdown import shell_commands
 from tests.reports import detail, large_report, layer, sample_report
@@ -224,7 +225,7 @@ def test_the_accuracy_has_its_interval_and_the_budget():
 
 
 def test_a_drop_over_the_budget_is_told_as_bad():
-    accuracy = cards(sample_report(budget={"max_drop": 0.001, "max_error": 0.1}))[2]
+    accuracy = cards(sample_report(budget={"max_drop": 0.001, "max_error": 0.1}, budget_met=False))[2]
     assert accuracy.details[1] == "budget 0.001: NOT met"
     assert accuracy.tone == "bad"
 
@@ -236,6 +237,28 @@ def test_an_error_on_made_up_inputs_is_not_called_accuracy():
     card = cards(report)[2]
     assert (card.title, card.after, card.tone) == ("Relative error", "4.30%", "")
     assert "says nothing of accuracy" in card.details[0]
+
+
+@pytest.mark.parametrize(
+    ("quality", "drop", "told"),
+    [
+        ("expected-drop", 0.002, "budget 0.005: kept by the drop, but another limit is NOT met (relative error 4.30%)"),
+        ("relative-error", None, "budget 10.00%: NOT met; a whole output may be off by half of it"),
+    ],
+)
+def test_the_page_calls_a_budget_met_only_where_the_verdict_does(quality, drop, told):
+    report = sample_report(quality=quality, budget_met=False)
+    report.after.drop = drop
+    card = cards(report)[2]
+    assert (card.tone, told in card.details) == ("bad", True)
+    assert next(row for row in figure_rows(report) if row.label == "relative error").good is False
+
+
+def test_an_error_of_made_up_inputs_is_held_against_the_limit_of_whole_outputs():
+    report = sample_report(quality="relative-error")
+    report.after.drop, report.after.error_interval = None, (0.04, 0.05)
+    report.data["generated"] = True
+    assert cards(report)[2].details[-1] == "budget 5.00%: met"
 
 
 def test_an_estimated_latency_says_so():
@@ -309,12 +332,12 @@ def test_there_is_no_chart_where_nothing_was_measured():
     assert chart_data(report, candidates(report)) == []
 
 
-def test_the_budget_of_data_is_not_drawn_over_errors_of_made_up_inputs():
-    report = sample_report(quality="relative-error", stages=[
-        StageEntry("simplify", "kept", "why", 1.0, [attempt("kept", 1.1, 1.0, None, error=0.01)])
-    ])  # fmt: skip
+@pytest.mark.parametrize(("interval", "budget"), [((0.009, 0.011), 0.05), (None, None)])
+def test_errors_of_made_up_inputs_have_the_limit_of_whole_outputs_but_in_old_reports(interval, budget):
+    tried = attempt("kept", 1.1, 1.0, None, error=0.01, error_interval=interval)
+    report = sample_report(quality="relative-error", stages=[StageEntry("simplify", "kept", "why", 1.0, [tried])])
     report.data["generated"] = True
-    assert [chart["budget"] for chart in chart_data(report, candidates(report))] == [None, None]
+    assert [chart["budget"] for chart in chart_data(report, candidates(report))] == [budget, budget]
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

@@ -154,6 +154,14 @@ def test_the_worst_layers_come_first_a_page_at_a_time(shown):
     assert page.inner_text("#count").startswith("Rows 1 to 25 of ")
 
 
+def test_a_layer_whose_error_is_infinite_comes_first_and_leaves_the_other_bars_as_they_are(shown):
+    lost = layer("lost", error=None, sqnr_db=None)
+    page = shown(sample_report(layers=[layer("half", error=0.1), lost, layer("worst", error=0.2)]))
+    assert column(page, "error")[:3] == ["infinite", "20.00%", "10.00%"]
+    widths = page.locator("#table .meter.error").evaluate_all("meters => meters.map(one => one.style.width)")
+    assert widths == ["100%", "100%", "50%"]
+
+
 def test_a_header_sorts_and_sorts_the_other_way_when_pressed_again(shown):
     page = shown(full_report())
     header(page, "Layer").click()

@@ -18,7 +18,7 @@ const layers = () => {
   if (!rows.length) return;
   const place = (key) => columns.findIndex((column) => column.key === key);
   const isText = (column) => column.kind === "text";
-  const most = columns.map((column, index) => (isText(column) ? 0 : rows.reduce((top, row) => Math.max(top, row[index] || 0), 0)));
+  const most = columns.map((column, index) => (isText(column) ? 0 : rows.reduce((top, row) => (row[index] < INFINITE ? Math.max(top, row[index]) : top), 0)));
   // Bytes before and after share a scale, and so do times, so that their bars can be compared.
   const together = (kind) => Math.max(...columns.map((column, index) => (column.kind === kind ? most[index] : 0)));
   const scales = { bytes: together("bytes"), time: together("time"), share: 1, decibels: 0, bits: 0, whole: 0 };
@@ -76,7 +76,7 @@ const layers = () => {
       const meter = document.createElement("span");
       meter.className = `meter ${column.kind}`;
       meter.setAttribute("aria-hidden", "true");
-      meter.style.width = `${(100 * value) / scale}%`;
+      meter.style.width = `${Math.min(100, (100 * value) / scale)}%`;
       element.append(meter);
     }
     return element;
