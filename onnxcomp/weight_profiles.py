@@ -236,7 +236,8 @@ def singular_values(before: WeightValues | None, parts: Sequence[WeightValues]) 
     if not np.isfinite(values).all():
         return None
     kept, total = ranks(parts)[0], len(values)
-    numbers = {*np.linspace(1, total, min(total, SHOWN_VALUES - 1)).round().astype(int).tolist(), min(kept, total)}
+    shown = total if total <= SHOWN_VALUES else SHOWN_VALUES - 1
+    numbers = {*np.linspace(1, total, shown).round().astype(int).tolist(), min(kept, total)}
     return {
         "kept": kept,
         "total": total,
