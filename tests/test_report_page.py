@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from importlib import resources
 from typing import Any
 
+import click
 import pytest
 
+from onnxcomp.cli import main
 from onnxcomp.ledger import Attempt, PassEntry, Report, StageEntry
 from onnxcomp.report import from_json, to_json
 from onnxcomp.report.page import page_html
-from onnxcomp.report.page.answer import cards, next_steps
+from onnxcomp.report.page.answer import SHARED, cards, next_steps
 from onnxcomp.report.page.candidates import candidates, chart_data, front
 from onnxcomp.report.page.history import curves, measured, time_line
 from onnxcomp.report.page.layers import layer_data
@@ -275,6 +277,19 @@ def test_the_command_is_the_one_that_was_given_and_its_data_go_to_verify():
         "onnxcomp verify in/model.onnx out/small.onnx --target x86-vnni --data calib.npz",
         "onnxcomp view out/small.onnx",
     ]
+
+
+def test_verify_reads_the_samples_as_they_were_read():
+    report = sample_report()
+    given = ["--data", "mod:samples", "--allow-code", "--image-mean=0.5", "--shape", "x=1,3,8,8", "--shape", "y=1,2"]
+    report.options["command"] = ["in/model.onnx", *given, "--max-drop", "1%", "-q"]
+
+    command = next_steps(report)[1].command
+
+    assert command.endswith(f"--target x86-vnni {' '.join(given)}")
+    verify = main.get_command(click.Context(main), "verify")
+    assert verify is not None
+    assert {name for option in verify.params for name in option.opts} >= {*SHARED, "--allow-code"}
 
 
 def test_a_report_without_the_command_gives_one_made_of_its_options():

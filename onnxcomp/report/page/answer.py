@@ -21,6 +21,12 @@ __all__ = ["Card", "Step", "cards", "command_line", "evidence_text", "next_steps
 PLACEHOLDER = "DATA"
 """Stands for the path of the samples where a report does not tell it."""
 
+SHARED = frozenset({
+    *("--data", "--metric", "--shape", "--seed", "--threads"),
+    *("--image-size", "--image-layout", "--image-mean", "--image-std", "--image-scale", "--image-color"),
+})  # fmt: skip
+"""What `optimize` and `verify` both take, with a value."""
+
 _EVIDENCE = {
     "measured": "timed in turn with the original on the machine below, which is the target",
     "same kernels": "not timed: ONNX Runtime makes the same program of both",
@@ -163,8 +169,8 @@ def next_steps(report: Report) -> list[Step]:
             command_line(_rebuilt(report, source, output)),
             f"put the path of your samples for {PLACEHOLDER}",
         )
-    data = [] if report.data.get("generated") else ["--data", _data_path(command)]
-    verify = ["onnxcomp", "verify", source, output, "--target", report.target, *data]
+    shared = _shared_words(command, generated=bool(report.data.get("generated")))
+    verify = ["onnxcomp", "verify", source, output, "--target", report.target, *shared]
     note = f"put the path of your samples for {PLACEHOLDER}" if PLACEHOLDER in verify else ""
     steps = [again, Step("Verify the result as its target runs it", command_line(verify), note)]
     return [
@@ -173,15 +179,19 @@ def next_steps(report: Report) -> list[Step]:
     ]
 
 
-def _data_path(command: object) -> str:
-    """The samples that the command named."""
+def _shared_words(command: object, *, generated: bool) -> list[str]:
+    """The options of `optimize` that `verify` has too: the samples, how they are read, and what they are judged by."""
     words = [str(word) for word in command] if isinstance(command, list) else []
+    found = []
     for index, word in enumerate(words):
-        if word == "--data" and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith("--data="):
-            return word.partition("=")[2]
-    return PLACEHOLDER
+        name, equals, _ = word.partition("=")
+        if name == "--allow-code" or (equals and name in SHARED):
+            found.append(word)
+        elif word in SHARED and index + 1 < len(words):
+            found += [word, words[index + 1]]
+    if not generated and not any(word.partition("=")[0] == "--data" for word in found):
+        found += ["--data", PLACEHOLDER]
+    return found
 
 
 def _rebuilt(report: Report, source: str, output: str) -> list[str]:
