@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import numpy as np
 
 from onnxcomp import analysis
 from onnxcomp.data import Dataset
-from onnxcomp.layer_table import LayerComparison, ModelLayers
-from onnxcomp.layers import layer_errors, tensor_pairs
+from onnxcomp.layer_table import LayerComparison, ModelLayers, compared_layers
 from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
@@ -265,9 +263,7 @@ class Judge:
         first, second = self.path_of(original), self.path_of(new)
         ours = ModelLayers(original, self.runtime.census(first), self._shapes, wide=wide)
         theirs = ModelLayers(new, self.runtime.census(second), self._shapes, wide=wide)
-        known = tensor_pairs(original.proto(), new.proto())
-        tensors = list(dict.fromkeys([*ours.results(known), *chain.from_iterable(ours.inputs(known).values())]))
-        return LayerComparison(ours, theirs, layer_errors(self.runtime, first, second, self._few.feeds, tensors))
+        return compared_layers(self.runtime, (ours, theirs), (original, new), (first, second), self._few.feeds)
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
+from onnxcomp import layer_details
 from onnxcomp.compared import Comparisons
 from onnxcomp.errors import OptionError
 from onnxcomp.ledger import Report
@@ -19,7 +20,7 @@ from onnxcomp.report.compared import print_comparisons
 from onnxcomp.report.comparison_document import any_from_json
 from onnxcomp.report.page import comparison_page_html
 from tests.comparisons import candidate, failed, sample_comparison, unmeasured
-from tests.reports import layer, sample_report
+from tests.reports import detail, layer, sample_report
 from tests.test_cli import one_error_line, run
 from tests.test_report_page import HOSTILE, Page
 
@@ -192,6 +193,16 @@ def test_layers_name_their_model_where_there_are_several():
     assert "model" not in [column["key"] for column in alone["columns"]]
 
 
+def test_each_panel_belongs_to_the_row_of_its_layer_and_model():
+    first = candidate("a.onnx", layers=[layer("conv1"), layer("conv2", detail=detail())])
+    second = candidate("b.onnx", layers=[layer("conv1", detail=detail(), cause="pruned"), layer("conv2")])
+    layers = page_of(first, second).embedded["layers"]
+
+    told = [[layers["texts"][number] for number in layers["rows"][row][:2]] for row, _ in layers["details"]]
+    assert told == [["conv2", "a.onnx"], ["conv1", "b.onnx"]]
+    assert [panel["cause"] for _, panel in layers["details"]] == ["rounding: its weight takes 8 bits", "pruned"]
+
+
 def test_without_layers_there_is_no_table_of_them():
     ids = [found.get("id") for _, found in page_of(candidate()).elements]
     assert "table" not in ids
@@ -221,10 +232,9 @@ def test_a_relative_error_on_made_up_inputs_has_the_limit_of_whole_outputs():
 
 
 def test_five_models_of_2000_layers_stay_small():
-    many = [
-        candidate(f"{number}.onnx", layers=[layer(f"/encoder/layers.{index}/MatMul") for index in range(2000)])
-        for number in range(5)
-    ]
+    few = layer_details.MOST_DETAILED // 5
+    rows = [layer(f"/encoder/layers.{index}/MatMul", detail=detail() if index < few else None) for index in range(2000)]
+    many = [candidate(f"{number}.onnx", layers=rows) for number in range(5)]
     assert len(comparison_page_html(sample_comparison(*many))) < 1_500_000
 
 

@@ -422,7 +422,7 @@ def test_the_worst_layers_come_first_where_errors_are_known():
 def panel_of(**changes: Any) -> dict[str, Any]:
     """The panel of a layer whose detail has these changes."""
     report = read_back(sample_report(layers=[layer("conv1", detail=detail(**changes))]))
-    found = dict(details(report))
+    found = dict(details(report.layers))
     return found.get(0, {})
 
 
@@ -459,7 +459,7 @@ def test_a_report_of_an_earlier_form_has_the_rows_and_no_panels():
     facts = json.loads(to_json(sample_report(layers=rows)))
     report = from_json(json.dumps({**facts, "schema_version": "1.1"}))
 
-    assert details(report) == []
+    assert details(report.layers) == []
     assert cells(report)[0]["error"] == 0.0275
     assert "press the name" not in page_html(report)
 

@@ -58,7 +58,7 @@ def layer_data(report: Report) -> dict[str, Any]:
 
     Texts repeat from layer to layer, so each is held once.
     """
-    return {**table_data(_rows(report)), "details": details(report)}
+    return {**table_data(_rows(report)), "details": details(report.layers)}
 
 
 def table_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ const layers = () => {
   const open = (row, button) => {
     if (state.open) close();
     Object.assign(state, { open: row, button });
-    const line = PANEL.row(texts[row[0]], details.get(row), columns.length, () => close().focus());
+    const model = place("model") < 0 ? "" : `, ${texts[row[place("model")]]}`;
+    const line = PANEL.row(`${texts[row[0]]}${model}`, details.get(row), columns.length, () => close().focus());
     button.closest("tr").after(line);
     button.setAttribute("aria-expanded", "true");
     button.setAttribute("aria-controls", "panel");
