@@ -148,6 +148,16 @@ def test_two_outputs_are_one_file_by_whatever_way_their_folder_is_named(model, t
             assert "--json and --report both name" in one_error_line(result)
 
 
+@pytest.mark.parametrize("path", [".", "/", ""])
+def test_a_path_without_a_name_is_told_as_the_folder_that_it_is(model, tmp_path, path):
+    assert "older" in one_error_line(run("optimize", path))
+    assert "directory" in one_error_line(run("report", path))
+    targets = ("--target", "arm64", "--target", "web", "-o", tmp_path / "models")
+    for more in ((), targets):
+        for option in ("--report", "--json"):
+            assert "the output is a folder" in one_error_line(run("optimize", model, option, path, *more))
+
+
 def test_the_page_is_a_file_of_its_own(model, tmp_path):
     result = run("optimize", model, "--json", tmp_path / "a", "--report", tmp_path / "a")
     assert result.exit_code == 2

@@ -185,8 +185,8 @@ def _jobs(
 ) -> Iterator[_Job]:
     """A job for each target."""
     if len(targets) < 2:
-        path = output or source.with_name(f"{source.stem}.opt.onnx")
-        yield _Job(targets[0] if targets else None, path, json_path, Path(page_path) if page_path else None)
+        path = output or (source.with_name(f"{source.stem}.opt.onnx") if source.name else source)
+        yield _Job(targets[0] if targets else None, path, json_path, None if page_path is None else Path(page_path))
         return
     if output is None:
         message = "several targets are written to a folder; give one with -o"
@@ -195,10 +195,13 @@ def _jobs(
         message = "several targets give several reports, which do not fit stdout; give --json a file name"
         raise OptionError(message)
     _make_folder(output)
+    reports = [None if path is None else Path(path) for path in (json_path, page_path)]
+    for report in reports:
+        if report is not None and not report.name:  # such as "."
+            message = f"{report}: the output is a folder, expected a file name"
+            raise OutputError(message)
     for target in dict.fromkeys(targets):
-        named, page = (
-            Path(path).with_suffix(f".{target}{Path(path).suffix}") if path else None for path in (json_path, page_path)
-        )
+        named, page = (path and path.with_suffix(f".{target}{path.suffix}") for path in reports)
         yield _Job(target, output / f"{source.stem}.{target}.onnx", str(named) if named else None, page)
 
 
