@@ -59,6 +59,7 @@ const layers = () => {
 
   const cell = (row, column, index) => {
     const element = document.createElement(index === 0 ? "th" : "td");
+    element.dataset.column = column.key;
     if (index === 0) element.scope = "row";
     if (isText(column)) {
       const told = column.key === "done" || column.key === "left";
@@ -155,7 +156,7 @@ const layers = () => {
     const button = document.createElement("button");
     const arrow = document.createElement("span");
     header.scope = "col";
-    header.dataset.key = column.key;
+    Object.assign(header.dataset, { key: column.key, column: column.key });
     header.className = isText(column) ? "" : "number";
     button.type = "button";
     button.textContent = column.title;
