@@ -17,7 +17,7 @@ from onnxcomp.layer_table import LayerRow, ModelLayers, compared_layers
 from onnxcomp.ledger import Figures
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
-from onnxcomp.model_figures import model_figures, with_timing
+from onnxcomp.model_figures import model_figures, with_timing, work
 from onnxcomp.pairs import (
     as_tuples,
     chosen_metric,
@@ -317,8 +317,9 @@ class _Bench:
 
     def _figures(self, model: Model, path: Path, census: Census, quality: Quality, feed: Mapping[str, Any]) -> Figures:
         shapes = {name: array.shape for name, array in feed.items()}
-        load_ms = self.runtime.check(path).load_ms
-        return model_figures(model, path, census, quality, shapes, wide=self.wide, load_ms=load_ms)
+        load_ms = self.runtime.check(path).load_ms if self.target.is_host else None
+        macs = work(model, census, shapes, self.target)
+        return model_figures(model, path, census, quality, macs, load_ms=load_ms)
 
     def _layers(self, one: Measured, model: Model, census: Census, ran: _Ran, timings: Sequence[Timing | None]) -> None:
         """Put the layers side by side; where they cannot be had, it costs a model no more than these."""

@@ -16,8 +16,9 @@ from onnxcomp.layer_table import LayerComparison, ModelLayers, compared_layers
 from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
+from onnxcomp.model_figures import work
 from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference
-from onnxcomp.runtime import Census, Feed, Runtime, Timing, explain
+from onnxcomp.runtime import Census, Feed, Runtime, Timing
 from onnxcomp.targets import Target
 from onnxcomp.trial_runs import agrees_with_itself
 
@@ -358,10 +359,7 @@ class Judge:
 
     def macs(self, model: Model, census: Census) -> tuple[int, int]:
         """Multiply-accumulates of one run, and how many run in int8 kernels."""
-        counts = self.layer_macs(model)
-        rules = self.target.rules
-        int8 = set() if rules is None else set(explain(model.proto(), census, wide=rules.wide).int8)
-        return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
+        return work(model, census, self._shapes, self.target)
 
     def _run(self, path: Path, data: Dataset) -> Iterator[list[Any]]:
         return self.runtime.run(path, data.feeds())

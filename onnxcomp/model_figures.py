@@ -11,19 +11,30 @@ from onnxcomp.ledger import Figures
 from onnxcomp.model import Model
 from onnxcomp.quality import Quality
 from onnxcomp.runtime import Census, Timing, explain
+from onnxcomp.targets import Target
 
-__all__ = ["model_figures", "with_timing"]
+__all__ = ["model_figures", "with_timing", "work"]
+
+DEFLATE_LIMIT_BYTES = 1 << 29
+"""Deflating an eighth of it takes about 4 seconds: larger models are not worth the wait."""
+
+
+def work(model: Model, census: Census, shapes: Mapping[str, Sequence[int]], target: Target) -> tuple[int, int]:
+    """Multiply-accumulates of one run, and how many of them run in int8 kernels on the target.
+
+    Args:
+        model: The model.
+        census: ONNX Runtime's optimized graph of it.
+        shapes: Of the inputs.
+        target: What it is for; one that takes no int8 operators has no such kernels.
+    """
+    counts, rules = mac_counts(model, shapes), target.rules
+    int8 = set() if rules is None else set(explain(model.proto(), census, wide=rules.wide).int8)
+    return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
 
 
 def model_figures(
-    model: Model,
-    path: Path,
-    census: Census,
-    quality: Quality,
-    shapes: Mapping[str, Sequence[int]],
-    *,
-    wide: str | None,
-    load_ms: float,
+    model: Model, path: Path, census: Census, quality: Quality, macs: tuple[int, int], *, load_ms: float | None
 ) -> Figures:
     """All that is known of a model but its time.
 
@@ -32,21 +43,18 @@ def model_figures(
         path: Its file.
         census: ONNX Runtime's optimized graph of it.
         quality: What it loses.
-        shapes: Of the inputs that multiply-accumulates are counted for.
-        wide: What the target's int8 kernels do with wide weights; see `explain`.
-        load_ms: The time to make a session.
+        macs: As `work` counts them.
+        load_ms: The time to make a session; None where it tells nothing of the target.
     """
-    macs = mac_counts(model, shapes)
-    int8 = set(explain(model.proto(), census, wide=wide).int8)
     parameters, nonzeros = count_parameters(model)
     return Figures(
         size_bytes=model.size_bytes,
-        deflated_bytes=deflated_bytes(path),
+        deflated_bytes=deflated_bytes(path) if model.size_bytes <= DEFLATE_LIMIT_BYTES else None,
         resident_bytes=census.initializer_bytes,
         parameters=parameters,
         nonzeros=nonzeros,
-        macs=sum(macs.values()),
-        int8_macs=sum(count for name, count in macs.items() if name in int8),
+        macs=macs[0],
+        int8_macs=macs[1],
         load_ms=load_ms,
         metric=quality.metric,
         drop=quality.drop,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -11,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp import analysis
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.fixed_shapes import dynamic_inputs
 from onnxcomp.graph_table import graph_table
@@ -19,6 +19,7 @@ from onnxcomp.judge import Judge, Score
 from onnxcomp.layer_details import described_layers, kernel_times
 from onnxcomp.ledger import Figures, Report, StageEntry
 from onnxcomp.model import Model, ModelSource, model_files
+from onnxcomp.model_figures import model_figures, with_timing
 from onnxcomp.pass_options import make_pass
 from onnxcomp.passes import registered_passes
 from onnxcomp.quality import Quality
@@ -35,9 +36,6 @@ __all__ = ["build_report", "environment", "file_facts", "model_facts", "replayed
 
 FINAL_TIMING_SECONDS = 2.0
 HASH_CHUNK_BYTES = 1 << 22
-
-DEFLATE_LIMIT_BYTES = 1 << 29
-"""Deflating takes about 4 seconds a 64 MB: larger models are not worth the wait."""
 
 
 def build_report(
@@ -149,30 +147,11 @@ def replayed_stages(path: Path) -> list[Stage]:
 
 
 def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, quality: Quality) -> Figures:
-    parameters, nonzeros = analysis.count_parameters(model)
     path = judge.path_of(model)
-    return Figures(
-        size_bytes=score.size_bytes,
-        deflated_bytes=analysis.deflated_bytes(path) if score.size_bytes <= DEFLATE_LIMIT_BYTES else None,
-        resident_bytes=score.census.initializer_bytes,
-        parameters=parameters,
-        nonzeros=nonzeros,
-        macs=score.macs,
-        int8_macs=score.int8_macs,
-        latency_ms=timing.median_ms if timing else None,
-        latency_p10_ms=timing.p10_ms if timing else None,
-        latency_p90_ms=timing.p90_ms if timing else None,
-        load_ms=judge.runtime.check(path).load_ms if judge.target.is_host else None,
-        latency_evidence="measured" if timing else score.evidence,
-        metric=quality.metric,
-        drop=quality.drop,
-        drop_interval=quality.interval,
-        error=quality.error,
-        error_interval=quality.error_interval,
-        sqnr_db=quality.sqnr_db,
-        agreement=quality.agreement,
-        kernels=score.census.counts(),
-    )
+    load_ms = judge.runtime.check(path).load_ms if judge.target.is_host else None
+    macs = score.macs, score.int8_macs
+    figures = model_figures(model, path, score.census, quality, macs, load_ms=load_ms)
+    return with_timing(dataclasses.replace(figures, latency_evidence=score.evidence), timing)
 
 
 def _layers(

@@ -11,13 +11,14 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcomp import comparing, layer_details, layer_table
+from onnxcomp import comparing, layer_details, layer_table, optimize
 from onnxcomp.comparison import compare, compare_all, worth
 from onnxcomp.errors import DataError, ModelError, OptionError, RuntimeFailure, WorkerDied
 from onnxcomp.judge import Budget
 from onnxcomp.metrics import Metric
 from onnxcomp.report import comparison_schema, comparison_to_json
 from onnxcomp.runtime import Runtime
+from onnxcomp_passes.quantize import Quantize
 from tests.small import CLASSES, INPUTS, classifier, save_classifier, save_samples
 from tests.test_cli import run
 from tests.test_comparison import model
@@ -195,6 +196,17 @@ def test_candidates_share_what_is_told_of_layers_in_detail(folder, monkeypatch):
     for files, told in (([near], [True, True]), ([near, far], [False] * 4)):
         found = compare_all(folder / "a.onnx", files, timing=False, layers=True)
         assert [row["detail"] is not None for one in found.candidates for row in one.layers] == told
+
+
+@pytest.mark.parametrize(("target", "share"), [("arm64", 1.0), ("coreml", 0.0)])
+def test_figures_are_those_of_the_target_as_in_a_run(folder, target, share):
+    report = optimize(
+        folder / "a.onnx", data=folder / "test.npz", passes=[Quantize()], force=True, timing=False, resume=False
+    )
+    found = compare(folder / "a.onnx", report.model, target=target)
+    assert found.after.macs
+    assert found.after.int8_macs == share * found.after.macs
+    assert found.after.load_ms is None  # this machine's says nothing of the target
 
 
 def test_layers_that_cannot_be_had_cost_a_candidate_nothing_else(folder, monkeypatch):
