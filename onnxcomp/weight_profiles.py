@@ -137,7 +137,7 @@ def _are_alike(one: WeightValues, other: WeightValues) -> bool:
 def _is_left(weight: WeightValues) -> bool:
     """Whether a matrix product has its weight on the left."""
     node = weight.node
-    return node.op in {"MatMul", "Gemm"} and not any(_leads_to(node.inputs[1], weight))
+    return node.op in {"MatMul", "Gemm"} and not _leads_to(node.inputs[1], weight)
 
 
 def _leads_to(tensor: gs.Tensor, weight: WeightValues) -> list[gs.Tensor]:

@@ -18,7 +18,7 @@ from onnxcomp.ledger import Report
 from onnxcomp.report import comparison_from_json, comparison_schema, comparison_to_json, read_any_json, to_json
 from onnxcomp.report.compared import print_comparisons
 from onnxcomp.report.comparison_document import any_from_json
-from onnxcomp.report.page import comparison_page_html
+from onnxcomp.report.page import comparison_page_html, page_html
 from tests.comparisons import candidate, failed, sample_comparison, unmeasured
 from tests.reports import detail, layer, sample_report
 from tests.test_cli import one_error_line, run
@@ -191,6 +191,18 @@ def test_layers_name_their_model_where_there_are_several():
     assert options == ["all", "model=int8.onnx", "model=pruned.onnx"]
     alone = page_of(candidate(layers=[layer("a")])).embedded["layers"]
     assert "model" not in [column["key"] for column in alone["columns"]]
+
+
+def test_the_page_says_on_which_samples_the_errors_of_layers_rest():
+    row = layer("conv1")
+    for text, told in (
+        (page_html(sample_report(layers=[row])), "all layers up to it, on a few samples."),
+        (
+            comparison_page_html(sample_comparison(candidate(layers=[row]))),
+            "all layers up to it, on all of the samples.",
+        ),
+    ):
+        assert told in text
 
 
 def test_each_panel_belongs_to_the_row_of_its_layer_and_model():
