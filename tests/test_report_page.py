@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from html.parser import HTMLParser
 from importlib import resources
@@ -254,6 +255,21 @@ def test_the_page_calls_a_budget_met_only_where_the_verdict_does(quality, drop, 
     card = cards(report)[2]
     assert (card.tone, told in card.details) == ("bad", True)
     assert next(row for row in figure_rows(report) if row.label == "relative error").good is False
+
+
+@pytest.mark.parametrize(
+    ("quality", "title"), [("metric", "Drop"), ("expected-drop", "Drop"), ("relative-error", "Relative error")]
+)
+def test_an_infinite_loss_which_json_has_no_number_for_is_told_as_one(quality, title):
+    tried = [attempt("forced", 1.1, 1.0, math.inf, error=math.inf), attempt("dropped", None, None, None)]
+    report = sample_report(quality=quality, budget_met=False, stages=[StageEntry("float16", "forced", "", 1.0, tried)])
+    report.after.drop, report.after.error, report.after.metric = math.inf, math.inf, None
+    report = from_json(to_json(report))
+
+    card = cards(report)[2]
+    assert (card.title, card.after, card.tone) == (title, "infinite", "bad")
+    told = [each.loss_text(relative=quality == "relative-error") for each in candidates(report)]
+    assert told == ["infinite", "-"]
 
 
 def test_an_error_of_made_up_inputs_is_held_against_the_limit_of_whole_outputs():

@@ -21,6 +21,9 @@ __all__ = ["Card", "Step", "cards", "command_line", "evidence_text", "next_steps
 PLACEHOLDER = "DATA"
 """Stands for the path of the samples where a report does not tell it."""
 
+LOST = "the outputs are no numbers, have another shape, or differ where the original's are nothing but zeros"
+"""What makes a loss infinite."""
+
 SHARED = frozenset({
     *("--data", "--metric", "--shape", "--seed", "--threads"),
     *("--image-size", "--image-layout", "--image-mean", "--image-std", "--image-scale", "--image-color"),
@@ -88,8 +91,10 @@ def _latency(report: Figured, rows: dict[str, Row]) -> Card:
 
 def _accuracy(report: Figured) -> Card:
     old, new = report.before, report.after
-    if new.drop is None:
+    if report.quality == "relative-error":
         return _error_card(report)
+    if new.drop is None:  # JSON has no infinity
+        return Card("Drop", "0", "infinite", "", "bad", [LOST])
     inside = report.budget_met is not False
     details = list(_drop_details(report))
     if report.quality == "expected-drop" or new.metric is None:
@@ -117,7 +122,7 @@ def _drop_details(report: Figured) -> Iterator[str]:
 def _error_card(report: Figured) -> Card:
     error, limit = report.after.error, report.budget.get("max_error")
     if error is None:
-        return Card("Relative error", "-", "-", "", "", ["was not measured"])
+        return Card("Relative error", "0", "infinite", "", "bad", [LOST])
     interval = error_range(report.after.error_interval)
     details = [f"95 % interval {interval}, of which the upper end counts"] if interval else []
     generated = bool(report.data.get("generated"))

@@ -53,8 +53,8 @@ class Candidate:
 
     def loss_text(self, *, relative: bool) -> str:
         """The loss in words, with its interval."""
-        if self.loss is None:
-            return "-"
+        if self.loss is None:  # JSON has no infinity; what has a size was measured
+            return "-" if self.size is None else "infinite"
         if relative:
             interval = error_range(self.interval)
             return f"{error_text(self.loss)} ({interval})" if interval else error_text(self.loss)
