@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from typing import Any
 
 import jsonschema
@@ -16,7 +17,7 @@ from onnxcomp.compared import Comparisons
 from onnxcomp.errors import OptionError
 from onnxcomp.ledger import Report
 from onnxcomp.report import comparison_from_json, comparison_schema, comparison_to_json, read_any_json, to_json
-from onnxcomp.report.compared import print_comparisons
+from onnxcomp.report.compared import comparison_table, print_comparisons
 from onnxcomp.report.comparison_document import any_from_json
 from onnxcomp.report.page import comparison_page_html, page_html
 from tests.comparisons import candidate, failed, sample_comparison, unmeasured
@@ -203,6 +204,14 @@ def test_the_page_says_on_which_samples_the_errors_of_layers_rest():
         ),
     ):
         assert told in text
+
+
+@pytest.mark.parametrize(("quality", "loss"), [("metric", "drop"), ("relative-error", "error")])
+def test_an_infinite_loss_is_told_alike_with_and_without_json_between(quality, loss):
+    found = sample_comparison(candidate(after={"drop": math.inf, "error": math.inf}), quality=quality)
+    for each in (found, read_back(found)):
+        table = comparison_table(each)
+        assert dict(zip(table.head, table.rows[1], strict=True))[loss] == "infinite"
 
 
 def test_each_panel_belongs_to_the_row_of_its_layer_and_model():
