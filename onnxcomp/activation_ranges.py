@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.analysis import named_nodes
 from onnxcomp.deviation import TensorError
 from onnxcomp.model import Model
 from onnxcomp.qdq import codes_dtype, codes_of, decoder, scale_of, zero_point_of
@@ -29,7 +30,8 @@ class ActivationRanges:
 
     def __init__(self, model: Model) -> None:
         nodes = [node for graph in model.graphs() for node in graph.nodes if node.outputs]
-        self._nodes = {str(node.name or node.outputs[0].name): node for node in nodes}
+        names = named_nodes(model)
+        self._nodes = {names[id(node)]: node for node in nodes}
         self._quantizers = {str(node.inputs[0].name): node for node in nodes if node.op == "QuantizeLinear"}
 
     def of_layer(

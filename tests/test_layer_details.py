@@ -8,6 +8,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 
 from onnxcomp import layer_details, optimize, reporting
@@ -161,6 +162,26 @@ def test_of_many_layers_the_heaviest_and_the_worst_are_told_of_in_detail(monkeyp
     assert max(report.layers, key=lambda layer: layer["weight_bytes_before"]) in told
     assert f"histograms and ranges are told of {len(told)} of 6 layers, the heaviest and the worst" in report.notes
     assert MOST_DETAILED == 200
+
+
+def test_a_layer_has_its_own_weight_where_a_layer_in_a_body_has_its_name():
+    def branch(seed: int) -> onnx.GraphProto:
+        body = onnx.parser.parse_graph("b () => (float[N,64] t) { [mm] t = MatMul(x, W) }")
+        body.initializer.append(onnx.numpy_helper.from_array(random_weights(16, 64, seed=seed), "W"))
+        return body
+
+    text = "g (float[N,16] x, bool c) => (float[N,4] y, float[N,64] z) { s = Identity(x) [mm] y = MatMul(s, V) }"
+    model = graph_model(text, {"V": random_weights(16, 4)})
+    made = onnx.helper.make_node("If", ["c"], ["z"], then_branch=branch(1), else_branch=branch(2), name="if")
+    model.graph.node.append(made)
+
+    report = report_of(Simplify(), model=model)
+    layer = layer_of(report, "mm")
+    assert (layer["weight_before"], layer["weight_shape"]) == ("V", (16, 4))
+    assert layer["detail"]["weights"]["before_values"] == 64
+    inner = [each for each in report.layers if each["weight_before"] == "W"]
+    assert [each["weight_shape"] for each in inner] == [(16, 64)] * 2
+    assert [each["detail"]["weights"] for each in inner] == [None, None]  # which of both is not known
 
 
 # --- ranges -----------------------------------------------------------------------------------------------------------
