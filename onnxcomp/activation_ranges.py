@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.analysis import named_nodes
 from onnxcomp.deviation import TensorError
 from onnxcomp.model import Model
 from onnxcomp.qdq import codes_dtype, codes_of, decoder, scale_of, zero_point_of
@@ -29,7 +30,8 @@ class ActivationRanges:
 
     def __init__(self, model: Model) -> None:
         nodes = [node for graph in model.graphs() for node in graph.nodes if node.outputs]
-        self._nodes = {str(node.name or node.outputs[0].name): node for node in nodes}
+        names = named_nodes(model)
+        self._nodes = {names[id(node)]: node for node in nodes}
         self._quantizers = {str(node.inputs[0].name): node for node in nodes if node.op == "QuantizeLinear"}
 
     def of_layer(
@@ -37,6 +39,8 @@ class ActivationRanges:
         name: str,
         results: Iterable[str],
         seen: Mapping[str, TensorError | None],
+        *,
+        reads: str | None = None,
     ) -> list[dict[str, Any]]:
         """The ranges at a layer's input and output.
 
@@ -44,15 +48,16 @@ class ActivationRanges:
             name: The layer's node.
             results: The layer's output, and what is computed of it before it is quantized.
             seen: "input" and "output" -> what the original has there, as far as it was looked at.
+            reads: The node that takes the layer's input, where the layer was split into several.
 
         Returns:
             For each place of which something is known: `place`; `seen_low` and `seen_high`, the original's extremes on
             the samples; and where the new model has one scale for it `type`, `scale`, `zero_point` and, as `low` and
             `high`, the least and the largest number that it can say. What is not known is None.
         """
-        node = self._nodes.get(name)
+        node, reader = self._nodes.get(name), self._nodes.get(reads or name)
         ends = {
-            "input": None if node is None else _input_scale(node),
+            "input": None if reader is None else _input_scale(reader),
             "output": None if node is None else self._output_scale(node, results),
         }
         found = []

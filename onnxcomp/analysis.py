@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from onnxcomp.macs import mac_counts
 from onnxcomp.model import Model, value_of
 from onnxcomp.packed import find_packed, unpack
-from onnxcomp.runtime.census import INT8_OPERATORS
+from onnxcomp.runtime.census import INT8_OPERATORS, unique_names
 from onnxcomp.shapes import Shape
 from onnxcomp.structure import model_files
 from onnxcomp.weights import CHUNK_BYTES, LazyWeight
@@ -29,6 +29,7 @@ __all__ = [
     "held_weights",
     "is_quantized",
     "mac_counts",
+    "named_nodes",
     "operator_counts",
     "weight_table",
 ]
@@ -161,6 +162,7 @@ def _weight_rows(model: Model) -> Iterator[WeightRow]:
     if find_packed(model):
         model = model.fork()
         packed = {str(weight.tensor.name): weight.nbytes for weight in unpack(model)}
+    names = named_nodes(model)
     for held in held_weights(model):
         name, constant, reader, index, user = held.name, held.constant, held.reader, held.index, held.node
         shape = tuple(int(size) for size in constant.shape)
@@ -171,8 +173,14 @@ def _weight_rows(model: Model) -> Iterator[WeightRow]:
             elements, zeros = int(reader.attrs.get("N", 0)) * int(reader.attrs.get("K", 0)), 0
         else:
             zeros = elements - _nonzeros(constant, _zero_point(reader, index))
-        node = user.name or (user.outputs[0].name if user.outputs else "")
-        yield WeightRow(name, shape, str(constant.dtype), nbytes, elements, zeros, user.op, node)
+        yield WeightRow(name, shape, str(constant.dtype), nbytes, elements, zeros, user.op, names[id(user)])
+
+
+def named_nodes(model: Model) -> dict[int, str]:
+    """The unique name of each node of a model, as `onnxcomp.runtime.census.node_names` gives it, by the node's id."""
+    nodes = [node for graph in model.graphs() for node in graph.nodes]
+    told = ((node.name, [tensor.name for tensor in node.outputs], node.op) for node in nodes)
+    return dict(zip(map(id, nodes), unique_names(told), strict=True))
 
 
 def held_weights(model: Model) -> Iterator[HeldWeight]:

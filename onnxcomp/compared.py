@@ -39,6 +39,7 @@ class Comparison:
         warnings: What to know before trusting a figure.
         layers: The layers side by side, the largest error first; None where they were not asked for.
         budget: {max_drop, max_error}; empty where none was asked for.
+        budget_met: Whether the new model is inside it; None where none was asked for.
     """
 
     original: str
@@ -56,6 +57,7 @@ class Comparison:
     warnings: list[str] = field(default_factory=list)
     layers: list[LayerRow] | None = None
     budget: dict[str, Any] = field(default_factory=dict)
+    budget_met: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain data."""
@@ -180,6 +182,7 @@ class Comparisons:
             threads=int(self.environment.get("threads", 1)),
             warnings=[*self.warnings, *candidate.warnings],
             budget=self.budget,
+            budget_met=candidate.verdict != "over",
         )
 
     def to_dict(self) -> dict[str, Any]:

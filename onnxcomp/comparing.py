@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 from onnxcomp.analysis import mac_counts
 from onnxcomp.data import Dataset, ImageOptions, InputSpec, generate, input_specs, open_data
 from onnxcomp.errors import ModelError, OnnxcompError, RuntimeFailure
-from onnxcomp.layer_table import LayerRow, ModelLayers, layer_rows
-from onnxcomp.layers import layer_errors, tensor_pairs
+from onnxcomp.layer_details import described_layers, kernel_times
+from onnxcomp.layer_table import LayerRow, ModelLayers, compared_layers
 from onnxcomp.ledger import Figures
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model, ModelSource
-from onnxcomp.model_figures import model_figures, with_timing
+from onnxcomp.model_figures import model_figures, with_timing, work
 from onnxcomp.pairs import (
     as_tuples,
     chosen_metric,
@@ -29,7 +29,7 @@ from onnxcomp.pairs import (
     static_shapes,
 )
 from onnxcomp.quality import Quality, Reference, output_decibels
-from onnxcomp.runtime import Census, Runtime, Timing, explain
+from onnxcomp.runtime import Census, Runtime, Timing
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial, agrees_with_itself
 
@@ -54,6 +54,8 @@ class Asked:
     allow_code: bool = False
     timing: bool = True
     layers: bool = False
+    sharing: int = 0
+    """How many models share what is told of layers in detail; 0: nothing is."""
     hashes: bool = False
     """Whether the data are hashed, which reads all of them."""
     progress: Callable[[str], None] | None = None
@@ -73,6 +75,7 @@ class Measured:
     quality: Quality | None = None
     sqnr_db: dict[str, float] = field(default_factory=dict)
     layers: list[LayerRow] | None = None
+    details: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -92,8 +95,6 @@ class Outcome:
     quality: str
     metric: dict[str, Any] | None
     data: dict[str, Any]
-    macs: dict[str, int]
-    """Of the original's layers."""
     target: Target
     warnings: list[str]
 
@@ -219,7 +220,6 @@ class _Bench:
             if self.metric
             else None,
             data=self._data(shared.samples),
-            macs=mac_counts(self.base, {name: array.shape for name, array in feed.items()}),
             target=self.target,
             warnings=self._warnings(shared, found, feed),
         )
@@ -287,7 +287,8 @@ class _Bench:
                     figures = self._figures(one.model, one.path, census, one.quality, ran.feed)
                     old, new = times.get(id(one), (None, None))
                     one.before, one.after = with_timing(before, old), with_timing(figures, new)
-                    one.layers = self._layers(one, one.model, census, ran) if self.asked.layers else None
+                    if self.asked.layers:
+                        self._layers(one, one.model, census, ran, (old, new))
         return before
 
     @property
@@ -316,25 +317,30 @@ class _Bench:
 
     def _figures(self, model: Model, path: Path, census: Census, quality: Quality, feed: Mapping[str, Any]) -> Figures:
         shapes = {name: array.shape for name, array in feed.items()}
-        counts = mac_counts(model, shapes)
-        int8 = set(explain(model.proto(), census, wide=self.wide).int8)
-        macs = sum(counts.values()), sum(count for name, count in counts.items() if name in int8)
-        return model_figures(model, path, census, quality, macs, self.runtime.check(path).load_ms)
+        load_ms = self.runtime.check(path).load_ms if self.target.is_host else None
+        macs = work(model, census, shapes, self.target)
+        return model_figures(model, path, census, quality, macs, load_ms=load_ms)
 
-    def _layers(self, one: Measured, model: Model, census: Census, ran: _Ran) -> list[LayerRow]:
-        """The layers side by side; none where they cannot be had, which costs a model no more than these."""
+    def _layers(self, one: Measured, model: Model, census: Census, ran: _Ran, timings: Sequence[Timing | None]) -> None:
+        """Put the layers side by side; where they cannot be had, it costs a model no more than these."""
         shapes = {name: array.shape for name, array in ran.feed.items()}
+        models, paths = (self.base, model), (self.path, one.path)
+        one.layers = []
         try:
             original = ModelLayers(self.base, self.census, shapes, wide=self.wide)
             new = ModelLayers(model, census, shapes, wide=self.wide)
-            tensors = original.results(tensor_pairs(self.base.proto(), model.proto()))
-            errors = layer_errors(self.runtime, self.path, one.path, ran.samples.feeds, tensors)
+            table = compared_layers(self.runtime, (original, new), models, paths, ran.samples.feeds)
         except OnnxcompError as error:
             if self.strict:
                 raise
             one.warnings.append(f"its layers are not listed: {error}")
-            return []
-        return layer_rows(original, new, errors)
+            return
+        one.layers = table.rows
+        if self.asked.sharing:
+            times, notes = kernel_times(self.runtime, paths, ran.feed, timings)
+            macs = mac_counts(self.base, shapes)
+            one.details, _ = described_layers(table, models, macs, times, among=self.asked.sharing)
+            one.warnings += notes
 
     def _data(self, samples: Dataset) -> dict[str, Any]:
         hashed = {"sha256": samples.digest} if self.asked.hashes else {}

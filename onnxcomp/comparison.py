@@ -159,6 +159,7 @@ def compare_all(
         allow_code=allow_code,
         timing=timing,
         layers=layers,
+        sharing=len(candidates),
         hashes=True,
         progress=progress,
     )
@@ -206,10 +207,7 @@ def _candidate(one: Measured, outcome: Outcome, budget: Budget) -> Candidate:
         size=size,
         sqnr_db=dict(one.sqnr_db),
         warnings=one.warnings,
-        layers=[
-            {**dataclasses.asdict(row), "macs": outcome.macs.get(row.name) if row.where != "new" else None}
-            for row in one.layers or ()
-        ],
+        layers=one.details,
     )
 
 

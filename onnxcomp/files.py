@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from onnxcomp.errors import OutputError
+from onnxcomp.errors import OptionError, OutputError
 
-__all__ = ["check_writable", "replaced_whole", "same_file"]
+__all__ = ["check_outputs", "check_writable", "replaced_whole", "same_file"]
 
 
 def same_file(one: Path, other: Path) -> bool:
@@ -42,6 +42,28 @@ def check_writable(path: Path, *, inputs: tuple[Path, ...] = ()) -> None:
     if not os.access(folder, os.W_OK):
         message = f"{path}: its folder {str(folder)!r} cannot be written to"
         raise OutputError(message)
+
+
+def check_outputs(outputs: Mapping[str, Path | None], *, inputs: tuple[Path, ...] = ()) -> None:
+    """Refuse several outputs before any work starts.
+
+    Args:
+        outputs: Option -> where it writes to; None: it writes no file.
+        inputs: What is read.
+
+    Raises:
+        OutputError: One of them cannot be written; see `check_writable`.
+        OptionError: Two of them are one file.
+    """
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        check_writable(path, inputs=inputs)
+        other = taken.setdefault(path.parent.resolve() / path.name, option)  # a link itself is replaced
+        if other != option:
+            message = f"{other} and {option} both name {str(path)!r}; give one of them another name"
+            raise OptionError(message)
 
 
 @contextlib.contextmanager

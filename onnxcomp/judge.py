@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import numpy as np
 
 from onnxcomp import analysis
 from onnxcomp.data import Dataset
-from onnxcomp.layer_table import LayerComparison, ModelLayers
-from onnxcomp.layers import layer_errors, tensor_pairs
+from onnxcomp.layer_table import LayerComparison, ModelLayers, compared_layers
+from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Model
+from onnxcomp.model_figures import work
 from onnxcomp.quality import LOSSLESS_ERROR, Quality, Reference
-from onnxcomp.runtime import Census, Feed, Runtime, Timing, explain
+from onnxcomp.runtime import Census, Feed, Runtime, Timing
 from onnxcomp.targets import Target
 from onnxcomp.trial_runs import agrees_with_itself
 
@@ -40,10 +40,6 @@ FEW_SAMPLES = 16
 ROUNDING_MARGIN = 4.0
 """Rewritten arithmetic rounds elsewhere: errors up to this many times the original's own rounding are rounding too. It
 matters where outputs are next to nothing, such as the 1e-7 of a text detector that sees no text."""
-
-WHOLE_OUTPUT = 0.5
-"""The share of `Budget.max_error` that a whole output may be off by, its constant part included."""
-
 
 RANKING = 0.5
 """The share of a detector's drop that the ranking of its scores may use up: boxes that moved cost precision as well."""
@@ -268,9 +264,7 @@ class Judge:
         first, second = self.path_of(original), self.path_of(new)
         ours = ModelLayers(original, self.runtime.census(first), self._shapes, wide=wide)
         theirs = ModelLayers(new, self.runtime.census(second), self._shapes, wide=wide)
-        known = tensor_pairs(original.proto(), new.proto())
-        tensors = list(dict.fromkeys([*ours.results(known), *chain.from_iterable(ours.inputs(known).values())]))
-        return LayerComparison(ours, theirs, layer_errors(self.runtime, first, second, self._few.feeds, tensors))
+        return compared_layers(self.runtime, (ours, theirs), (original, new), (first, second), self._few.feeds)
 
     def confirm(self, model: Model) -> Quality:
         """What the model loses on the samples kept for the final figures."""
@@ -365,10 +359,7 @@ class Judge:
 
     def macs(self, model: Model, census: Census) -> tuple[int, int]:
         """Multiply-accumulates of one run, and how many run in int8 kernels."""
-        counts = self.layer_macs(model)
-        rules = self.target.rules
-        int8 = set() if rules is None else set(explain(model.proto(), census, wide=rules.wide).int8)
-        return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
+        return work(model, census, self._shapes, self.target)
 
     def _run(self, path: Path, data: Dataset) -> Iterator[list[Any]]:
         return self.runtime.run(path, data.feeds())

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from onnxcomp.activation_ranges import ActivationRanges
 from onnxcomp.deviation import TensorError
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.judge import Judge
 from onnxcomp.layer_causes import error_cause, is_worth_a_cause, outlier_channel
 from onnxcomp.layer_table import LayerComparison, LayerRow, ModelLayers
 from onnxcomp.model import Model
-from onnxcomp.runtime import Timing
+from onnxcomp.runtime import Feed, Runtime, Timing
 from onnxcomp.weight_profiles import factors, histogram, ranks, singular_values
 from onnxcomp.weight_values import WeightValues, weight_values
 
-__all__ = ["described_layers"]
+__all__ = ["described_layers", "kernel_times"]
 
 MOST_DETAILED = 200
 """Layers with a histogram: half of them the heaviest, the others the worst. It bounds the report and the time."""
@@ -32,28 +32,29 @@ PROFILED_RUNS = (3, 20)
 
 
 def described_layers(
-    judge: Judge, original: Model, new: Model, timings: Sequence[Timing | None]
+    table: LayerComparison,
+    models: tuple[Model, Model],
+    macs: Mapping[str, int],
+    times: tuple[Mapping[str, float], Mapping[str, float]],
+    *,
+    among: int = 1,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each layer of two models, as the report has it.
 
     Args:
-        judge: What measures.
-        original: The original.
-        new: The result.
-        timings: What a run of each takes; None where nothing is timed, and then no layer is.
+        table: The layers.
+        models: The original and the result.
+        macs: Multiply-accumulates of the original's layers.
+        times: Milliseconds of each kernel of either, as `kernel_times` gives them.
+        among: How many models share what may be told in detail.
 
     Returns:
         The rows, the least signal-to-noise ratio first, and what is to be said of them.
-
-    Raises:
-        OnnxcompError: ONNX Runtime cannot show the tensors between the layers.
     """
-    table = judge.layer_table(original, new)
-    macs = judge.layer_macs(original)
-    times, notes = _times(judge, (original, new), timings)
+    original, new = models
     weights = weight_values(original), weight_values(new)
     details = _Details(table, weights, ActivationRanges(new))
-    chosen = _detailed(table.rows)
+    chosen = _detailed(table.rows, MOST_DETAILED // among)
     rows = [
         {
             **dataclasses.asdict(row),
@@ -66,29 +67,37 @@ def described_layers(
         for row in table.rows
     ]
     weighing = sum(_has_weight(row) for row in table.rows)
-    if weighing > len(chosen):
-        notes.append(
-            f"histograms and ranges are told of {len(chosen)} of {weighing} layers, the heaviest and the worst"
-        )
-    return rows, notes
+    told = f"histograms and ranges are told of {len(chosen)} of {weighing} layers, the heaviest and the worst"
+    return rows, [told] if weighing > len(chosen) else []
 
 
-def _times(
-    judge: Judge, models: Sequence[Model], timings: Sequence[Timing | None]
-) -> tuple[list[dict[str, float]], list[str]]:
-    """Milliseconds of each kernel under ONNX Runtime's profiler, none where nothing is timed, and what went wrong."""
-    found: list[dict[str, float]] = []
+def kernel_times(
+    runtime: Runtime, paths: tuple[Path, Path], feed: Feed, timings: Sequence[Timing | None]
+) -> tuple[tuple[dict[str, float], dict[str, float]], list[str]]:
+    """Milliseconds of each kernel of two models under ONNX Runtime's profiler.
+
+    Args:
+        runtime: Runs them.
+        paths: Their files.
+        feed: The inputs of every run.
+        timings: What a run of each takes; None where nothing is timed, and then no kernel is.
+
+    Returns:
+        The times of each, and what went wrong: times are an extra, which rows do not depend on.
+    """
+    try:
+        before, after = (_profiled(runtime, path, feed, timing) for path, timing in zip(paths, timings, strict=True))
+    except OnnxcompError as error:
+        return ({}, {}), [f"the layers have no times: {error}"]
+    return (before, after), []
+
+
+def _profiled(runtime: Runtime, path: Path, feed: Feed, timing: Timing | None) -> dict[str, float]:
+    if timing is None:
+        return {}
     least, most = PROFILED_RUNS
-    for model, timing in zip(models, timings, strict=True):
-        if timing is None:
-            found.append({})
-            continue
-        runs = min(most, max(least, int(PROFILED_MS / max(timing.median_ms, 1e-3))))
-        try:
-            found.append(judge.runtime.profile(judge.path_of(model), judge.feed, runs=runs, median=True))
-        except OnnxcompError as error:  # times are an extra: the rows do not depend on them
-            return [{}, {}], [f"the layers have no times: {error}"]
-    return found, []
+    runs = min(most, max(least, int(PROFILED_MS / max(timing.median_ms, 1e-3))))
+    return runtime.profile(path, feed, runs=runs, median=True)
 
 
 def _time(layers: ModelLayers, name: str | None, times: Mapping[str, float]) -> float | None:
@@ -100,13 +109,13 @@ def _has_weight(row: LayerRow) -> bool:
     return row.weight_before is not None or row.weight_after is not None
 
 
-def _detailed(rows: Sequence[LayerRow]) -> set[str]:
+def _detailed(rows: Sequence[LayerRow], most: int) -> set[str]:
     """The names of the layers that are told of in detail: the worst come first in `rows`."""
     weighing = [row for row in rows if _has_weight(row)]
-    if len(weighing) <= MOST_DETAILED:
+    if len(weighing) <= most:
         return {row.name for row in weighing}
     heaviest = sorted(weighing, key=lambda row: -max(row.weight_bytes_before or 0, row.weight_bytes_after or 0))
-    half = MOST_DETAILED // 2
+    half = most // 2
     return {row.name for part in (heaviest, weighing) for row in part[:half]}
 
 
@@ -146,17 +155,24 @@ class _Details:
     def detail(self, row: LayerRow) -> dict[str, Any]:
         """Histograms, ranges, factors and singular values."""
         before, parts = self._before.get(row.weight_before or ""), self._parts(row)
-        name, errors = self._table.name_in_new(row), self._table.errors
-        layer = self._table.new.by_name.get(name or "")
-        data = next(iter(self._inputs.get(row.name, ())), "")
-        seen = {"input": errors.get(data), "output": errors.get(row.tensor or "")}
         split = row.where == "both" and len(parts) > 1
         return {
             "weights": histogram(before, parts if row.where != "new" else parts[-1:]),
-            "activations": self._ranges.of_layer(name, layer.tensors, seen) if name and layer else [],
+            "activations": self._activations(row, parts[0] if split else None),
             "factors": [list(part.shape) for part in parts] if split else None,
             "singular_values": singular_values(before, parts) if split else None,
         }
+
+    def _activations(self, row: LayerRow, first: WeightValues | None) -> list[dict[str, Any]]:
+        """The ranges at a layer's input and output; `first` is the first factor of one that was split."""
+        name, errors = self._table.name_in_new(row), self._table.errors
+        layer = self._table.new.by_name.get(name or "")
+        if name is None or layer is None:
+            return []
+        data = next(iter(self._inputs.get(row.name, ())), "")
+        seen = {"input": errors.get(data), "output": errors.get(row.tensor or "")}
+        reads = None if first is None else first.node.name or first.node.outputs[0].name
+        return self._ranges.of_layer(name, layer.tensors, seen, reads=reads)
 
     def _parts(self, row: LayerRow) -> list[WeightValues]:
         after = self._after.get(row.weight_after or "")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from pathlib import Path
 
 import onnx
 from onnx import inliner
 
 from onnxcomp.analysis import WeightRow, weight_table
 from onnxcomp.deviation import TensorError
-from onnxcomp.layers import CLIPS, GraphView
+from onnxcomp.layers import CLIPS, GraphView, layer_errors, tensor_pairs
 from onnxcomp.macs import LAYER_OPERATORS
 from onnxcomp.model import Model
-from onnxcomp.runtime import Census, KernelNode, explain
+from onnxcomp.runtime import Census, Feed, KernelNode, Runtime, explain
 from onnxcomp.runtime.explain import kernel_source
 from onnxcomp.shapes import Shape, traced_nodes
 
-__all__ = ["LayerComparison", "LayerRow", "ModelLayers", "layer_partners", "layer_rows"]
+__all__ = ["LayerComparison", "LayerRow", "ModelLayers", "compared_layers", "layer_partners", "layer_rows"]
 
 KERNELS = ("Conv", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention", "Einsum")
 """What the names of kernels that compute a layer hold."""
@@ -193,6 +195,30 @@ class LayerComparison:
     @cached_property
     def _partners(self) -> dict[str, str]:
         return dict(layer_partners(self.original, self.new))
+
+
+def compared_layers(
+    runtime: Runtime,
+    layers: tuple[ModelLayers, ModelLayers],
+    models: tuple[Model, Model],
+    paths: tuple[Path, Path],
+    feeds: Callable[[], Iterable[Feed]],
+) -> LayerComparison:
+    """Measure the errors of what the layers of an original read and give.
+
+    Args:
+        runtime: Runs the models.
+        layers: Those of the original and of the new model.
+        models: The two models.
+        paths: Their files.
+        feeds: Gives the same inputs each time it is called.
+
+    Raises:
+        OnnxcompError: ONNX Runtime cannot show the tensors between the layers.
+    """
+    known = tensor_pairs(models[0].proto(), models[1].proto())
+    tensors = dict.fromkeys([*layers[0].results(known), *chain.from_iterable(layers[0].inputs(known).values())])
+    return LayerComparison(*layers, layer_errors(runtime, *paths, feeds, list(tensors)))
 
 
 def layer_rows(original: ModelLayers, new: ModelLayers, errors: Mapping[str, TensorError]) -> list[LayerRow]:

@@ -14,6 +14,10 @@ __all__ = ["SCHEMA_VERSION", "Attempt", "Figures", "PassEntry", "Report", "Stage
 SCHEMA_VERSION = "1.2"
 """Of the report's JSON. The first number changes when a reader of the old form would break."""
 
+WHOLE_OUTPUT = 0.5
+"""The share of the budget's `max_error` that a whole output may be off by, its constant part included: all that there
+is of made-up inputs."""
+
 
 @dataclass
 class Figures:

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onnxcomp.analysis import count_parameters, deflated_bytes
+from onnxcomp.analysis import count_parameters, deflated_bytes, mac_counts
 from onnxcomp.ledger import Figures
 from onnxcomp.model import Model
 from onnxcomp.quality import Quality
-from onnxcomp.runtime import Census, Timing
+from onnxcomp.runtime import Census, Timing, explain
+from onnxcomp.targets import Target
 
-__all__ = ["model_figures", "with_timing"]
+__all__ = ["model_figures", "with_timing", "work"]
 
 DEFLATE_LIMIT_BYTES = 1 << 29
-"""Deflating takes about 4 seconds a 64 MB: larger models are not worth the wait."""
+"""Deflating an eighth of it takes about 4 seconds: larger models are not worth the wait."""
+
+
+def work(model: Model, census: Census, shapes: Mapping[str, Sequence[int]], target: Target) -> tuple[int, int]:
+    """Multiply-accumulates of one run, and how many of them run in int8 kernels on the target.
+
+    Args:
+        model: The model.
+        census: ONNX Runtime's optimized graph of it.
+        shapes: Of the inputs.
+        target: What it is for; one that takes no int8 operators has no such kernels.
+    """
+    counts, rules = mac_counts(model, shapes), target.rules
+    int8 = set() if rules is None else set(explain(model.proto(), census, wide=rules.wide).int8)
+    return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
 
 
 def model_figures(
-    model: Model, path: Path, census: Census, quality: Quality, macs: tuple[int, int], load_ms: float | None
+    model: Model, path: Path, census: Census, quality: Quality, macs: tuple[int, int], *, load_ms: float | None
 ) -> Figures:
     """All that is known of a model but its time.
 
@@ -27,8 +43,8 @@ def model_figures(
         path: Its file.
         census: ONNX Runtime's optimized graph of it.
         quality: What it loses.
-        macs: Multiply-accumulates of one run, and how many of them run in int8 kernels.
-        load_ms: The time to make a session; None: this host is not its target.
+        macs: As `work` counts them.
+        load_ms: The time to make a session; None where it tells nothing of the target.
     """
     parameters, nonzeros = count_parameters(model)
     return Figures(
@@ -51,10 +67,10 @@ def model_figures(
     )
 
 
-def with_timing(figures: Figures, timing: Timing | None, evidence: str = "not measured") -> Figures:
-    """Figures with what was timed; `evidence` is how the speed is known where nothing was."""
+def with_timing(figures: Figures, timing: Timing | None) -> Figures:
+    """Figures with what was timed, if anything was."""
     if timing is None:
-        return dataclasses.replace(figures, latency_evidence=evidence)
+        return figures
     return dataclasses.replace(
         figures,
         latency_ms=timing.median_ms,

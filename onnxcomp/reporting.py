@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -15,7 +16,7 @@ from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.fixed_shapes import dynamic_inputs
 from onnxcomp.graph_table import graph_table
 from onnxcomp.judge import Judge, Score
-from onnxcomp.layer_details import described_layers
+from onnxcomp.layer_details import described_layers, kernel_times
 from onnxcomp.ledger import Figures, Report, StageEntry
 from onnxcomp.model import Model, ModelSource, model_files
 from onnxcomp.model_figures import model_figures, with_timing
@@ -148,8 +149,9 @@ def replayed_stages(path: Path) -> list[Stage]:
 def _figures(judge: Judge, model: Model, score: Score, timing: Timing | None, quality: Quality) -> Figures:
     path = judge.path_of(model)
     load_ms = judge.runtime.check(path).load_ms if judge.target.is_host else None
-    figures = model_figures(model, path, score.census, quality, (score.macs, score.int8_macs), load_ms)
-    return with_timing(figures, timing, score.evidence)
+    macs = score.macs, score.int8_macs
+    figures = model_figures(model, path, score.census, quality, macs, load_ms=load_ms)
+    return with_timing(dataclasses.replace(figures, latency_evidence=score.evidence), timing)
 
 
 def _layers(
@@ -157,9 +159,13 @@ def _layers(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each layer, and what to say where there are none: a table must not cost the run."""
     try:
-        return described_layers(judge, original, new, timings)
+        table = judge.layer_table(original, new)
     except OnnxcompError as error:
         return [], [f"the layers are not listed: {error}"]
+    paths = judge.path_of(original), judge.path_of(new)
+    times, notes = kernel_times(judge.runtime, paths, judge.feed, timings)
+    rows, told = described_layers(table, (original, new), judge.layer_macs(original), times)
+    return rows, [*notes, *told]
 
 
 def _speed(last: Score, timings: Sequence[Timing | None]) -> float | None:

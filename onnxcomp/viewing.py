@@ -7,6 +7,7 @@ and no others of their folder.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import http.server
 import logging
@@ -56,8 +57,8 @@ def serve(path: str | Path, *, port: int | None = None) -> str:
     if not path.is_file():
         message = f"{path}: expected a model file, got {'a folder' if path.is_dir() else 'none'}"
         raise ModelError(message)
-    folder = path.resolve().parent
-    names = {path.name, *(file.resolve().relative_to(folder).as_posix() for file in model_files(path)[1:])}
+    path = path.resolve()  # netron gives out nothing that a link leads to from its folder
+    names = {path.name, *(file.resolve().relative_to(path.parent).as_posix() for file in model_files(path)[1:])}
     netron = _netron()
     logging.getLogger("netron").setLevel(logging.WARNING)
     handler = netron.server._HTTPRequestHandler
@@ -107,6 +108,13 @@ def _guarded(base: Any, names: set[str]) -> Any:
     """Netron's handler of requests: it gives out only these files of the model's folder, to this machine only."""
 
     class Guarded(base):  # type: ignore[misc]
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a page that was closed while it was loading is no error
+                super().handle()
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing: netron's own fails where it is told of an error."""
+
         def do_GET(self) -> None:  # noqa: N802 - the standard library's name
             host = urllib.parse.urlsplit(f"//{self.headers.get('Host', '')}").hostname
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)

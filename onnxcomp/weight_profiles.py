@@ -137,7 +137,7 @@ def _are_alike(one: WeightValues, other: WeightValues) -> bool:
 def _is_left(weight: WeightValues) -> bool:
     """Whether a matrix product has its weight on the left."""
     node = weight.node
-    return node.op in {"MatMul", "Gemm"} and not any(_leads_to(node.inputs[1], weight))
+    return node.op in {"MatMul", "Gemm"} and not _leads_to(node.inputs[1], weight)
 
 
 def _leads_to(tensor: gs.Tensor, weight: WeightValues) -> list[gs.Tensor]:
@@ -236,7 +236,8 @@ def singular_values(before: WeightValues | None, parts: Sequence[WeightValues]) 
     if not np.isfinite(values).all():
         return None
     kept, total = ranks(parts)[0], len(values)
-    numbers = {*np.linspace(1, total, min(total, SHOWN_VALUES - 1)).round().astype(int).tolist(), min(kept, total)}
+    shown = total if total <= SHOWN_VALUES else SHOWN_VALUES - 1
+    numbers = {*np.linspace(1, total, shown).round().astype(int).tolist(), min(kept, total)}
     return {
         "kept": kept,
         "total": total,

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,12 +50,15 @@ LONGEST_RUN = 1024
 def weight_values(model: Model) -> dict[str, WeightValues]:
     """The weights of a model that can be read, by the names that `onnxcomp.analysis.weight_table` gives them.
 
-    Packed weights are unpacked, into a temporary file.
+    Packed weights are unpacked, into a temporary file. Names that several bodies use for weights of their own are left
+    out.
     """
     if find_packed(model):
         model = model.fork()
         unpack(model)
-    return {held.name: WeightValues(held) for held in held_weights(model)}
+    found = list(held_weights(model))
+    count = Counter(held.name for held in found)
+    return {held.name: WeightValues(held) for held in found if count[held.name] == 1}
 
 
 def sampled_places(size: int, most: int) -> Array | None:

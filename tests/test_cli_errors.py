@@ -137,6 +137,27 @@ def test_the_output_and_the_report_are_two_files(model, tmp_path):
     assert "-o and --json both name" in one_error_line(result)
 
 
+def test_two_outputs_are_one_file_by_whatever_way_their_folder_is_named(model, tmp_path):
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for other in (link / "a", folder / ".." / "folder" / "a"):
+        for command in (["optimize", model], ["compare", model, model]):
+            result = run(*command, "--json", folder / "a", "--report", other)
+            assert result.exit_code == 2
+            assert "--json and --report both name" in one_error_line(result)
+
+
+@pytest.mark.parametrize("path", [".", "/", ""])
+def test_a_path_without_a_name_is_told_as_the_folder_that_it_is(model, tmp_path, path):
+    assert "older" in one_error_line(run("optimize", path))
+    assert "directory" in one_error_line(run("report", path))
+    targets = ("--target", "arm64", "--target", "web", "-o", tmp_path / "models")
+    for more in ((), targets):
+        for option in ("--report", "--json"):
+            assert "the output is a folder" in one_error_line(run("optimize", model, option, path, *more))
+
+
 def test_the_page_is_a_file_of_its_own(model, tmp_path):
     result = run("optimize", model, "--json", tmp_path / "a", "--report", tmp_path / "a")
     assert result.exit_code == 2

@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
 
-from onnxcomp import comparing
+from onnxcomp import comparing, layer_details, layer_table, optimize
 from onnxcomp.comparison import compare, compare_all, worth
 from onnxcomp.errors import DataError, ModelError, OptionError, RuntimeFailure, WorkerDied
 from onnxcomp.judge import Budget
 from onnxcomp.metrics import Metric
+from onnxcomp.report import comparison_schema, comparison_to_json
 from onnxcomp.runtime import Runtime
+from onnxcomp_passes.quantize import Quantize
 from tests.small import CLASSES, INPUTS, classifier, save_classifier, save_samples
 from tests.test_cli import run
 from tests.test_comparison import model
@@ -171,12 +174,47 @@ def test_candidates_that_fix_one_input_otherwise_are_not_fed_together(folder):
     )
 
 
+def test_layers_of_candidates_are_told_in_detail_as_those_of_a_run(folder, monkeypatch):
+    monkeypatch.setattr(comparing, "TIMING_SECONDS", 0.05)
+    files = [folder / "near.onnx", folder / "far.onnx"]
+    found = compare_all(folder / "a.onnx", files, data=folder / "test.npz", layers=True)
+
+    jsonschema.validate(json.loads(comparison_to_json(found)), comparison_schema())
+    rows = [row for one in found.candidates for row in one.layers]
+    assert len(rows) == 4
+    for row in rows:
+        assert (row["bits_before"], row["bits_after"]) == (32, 32)
+        assert 0 < row["time_ms_before"] < 10
+        assert 0 < row["time_ms_after"] < 10
+        assert sum(row["detail"]["weights"]["before"]) == sum(row["detail"]["weights"]["after"])
+        assert [each["place"] for each in row["detail"]["activations"]] == ["input", "output"]
+
+
+def test_candidates_share_what_is_told_of_layers_in_detail(folder, monkeypatch):
+    monkeypatch.setattr(layer_details, "MOST_DETAILED", 2)  # both layers of one candidate, and not those of two
+    near, far = folder / "near.onnx", folder / "far.onnx"
+    for files, told in (([near], [True, True]), ([near, far], [False] * 4)):
+        found = compare_all(folder / "a.onnx", files, timing=False, layers=True)
+        assert [row["detail"] is not None for one in found.candidates for row in one.layers] == told
+
+
+@pytest.mark.parametrize(("target", "share"), [("arm64", 1.0), ("coreml", 0.0)])
+def test_figures_are_those_of_the_target_as_in_a_run(folder, target, share):
+    report = optimize(
+        folder / "a.onnx", data=folder / "test.npz", passes=[Quantize()], force=True, timing=False, resume=False
+    )
+    found = compare(folder / "a.onnx", report.model, target=target)
+    assert found.after.macs
+    assert found.after.int8_macs == share * found.after.macs
+    assert found.after.load_ms is None  # this machine's says nothing of the target
+
+
 def test_layers_that_cannot_be_had_cost_a_candidate_nothing_else(folder, monkeypatch):
     def layer_errors(*_: Any) -> Any:
         message = "no room for the tensors"
         raise RuntimeFailure(message)
 
-    monkeypatch.setattr(comparing, "layer_errors", layer_errors)
+    monkeypatch.setattr(layer_table, "layer_errors", layer_errors)
     [one] = compare_all(folder / "a.onnx", [folder / "near.onnx"], timing=False, layers=True).candidates
     assert one.after is not None
     assert one.layers == []

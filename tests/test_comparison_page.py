@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from typing import Any
 
 import jsonschema
 import pytest
 from rich.console import Console
 
+from onnxcomp import layer_details
 from onnxcomp.compared import Comparisons
 from onnxcomp.errors import OptionError
 from onnxcomp.ledger import Report
 from onnxcomp.report import comparison_from_json, comparison_schema, comparison_to_json, read_any_json, to_json
-from onnxcomp.report.compared import print_comparisons
+from onnxcomp.report.compared import comparison_table, print_comparisons
 from onnxcomp.report.comparison_document import any_from_json
-from onnxcomp.report.page import comparison_page_html
+from onnxcomp.report.page import comparison_page_html, page_html
 from tests.comparisons import candidate, failed, sample_comparison, unmeasured
-from tests.reports import layer, sample_report
+from tests.reports import detail, layer, sample_report
 from tests.test_cli import one_error_line, run
 from tests.test_report_page import HOSTILE, Page
 
@@ -192,6 +194,36 @@ def test_layers_name_their_model_where_there_are_several():
     assert "model" not in [column["key"] for column in alone["columns"]]
 
 
+def test_the_page_says_on_which_samples_the_errors_of_layers_rest():
+    row = layer("conv1")
+    for text, told in (
+        (page_html(sample_report(layers=[row])), "all layers up to it, on a few samples."),
+        (
+            comparison_page_html(sample_comparison(candidate(layers=[row]))),
+            "all layers up to it, on all of the samples.",
+        ),
+    ):
+        assert told in text
+
+
+@pytest.mark.parametrize(("quality", "loss"), [("metric", "drop"), ("relative-error", "error")])
+def test_an_infinite_loss_is_told_alike_with_and_without_json_between(quality, loss):
+    found = sample_comparison(candidate(after={"drop": math.inf, "error": math.inf}), quality=quality)
+    for each in (found, read_back(found)):
+        table = comparison_table(each)
+        assert dict(zip(table.head, table.rows[1], strict=True))[loss] == "infinite"
+
+
+def test_each_panel_belongs_to_the_row_of_its_layer_and_model():
+    first = candidate("a.onnx", layers=[layer("conv1"), layer("conv2", detail=detail())])
+    second = candidate("b.onnx", layers=[layer("conv1", detail=detail(), cause="pruned"), layer("conv2")])
+    layers = page_of(first, second).embedded["layers"]
+
+    told = [[layers["texts"][number] for number in layers["rows"][row][:2]] for row, _ in layers["details"]]
+    assert told == [["conv2", "a.onnx"], ["conv1", "b.onnx"]]
+    assert [panel["cause"] for _, panel in layers["details"]] == ["rounding: its weight takes 8 bits", "pruned"]
+
+
 def test_without_layers_there_is_no_table_of_them():
     ids = [found.get("id") for _, found in page_of(candidate()).elements]
     assert "table" not in ids
@@ -208,19 +240,22 @@ def test_no_text_of_a_comparison_becomes_an_element_or_a_script():
     assert not {"\x1b", "\u202e"} & set(text)
 
 
-def test_a_relative_error_on_made_up_inputs_has_no_budget_line():
-    found = sample_comparison(candidate(after={"drop": None, "metric": None}), quality="relative-error", metric=None)
+def test_a_relative_error_on_made_up_inputs_has_the_limit_of_whole_outputs():
+    found = sample_comparison(
+        candidate(after={"drop": None, "metric": None, "error_interval": (0.0, 0.1)}),
+        quality="relative-error",
+        metric=None,
+    )
     judged = Page(comparison_page_html(read_back(found))).embedded["compared"]
     found.data["generated"] = True
     assert judged[0]["budget"] == 0.2
-    assert Page(comparison_page_html(read_back(found))).embedded["compared"][0]["budget"] is None
+    assert Page(comparison_page_html(read_back(found))).embedded["compared"][0]["budget"] == 0.1
 
 
 def test_five_models_of_2000_layers_stay_small():
-    many = [
-        candidate(f"{number}.onnx", layers=[layer(f"/encoder/layers.{index}/MatMul") for index in range(2000)])
-        for number in range(5)
-    ]
+    few = layer_details.MOST_DETAILED // 5
+    rows = [layer(f"/encoder/layers.{index}/MatMul", detail=detail() if index < few else None) for index in range(2000)]
+    many = [candidate(f"{number}.onnx", layers=rows) for number in range(5)]
     assert len(comparison_page_html(sample_comparison(*many))) < 1_500_000
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from onnxcomp.compared import Comparisons
 from tests.comparisons import candidate, sample_comparison
-from tests.reports import layer
+from tests.reports import detail, layer
 from tests.test_comparison_page import hostile_comparison
-from tests.test_report_page_runs import axe, browser, column, shown
+from tests.test_report_page_runs import PAPER, axe, browser, column, shown
 
 __all__ = ["axe", "browser", "shown"]  # fixtures
 
@@ -63,6 +63,21 @@ def test_the_layers_of_one_model_can_be_shown_alone(shown):
     assert column(page, "model") == ["int8.onnx", "int8.onnx"]
     page.fill("#search", "conv2")
     assert column(page, "layer") == ["conv2"]
+
+
+def test_a_layer_of_one_model_has_a_panel_that_names_both(shown):
+    layers = [layer("conv1", error=0.2, detail=detail()), layer("conv2", error=0.3)]
+    page = shown(sample_comparison(candidate("a.onnx"), candidate("b.onnx", layers=layers)))
+    page.locator(".opener").click()
+    assert page.locator("#panel .title strong").inner_text() == "conv1, b.onnx"
+    assert all(int(canvas.get_attribute("data-marks") or 0) for canvas in page.locator("#panel canvas").all())
+    assert page.locator("#panel canvas").count() == 4
+
+
+def test_what_is_printed_has_room_on_paper(shown):
+    page = shown(sample_comparison(), viewport={"width": PAPER, "height": 1000})
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PAPER
 
 
 def test_10000_layers_of_five_models_are_there_in_5_seconds(shown):

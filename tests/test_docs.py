@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from onnxcomp import judge, passes, quality, resume, verdict, viewing
 from onnxcomp.cli import main
+from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.lints import LINTS
 from onnxcomp.report import comparison_schema, schema
 from onnxcomp.stages import default_stages
@@ -201,7 +202,7 @@ def test_the_numbers_are_those_of_the_code():
         f"at least {judge.NOT_SLOWER:g} times as fast",
         f"{verdict.WORTH_KEEPING:g} times better",
         f"at most {quality.LOSSLESS_ERROR:.0e}".replace("e-0", "e-"),
-        f"half of `--max-error` too: {budget.max_error * judge.WHOLE_OUTPUT:.0%}".replace("%", " %"),
+        f"half of `--max-error` too: {budget.max_error * WHOLE_OUTPUT:.0%}".replace("%", " %"),
     ):
         assert phrase in " ".join(text.split()), phrase
     assert (verdict.MAX_WEAKER, judge.ROUNDING_MARGIN, resume.KEPT_DAYS) == (6, 4, 7)

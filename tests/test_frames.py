@@ -12,7 +12,7 @@ import pytest
 from onnxcomp.compared import Comparisons
 from onnxcomp.errors import OptionError
 from onnxcomp.ledger import Report, StageEntry
-from onnxcomp.report import from_json, to_json
+from onnxcomp.report import from_json, schema, to_json
 from tests.comparisons import candidate, failed, sample_comparison
 from tests.reports import layer, sample_report
 
@@ -82,6 +82,12 @@ def test_each_form_of_each_stage_has_a_row_and_so_has_a_stage_without_any():
 def test_shapes_are_text():
     [row] = sample_report(layers=[layer("a", output_shape=[None, 24, "h", 14])]).to_frame("layers")
     assert (row["output_shape"], row["weight_shape"]) == ("?x24xhx14", "24x1x3x3")
+
+
+def test_a_row_of_a_layer_has_all_that_the_report_tells_of_it_but_the_panel():
+    [row] = sample_report(layers=[layer("a", rank=[8, 16], cause="rounding", time_ms_after=0.5)]).to_frame("layers")
+    assert row.keys() == schema()["$defs"]["layer"]["properties"].keys() - {"detail"}
+    assert (row["rank"], row["cause"], row["time_ms_after"]) == ("8x16", "rounding", 0.5)
 
 
 def test_what_is_read_back_from_json_gives_the_same_rows():

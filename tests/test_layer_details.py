@@ -8,6 +8,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 
 from onnxcomp import layer_details, optimize, reporting
@@ -140,6 +141,16 @@ def test_the_factors_of_a_layer_are_found_in_int8_too(quantize):
     assert np.abs(np.subtract(weights["before"], weights["after"])).sum() < 0.2 * 64 * 48
 
 
+def test_the_input_range_of_a_layer_that_was_split_is_that_of_its_first_factor():
+    report = report_of(LowRank(rank=8, min_elements=1), Quantize(), data={"x": random_weights(32, 64)})
+    [whole] = layer_of(report, "layer")["detail"]["activations"][:1]
+    [thin] = [each for layer in report.layers if layer["where"] == "new" for each in layer["detail"]["activations"][:1]]
+
+    assert whole["scale"] == thin["scale"]
+    assert whole["low"] == pytest.approx(whole["seen_low"], rel=0.1)
+    assert whole["high"] == pytest.approx(whole["seen_high"], rel=0.1)
+
+
 def test_of_many_layers_the_heaviest_and_the_worst_are_told_of_in_detail(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(layer_details, "MOST_DETAILED", 4)
     sizes = (8, 32, 8, 64, 8, 16, 8)
@@ -151,6 +162,26 @@ def test_of_many_layers_the_heaviest_and_the_worst_are_told_of_in_detail(monkeyp
     assert max(report.layers, key=lambda layer: layer["weight_bytes_before"]) in told
     assert f"histograms and ranges are told of {len(told)} of 6 layers, the heaviest and the worst" in report.notes
     assert MOST_DETAILED == 200
+
+
+def test_a_layer_has_its_own_weight_where_a_layer_in_a_body_has_its_name():
+    def branch(seed: int) -> onnx.GraphProto:
+        body = onnx.parser.parse_graph("b () => (float[N,64] t) { [mm] t = MatMul(x, W) }")
+        body.initializer.append(onnx.numpy_helper.from_array(random_weights(16, 64, seed=seed), "W"))
+        return body
+
+    text = "g (float[N,16] x, bool c) => (float[N,4] y, float[N,64] z) { s = Identity(x) [mm] y = MatMul(s, V) }"
+    model = graph_model(text, {"V": random_weights(16, 4)})
+    made = onnx.helper.make_node("If", ["c"], ["z"], then_branch=branch(1), else_branch=branch(2), name="if")
+    model.graph.node.append(made)
+
+    report = report_of(Simplify(), model=model)
+    layer = layer_of(report, "mm")
+    assert (layer["weight_before"], layer["weight_shape"]) == ("V", (16, 4))
+    assert layer["detail"]["weights"]["before_values"] == 64
+    inner = [each for each in report.layers if each["weight_before"] == "W"]
+    assert [each["weight_shape"] for each in inner] == [(16, 64)] * 2
+    assert [each["detail"]["weights"] for each in inner] == [None, None]  # which of both is not known
 
 
 # --- ranges -----------------------------------------------------------------------------------------------------------

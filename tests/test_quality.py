@@ -206,6 +206,14 @@ def test_an_output_without_samples_along_its_first_axis_counts_as_one():
     assert found.noise.shape == (2,)
 
 
+def test_the_interval_of_an_error_over_very_many_samples_is_narrow():
+    noise = np.random.default_rng(0).chisquare(1, 200_000)
+    low, high = Energies(noise, np.ones(200_000), np.ones(200_000)).interval(centred=False)
+
+    spread = 3.92 * math.sqrt(2) / 2 / math.sqrt(200_000)  # of the root of a mean of squares of normal numbers
+    assert high - low == pytest.approx(spread, rel=0.02)
+
+
 def test_the_upper_end_of_the_interval_is_mostly_above_the_error_of_all_samples_where_few_have_most_of_it():
     sigma = 1.0
     noise = np.random.default_rng(3).lognormal(sigma=sigma, size=(400, 8))  # 400 draws of 8 samples each

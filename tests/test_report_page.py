@@ -5,21 +5,25 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from html.parser import HTMLParser
 from importlib import resources
 from typing import Any
 
+import click
 import pytest
 
+from onnxcomp.cli import main
 from onnxcomp.ledger import Attempt, PassEntry, Report, StageEntry
 from onnxcomp.report import from_json, to_json
 from onnxcomp.report.page import page_html
-from onnxcomp.report.page.answer import cards, next_steps
+from onnxcomp.report.page.answer import SHARED, cards, next_steps
 from onnxcomp.report.page.candidates import candidates, chart_data, front
 from onnxcomp.report.page.history import curves, measured, time_line
 from onnxcomp.report.page.layers import layer_data
 from onnxcomp.report.page.panels import details
+from onnxcomp.report.rows import figure_rows
 from tests.graphs import graph_of
 from tests.markdown import shell_commands
 from tests.reports import detail, large_report, layer, sample_report
@@ -224,7 +228,7 @@ def test_the_accuracy_has_its_interval_and_the_budget():
 
 
 def test_a_drop_over_the_budget_is_told_as_bad():
-    accuracy = cards(sample_report(budget={"max_drop": 0.001, "max_error": 0.1}))[2]
+    accuracy = cards(sample_report(budget={"max_drop": 0.001, "max_error": 0.1}, budget_met=False))[2]
     assert accuracy.details[1] == "budget 0.001: NOT met"
     assert accuracy.tone == "bad"
 
@@ -236,6 +240,43 @@ def test_an_error_on_made_up_inputs_is_not_called_accuracy():
     card = cards(report)[2]
     assert (card.title, card.after, card.tone) == ("Relative error", "4.30%", "")
     assert "says nothing of accuracy" in card.details[0]
+
+
+@pytest.mark.parametrize(
+    ("quality", "drop", "told"),
+    [
+        ("expected-drop", 0.002, "budget 0.005: kept by the drop, but another limit is NOT met (relative error 4.30%)"),
+        ("relative-error", None, "budget 10.00%: NOT met; a whole output may be off by half of it"),
+    ],
+)
+def test_the_page_calls_a_budget_met_only_where_the_verdict_does(quality, drop, told):
+    report = sample_report(quality=quality, budget_met=False)
+    report.after.drop = drop
+    card = cards(report)[2]
+    assert (card.tone, told in card.details) == ("bad", True)
+    assert next(row for row in figure_rows(report) if row.label == "relative error").good is False
+
+
+@pytest.mark.parametrize(
+    ("quality", "title"), [("metric", "Drop"), ("expected-drop", "Drop"), ("relative-error", "Relative error")]
+)
+def test_an_infinite_loss_which_json_has_no_number_for_is_told_as_one(quality, title):
+    tried = [attempt("forced", 1.1, 1.0, math.inf, error=math.inf), attempt("dropped", None, None, None)]
+    report = sample_report(quality=quality, budget_met=False, stages=[StageEntry("float16", "forced", "", 1.0, tried)])
+    report.after.drop, report.after.error, report.after.metric = math.inf, math.inf, None
+    report = from_json(to_json(report))
+
+    card = cards(report)[2]
+    assert (card.title, card.after, card.tone) == (title, "infinite", "bad")
+    told = [each.loss_text(relative=quality == "relative-error") for each in candidates(report)]
+    assert told == ["infinite", "-"]
+
+
+def test_an_error_of_made_up_inputs_is_held_against_the_limit_of_whole_outputs():
+    report = sample_report(quality="relative-error")
+    report.after.drop, report.after.error_interval = None, (0.04, 0.05)
+    report.data["generated"] = True
+    assert cards(report)[2].details[-1] == "budget 5.00%: met"
 
 
 def test_an_estimated_latency_says_so():
@@ -252,6 +293,19 @@ def test_the_command_is_the_one_that_was_given_and_its_data_go_to_verify():
         "onnxcomp verify in/model.onnx out/small.onnx --target x86-vnni --data calib.npz",
         "onnxcomp view out/small.onnx",
     ]
+
+
+def test_verify_reads_the_samples_as_they_were_read():
+    report = sample_report()
+    given = ["--data", "mod:samples", "--allow-code", "--image-mean=0.5", "--shape", "x=1,3,8,8", "--shape", "y=1,2"]
+    report.options["command"] = ["in/model.onnx", *given, "--max-drop", "1%", "-q"]
+
+    command = next_steps(report)[1].command
+
+    assert command.endswith(f"--target x86-vnni {' '.join(given)}")
+    verify = main.get_command(click.Context(main), "verify")
+    assert verify is not None
+    assert {name for option in verify.params for name in option.opts} >= {*SHARED, "--allow-code"}
 
 
 def test_a_report_without_the_command_gives_one_made_of_its_options():
@@ -309,12 +363,12 @@ def test_there_is_no_chart_where_nothing_was_measured():
     assert chart_data(report, candidates(report)) == []
 
 
-def test_the_budget_of_data_is_not_drawn_over_errors_of_made_up_inputs():
-    report = sample_report(quality="relative-error", stages=[
-        StageEntry("simplify", "kept", "why", 1.0, [attempt("kept", 1.1, 1.0, None, error=0.01)])
-    ])  # fmt: skip
+@pytest.mark.parametrize(("interval", "budget"), [((0.009, 0.011), 0.05), (None, None)])
+def test_errors_of_made_up_inputs_have_the_limit_of_whole_outputs_but_in_old_reports(interval, budget):
+    tried = attempt("kept", 1.1, 1.0, None, error=0.01, error_interval=interval)
+    report = sample_report(quality="relative-error", stages=[StageEntry("simplify", "kept", "why", 1.0, [tried])])
     report.data["generated"] = True
-    assert [chart["budget"] for chart in chart_data(report, candidates(report))] == [None, None]
+    assert [chart["budget"] for chart in chart_data(report, candidates(report))] == [budget, budget]
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -384,7 +438,7 @@ def test_the_worst_layers_come_first_where_errors_are_known():
 def panel_of(**changes: Any) -> dict[str, Any]:
     """The panel of a layer whose detail has these changes."""
     report = read_back(sample_report(layers=[layer("conv1", detail=detail(**changes))]))
-    found = dict(details(report))
+    found = dict(details(report.layers))
     return found.get(0, {})
 
 
@@ -421,7 +475,7 @@ def test_a_report_of_an_earlier_form_has_the_rows_and_no_panels():
     facts = json.loads(to_json(sample_report(layers=rows)))
     report = from_json(json.dumps({**facts, "schema_version": "1.1"}))
 
-    assert details(report) == []
+    assert details(report.layers) == []
     assert cells(report)[0]["error"] == 0.0275
     assert "press the name" not in page_html(report)
 

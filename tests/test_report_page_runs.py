@@ -26,6 +26,9 @@ pytestmark = pytest.mark.slow
 AXE = "axe-core@4.14.1"
 AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 ROWS_A_PAGE = 25
+PAPER = 718
+"""CSS pixels between the margins of A4."""
+
 WHOLE_SECONDS = 5
 """In which a page of 20,000 layers is there, sorted and searched."""
 
@@ -144,6 +147,19 @@ def test_a_loss_far_over_the_budget_is_drawn_at_the_edge_and_told(shown):
     assert hint == "1 with more than 0.020 is drawn at the upper edge, as a triangle."
 
 
+def test_what_is_printed_has_room_on_paper_with_the_names_of_layers_in_few_lines(shown):
+    text = "from before: 100% of the noise, by /blocks/blocks.2/attention/Mul_1_output_0 (15.3 dB)"
+    names = [f"/blocks/blocks.{index}/attention/project/MatMul" for index in range(5)]
+    layers = [layer(name, cause=text, rank=[8], detail=detail()) for name in names]
+    page = shown(sample_report(layers=layers), viewport={"width": PAPER, "height": 1000})
+    page.locator(".opener").first.click()
+    page.emulate_media(media="print")
+
+    page.wait_for_function(f"() => document.documentElement.scrollWidth <= {PAPER}", timeout=5000)
+    heights = page.locator("#table tbody tr.opens th .opener").evaluate_all("all => all.map(one => one.offsetHeight)")
+    assert max(heights) < 60
+
+
 # --- the table of layers ----------------------------------------------------------------------------------------------
 
 
@@ -152,6 +168,14 @@ def test_the_worst_layers_come_first_a_page_at_a_time(shown):
     errors = [float(text.removesuffix("%")) for text in column(page, "error")]
     assert errors == [float(number) for number in range(59, 59 - ROWS_A_PAGE, -1)]
     assert page.inner_text("#count").startswith("Rows 1 to 25 of ")
+
+
+def test_a_layer_whose_error_is_infinite_comes_first_and_leaves_the_other_bars_as_they_are(shown):
+    lost = layer("lost", error=None, sqnr_db=None)
+    page = shown(sample_report(layers=[layer("half", error=0.1), lost, layer("worst", error=0.2)]))
+    assert column(page, "error")[:3] == ["infinite", "20.00%", "10.00%"]
+    widths = page.locator("#table .meter.error").evaluate_all("meters => meters.map(one => one.style.width)")
+    assert widths == ["100%", "100%", "50%"]
 
 
 def test_a_header_sorts_and_sorts_the_other_way_when_pressed_again(shown):

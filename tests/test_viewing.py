@@ -6,6 +6,7 @@ import http.client
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import webbrowser
@@ -79,6 +80,34 @@ def test_it_listens_to_this_machine_only(model):
     address = serve(model)
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
     assert listening() == [("127.0.0.1", urlsplit(address).port)]
+
+
+def test_a_model_behind_a_link_is_given_out_with_its_external_data(tmp_path):
+    store, shelf = tmp_path / "store", tmp_path / "shelf"
+    store.mkdir()
+    shelf.mkdir()
+    real = external_model(store)
+    link = shelf / "link.onnx"
+    link.symlink_to(real)
+
+    address = serve(link)
+
+    for file in store.iterdir():
+        assert got(address, f"/data/{file.name}")[1] == file.read_bytes()
+
+
+def test_what_is_refused_or_broken_off_prints_no_traceback(model, capfd):
+    address = serve(model)
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
+    connection.request("POST", "/")
+    assert connection.getresponse().status == 501
+    connection.close()
+    with socket.create_connection(("127.0.0.1", urlsplit(address).port or 0)) as broken:
+        broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as of a closed page
+        broken.sendall(b"GET /")
+    assert got(address)[0] == 200
+
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_other_files_of_the_folder_are_not_given_out(model):

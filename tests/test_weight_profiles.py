@@ -187,6 +187,11 @@ def test_no_more_than_64_singular_values_are_told():
     assert 50 in numbers
 
 
+def test_where_there_are_no_more_than_64_singular_values_all_are_told():
+    found = singular(*split(MATMUL, random_weights(64, 256), "svd:12"))
+    assert [number for number, _ in found["values"]] == list(range(1, 65))
+
+
 def test_of_kernels_of_one_axis_each_it_is_the_matrix_of_these_axes():
     weight = random_weights(8, 6, 3, 3)
     found = singular(*split(CONV, weight, "spatial:5"))

@@ -131,7 +131,7 @@ def _compared(options: dict[str, Any]) -> Comparisons:
 
 def _check_files(options: dict[str, Any]) -> None:
     """Refuse outputs that cannot be written, or would overwrite what is read, before any work starts."""
-    from onnxcomp.files import check_writable
+    from onnxcomp.files import check_outputs
     from onnxcomp.structure import model_files
 
     inputs = [Path(options["data"])] if options["data"] else []
@@ -139,13 +139,9 @@ def _check_files(options: dict[str, Any]) -> None:
         inputs.append(model)
         with contextlib.suppress(OnnxcompError):  # what cannot be read is told once it is its turn
             inputs += model_files(model)
-    json_path, page_path = options["json_path"], options["page_path"]
-    outputs = [Path(path) for path in (None if json_path == "-" else json_path, page_path) if path is not None]
-    for path in outputs:
-        check_writable(path, inputs=tuple(inputs))
-    if len({path.absolute() for path in outputs}) < len(outputs):
-        message = f"--json and --report both name {page_path!r}; give one of them another name"
-        raise OptionError(message)
+    json_path = Path(options["json_path"]) if options["json_path"] not in {None, "-"} else None
+    page_path = None if options["page_path"] is None else Path(options["page_path"])
+    check_outputs({"--json": json_path, "--report": page_path}, inputs=tuple(inputs))
 
 
 def _told(found: Comparisons, *, asked_budget: bool) -> int:

@@ -276,17 +276,12 @@ def _check_sense(options: dict[str, Any]) -> None:
 
 def _check_files(options: dict[str, Any], output: Path) -> None:
     """Refuse outputs that cannot be written, or would overwrite what is read, before any work starts."""
-    from onnxcomp.files import check_writable
+    from onnxcomp.files import check_outputs
     from onnxcomp.structure import model_files
 
     inputs = (*model_files(options["teacher"]), *model_files(options["student"]), Path(options["data"]))
-    check_writable(output, inputs=inputs)
-    if options["json_path"] not in {None, "-"}:
-        report = Path(options["json_path"])
-        if report.absolute() == output.absolute():
-            message = f"-o and --json both name {str(output)!r}; give one of them another name"
-            raise OptionError(message)
-        check_writable(report, inputs=inputs)
+    json_path = Path(options["json_path"]) if options["json_path"] not in {None, "-"} else None
+    check_outputs({"-o": output, "--json": json_path}, inputs=inputs)
 
 
 def _loss(options: dict[str, Any]) -> Loss:

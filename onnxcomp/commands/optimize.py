@@ -185,8 +185,8 @@ def _jobs(
 ) -> Iterator[_Job]:
     """A job for each target."""
     if len(targets) < 2:
-        path = output or source.with_name(f"{source.stem}.opt.onnx")
-        yield _Job(targets[0] if targets else None, path, json_path, Path(page_path) if page_path else None)
+        path = output or (source.with_name(f"{source.stem}.opt.onnx") if source.name else source)
+        yield _Job(targets[0] if targets else None, path, json_path, None if page_path is None else Path(page_path))
         return
     if output is None:
         message = "several targets are written to a folder; give one with -o"
@@ -195,10 +195,13 @@ def _jobs(
         message = "several targets give several reports, which do not fit stdout; give --json a file name"
         raise OptionError(message)
     _make_folder(output)
+    reports = [None if path is None else Path(path) for path in (json_path, page_path)]
+    for report in reports:
+        if report is not None and not report.name:  # such as "."
+            message = f"{report}: the output is a folder, expected a file name"
+            raise OutputError(message)
     for target in dict.fromkeys(targets):
-        named, page = (
-            Path(path).with_suffix(f".{target}{Path(path).suffix}") if path else None for path in (json_path, page_path)
-        )
+        named, page = (path and path.with_suffix(f".{target}{path.suffix}") for path in reports)
         yield _Job(target, output / f"{source.stem}.{target}.onnx", str(named) if named else None, page)
 
 
@@ -212,22 +215,13 @@ def _make_folder(path: Path) -> None:
 
 def _check_files(source: Path, jobs: list[_Job], read: list[Any]) -> None:
     """Refuse outputs that cannot be written, or would overwrite what is read, before any work starts."""
-    from onnxcomp.files import check_writable
+    from onnxcomp.files import check_outputs
     from onnxcomp.structure import model_files
 
     inputs = (*model_files(source), *(Path(path) for path in read if path))
     for job in jobs:
-        check_writable(job.model, inputs=inputs)
-        taken = {job.model.absolute(): "-o"}
         json_path = Path(job.json) if job.json not in {None, "-"} else None
-        for option, report in (("--json", json_path), ("--report", job.page)):
-            if report is None:
-                continue
-            check_writable(report, inputs=(*inputs, job.model))
-            other = taken.setdefault(report.absolute(), option)
-            if other != option:
-                message = f"{other} and {option} both name {str(report)!r}; give one of them another name"
-                raise OptionError(message)
+        check_outputs({"-o": job.model, "--json": json_path, "--report": job.page}, inputs=inputs)
 
 
 def _run(

@@ -28,8 +28,9 @@ def report_command(source: Path, output: Path | None, *, quiet: bool, verbose: b
     from onnxcomp.report import read_any_json
     from onnxcomp.report.page import write_page
 
+    report = read_any_json(source)  # a path that has no name to put an ending to is told here
     path = output or source.with_suffix(".html")
     check_writable(path, inputs=(source,))
-    size = write_page(read_any_json(source), path)
+    size = write_page(report, path)
     if not quiet:
         click.echo(f"{printable(path)}: {bytes_text(size)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -30,8 +31,9 @@ def view_command(model: Path, port: int | None, no_browser: bool, quiet: bool, v
     from onnxcomp.viewing import serve, wait
 
     address = serve(model, port=port)
-    if not quiet:
-        click.echo(f"{printable(model)}: {address} (Ctrl-C ends it)")
-    if not no_browser:
-        webbrowser.open(address)
-    wait()
+    with contextlib.suppress(KeyboardInterrupt):  # `wait` ends well by one; so does what comes before it
+        if not quiet:
+            click.echo(f"{printable(model)}: {address} (Ctrl-C ends it)")
+        if not no_browser:
+            webbrowser.open(address)
+        wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -160,11 +161,11 @@ def columns(found: Comparisons) -> dict[str, Callable[[Entry], str]]:
 
     relative = found.quality == "relative-error"
     losses = {
-        "drop": told(lambda figures: _or_none(figures.drop, signed), lost=True),
+        "drop": told(lambda figures: _loss_text(figures.drop, signed), lost=True),
         "95% interval": told(interval_text, lost=True),
     }
     errors = {
-        "error": told(lambda figures: _or_none(figures.error, error_text), lost=True),
+        "error": told(lambda figures: _loss_text(figures.error, error_text), lost=True),
         "95% interval": told(lambda figures: error_range(figures.error_interval), lost=True),
     }
     return {
@@ -195,6 +196,11 @@ def int8_text(figures: Figures) -> str | None:
 
 def _or_none(value: float | None, text: Callable[[float], str]) -> str | None:
     return None if value is None else text(value)
+
+
+def _loss_text(value: float | None, text: Callable[[float], str]) -> str:
+    """A loss of a model that was measured: JSON has no infinity, and what is read back from it is None."""
+    return "infinite" if value is None or math.isinf(value) else text(value)
 
 
 def _with_layers(found: Comparisons, candidate: Candidate) -> Comparison:

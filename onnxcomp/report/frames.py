@@ -34,22 +34,14 @@ _MODEL = ("model", "verdict", "reason")
 _TEXTS = frozenset({
     *("stage", "setting", "verdict", "reason", "evidence", "name", "op", "where", "tensor", "model"),
     *("output_shape", "weight_shape", "weight_before", "weight_after", "weight_type_before", "weight_type_after"),
-    *("kernel_before", "kernel_after", "latency_evidence"),
+    *("kernel_before", "kernel_after", "latency_evidence", "rank", "cause"),
 })  # fmt: skip
 _TRUTHS = frozenset({"kept", "resumed"})
 _LAYER = (
     *("name", "op", "where", "tensor", "output_shape", "weight_shape", "weight_before", "weight_after"),
     *("weight_bytes_before", "weight_bytes_after", "weight_type_before", "weight_type_after"),
-    *(
-        "weight_zeros_before",
-        "weight_zeros_after",
-        "kernel_before",
-        "kernel_after",
-        "reason",
-        "sqnr_db",
-        "error",
-        "macs",
-    ),
+    *("weight_zeros_before", "weight_zeros_after", "kernel_before", "kernel_after", "reason", "sqnr_db", "error"),
+    *("macs", "bits_before", "bits_after", "rank", "cause", "time_ms_before", "time_ms_after"),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,16 +147,26 @@ def node_names(graph: onnx.GraphProto) -> list[str]:
     A node keeps its own name; one without a name, or with one that is taken, goes by its first output (with a number
     where that is taken too). ONNX Runtime names what it fuses after the nodes, so only unique names tell them apart.
     """
-    nodes = [node for inner in graphs(graph) for node in inner.node]
+    return unique_names((node.name, node.output, node.op_type) for inner in graphs(graph) for node in inner.node)
+
+
+def unique_names(nodes: Iterable[tuple[str, Sequence[str], str]]) -> list[str]:
+    """The names of `node_names`, of nodes in its order: each with its own name, its outputs and its operator.
+
+    Example:
+        >>> unique_names([("mm", ["a"], "MatMul"), ("mm", ["b"], "MatMul"), ("", ["b"], "Relu")])
+        ['mm', 'b', 'b#2']
+    """
+    listed = list(nodes)
     owner: dict[str, int] = {}
-    for index, node in enumerate(nodes):
-        if node.name:
-            owner.setdefault(node.name, index)
+    for index, (name, _, _) in enumerate(listed):
+        if name:
+            owner.setdefault(name, index)
     names = []
-    for index, node in enumerate(nodes):
-        name = node.name
+    for index, (own, outputs, op) in enumerate(listed):
+        name = own
         if not name or owner[name] != index:
-            base = name = next((output for output in node.output if output), node.op_type)
+            base = name = next((output for output in outputs if output), op)
             number = 2
             while name in owner:
                 name = f"{base}#{number}"

@@ -7,18 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from onnxcomp.report.rows import Figured, Row, figure_rows
+from onnxcomp.ledger import WHOLE_OUTPUT
+from onnxcomp.report.rows import Figured, Row, figure_rows, fits_drop
 from onnxcomp.report.text import bytes_text, count_text, error_range, error_text, printable, signed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from onnxcomp.ledger import Figures, Report
+    from onnxcomp.ledger import Report
 
 __all__ = ["Card", "Step", "cards", "command_line", "evidence_text", "next_steps"]
 
 PLACEHOLDER = "DATA"
 """Stands for the path of the samples where a report does not tell it."""
+
+LOST = "the outputs are no numbers, have another shape, or differ where the original's are nothing but zeros"
+"""What makes a loss infinite."""
+
+SHARED = frozenset({
+    *("--data", "--metric", "--shape", "--seed", "--threads"),
+    *("--image-size", "--image-layout", "--image-mean", "--image-std", "--image-scale", "--image-color"),
+})  # fmt: skip
+"""What `optimize` and `verify` both take, with a value."""
 
 _EVIDENCE = {
     "measured": "timed in turn with the original on the machine below, which is the target",
@@ -81,11 +91,12 @@ def _latency(report: Figured, rows: dict[str, Row]) -> Card:
 
 def _accuracy(report: Figured) -> Card:
     old, new = report.before, report.after
-    if new.drop is None:
+    if report.quality == "relative-error":
         return _error_card(report)
-    limit = report.budget.get("max_drop")
-    inside = limit is None or new.drop <= limit
-    details = list(_drop_details(new, limit))
+    if new.drop is None:  # JSON has no infinity
+        return Card("Drop", "0", "infinite", "", "bad", [LOST])
+    inside = report.budget_met is not False
+    details = list(_drop_details(report))
     if report.quality == "expected-drop" or new.metric is None:
         details.append("without labels: estimated from how sure the original is of its own answers")
         return Card("Expected drop", "0", signed(new.drop), "", _tone(inside), details)
@@ -94,27 +105,43 @@ def _accuracy(report: Figured) -> Card:
     return Card(f"Accuracy ({name})", before, f"{new.metric:.4f}", f"drop {signed(new.drop)}", _tone(inside), details)
 
 
-def _drop_details(new: Figures, limit: float | None) -> Iterator[str]:
+def _drop_details(report: Figured) -> Iterator[str]:
+    new, limit = report.after, report.budget.get("max_drop")
     if new.drop_interval is not None and None not in new.drop_interval:
         low, high = new.drop_interval
         yield f"95 % interval of the drop {signed(low)} to {signed(high)}"
-    if limit is not None and new.drop is not None:
-        yield f"budget {limit:g}: {'met' if new.drop <= limit else 'NOT met'}"
+    if limit is None or report.budget_met is None:
+        return
+    if report.budget_met or not fits_drop(report):
+        yield f"budget {limit:g}: {'met' if report.budget_met else 'NOT met'}"
+    else:
+        told = "" if new.error is None else f" (relative error {error_text(new.error)})"
+        yield f"budget {limit:g}: kept by the drop, but another limit is NOT met{told}"
 
 
 def _error_card(report: Figured) -> Card:
     error, limit = report.after.error, report.budget.get("max_error")
     if error is None:
-        return Card("Relative error", "-", "-", "", "", ["was not measured"])
-    if report.data.get("generated"):
-        note = "on made-up inputs, as there were no data: it says nothing of accuracy"
-        return Card("Relative error", "0", error_text(error), "", "", [note])
-    _, most = report.after.error_interval or (None, None)
-    inside = limit is None or (error if most is None else most) <= limit
+        return Card("Relative error", "0", "infinite", "", "bad", [LOST])
     interval = error_range(report.after.error_interval)
     details = [f"95 % interval {interval}, of which the upper end counts"] if interval else []
-    details += [] if limit is None else [f"budget {error_text(limit)}: {'met' if inside else 'NOT met'}"]
-    return Card("Relative error", "0", error_text(error), "", _tone(inside), details)
+    generated = bool(report.data.get("generated"))
+    if generated:
+        details.append("on made-up inputs, as there were no data: it says nothing of accuracy")
+    if limit is not None and report.budget_met is not None and not (generated and report.after.error_interval is None):
+        details.append(_error_budget(report, limit * WHOLE_OUTPUT if generated else limit))
+    tone = _tone(False if report.budget_met is False else None if generated else True)
+    return Card("Relative error", "0", error_text(error), "", tone, details)
+
+
+def _error_budget(report: Figured, limit: float) -> str:
+    """Whether a relative error is inside the budget, and what speaks against it where it is not the error itself."""
+    if report.budget_met:
+        return f"budget {error_text(limit)}: met"
+    _, most = report.after.error_interval or (None, None)
+    counted = report.after.error if most is None else most
+    whole = "; a whole output may be off by half of it" if counted is not None and counted <= limit else ""
+    return f"budget {error_text(limit)}: NOT met{whole}"
 
 
 def _int8(report: Figured, rows: dict[str, Row]) -> Card:
@@ -147,8 +174,8 @@ def next_steps(report: Report) -> list[Step]:
             command_line(_rebuilt(report, source, output)),
             f"put the path of your samples for {PLACEHOLDER}",
         )
-    data = [] if report.data.get("generated") else ["--data", _data_path(command)]
-    verify = ["onnxcomp", "verify", source, output, "--target", report.target, *data]
+    shared = _shared_words(command, generated=bool(report.data.get("generated")))
+    verify = ["onnxcomp", "verify", source, output, "--target", report.target, *shared]
     note = f"put the path of your samples for {PLACEHOLDER}" if PLACEHOLDER in verify else ""
     steps = [again, Step("Verify the result as its target runs it", command_line(verify), note)]
     return [
@@ -157,15 +184,19 @@ def next_steps(report: Report) -> list[Step]:
     ]
 
 
-def _data_path(command: object) -> str:
-    """The samples that the command named."""
+def _shared_words(command: object, *, generated: bool) -> list[str]:
+    """The options of `optimize` that `verify` has too: the samples, how they are read, and what they are judged by."""
     words = [str(word) for word in command] if isinstance(command, list) else []
+    found = []
     for index, word in enumerate(words):
-        if word == "--data" and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith("--data="):
-            return word.partition("=")[2]
-    return PLACEHOLDER
+        name, equals, _ = word.partition("=")
+        if name == "--allow-code" or (equals and name in SHARED):
+            found.append(word)
+        elif word in SHARED and index + 1 < len(words):
+            found += [word, words[index + 1]]
+    if not generated and not any(word.partition("=")[0] == "--data" for word in found):
+        found += ["--data", PLACEHOLDER]
+    return found
 
 
 def _rebuilt(report: Report, source: str, output: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.report.rows import attempt_setting
 from onnxcomp.report.text import error_range, error_text, printable, signed, times
 
@@ -52,8 +53,8 @@ class Candidate:
 
     def loss_text(self, *, relative: bool) -> str:
         """The loss in words, with its interval."""
-        if self.loss is None:
-            return "-"
+        if self.loss is None:  # JSON has no infinity; what has a size was measured
+            return "-" if self.size is None else "infinite"
         if relative:
             interval = error_range(self.interval)
             return f"{error_text(self.loss)} ({interval})" if interval else error_text(self.loss)
@@ -127,8 +128,9 @@ def charts(
     """The charts of candidates, with the budget and, where `gains` and `result` tell of it, the result."""
     relative = judged.quality == "relative-error"
     limit = judged.budget.get("max_error" if relative else "max_drop")
-    if relative and judged.data.get("generated"):
-        limit = None  # the error of made-up inputs is not what the budget is about
+    if relative and limit is not None and judged.data.get("generated"):
+        # Reports without intervals are of a version that judged made-up inputs by a limit of their own.
+        limit = limit * WHOLE_OUTPUT if any(each.interval for each in tried) else None
     loss = "relative error" if relative else "expected drop" if judged.quality == "expected-drop" else "drop"
     drawn = []
     for axis, name in (("speed", "times as fast as the original"), ("size", "times smaller than the original")):

@@ -10,6 +10,7 @@ from onnxcomp.report.compared import LATENCY, columns, loss, models, summary_tex
 from onnxcomp.report.page.answer import PLACEHOLDER, Card, Step, cards, command_line
 from onnxcomp.report.page.candidates import Candidate, charts
 from onnxcomp.report.page.layers import layer_row, table_data
+from onnxcomp.report.page.panels import details
 from onnxcomp.report.page.render import fact_groups, whole_page
 from onnxcomp.report.rows import figure_rows, kernel_changes
 from onnxcomp.report.text import decibels_text, printable, shortened
@@ -69,7 +70,10 @@ def _view(found: Comparisons) -> dict[str, Any]:
         "facts": _facts(found),
         "data": {
             "compared": charts(_points(found), found, {}, None),
-            "layers": table_data(list(_layers(found))),
+            "layers": {
+                **table_data(list(_layers(found))),
+                "details": details([layer for one in found.candidates for layer in one.layers]),
+            },
         },
         "models": list(dict.fromkeys(printable(name) for name, one in found.named if one.layers)),
     }

@@ -46,6 +46,9 @@ TOLD = ("done", "left")
 SEVERAL = "\n"
 """Divides what several passes say of one layer: no text that was made printable holds it."""
 
+INFINITE = 1e305
+"""Stands for an infinite error, which JSON has no number for; what is read from a report is never as large."""
+
 DIGITS = 4
 """Digits of a number that the page holds."""
 
@@ -55,7 +58,7 @@ def layer_data(report: Report) -> dict[str, Any]:
 
     Texts repeat from layer to layer, so each is held once.
     """
-    return {**table_data(_rows(report)), "details": details(report)}
+    return {**table_data(_rows(report)), "details": details(report.layers)}
 
 
 def table_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
         "after": layer["weight_bytes_after"],
         "zeros": layer["weight_zeros_after"],
         "kernel": f"{_change(layer, 'kernel_before', 'kernel_after')}{reason}",
-        "error": layer["error"],
+        "error": INFINITE if layer["error"] is None and layer["tensor"] is not None else layer["error"],
         "sqnr": layer["sqnr_db"],
         "cause": layer.get("cause"),
         "time_before": layer.get("time_ms_before"),

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onnxcomp.report.text import printable
-
-if TYPE_CHECKING:
-    from onnxcomp.ledger import Report
 
 __all__ = ["details"]
 
@@ -19,9 +16,9 @@ DIGITS = 5
 ROUNDED = ("low", "high", "least", "most", "seen_low", "seen_high", "scale")
 
 
-def details(report: Report) -> list[tuple[int, dict[str, Any]]]:
+def details(layers: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """The panels that have something to show, each with the number of its layer's row."""
-    panels = ((number, _panel(layer)) for number, layer in enumerate(report.layers) if layer.get("detail"))
+    panels = ((number, _panel(layer)) for number, layer in enumerate(layers) if layer.get("detail"))
     return [(number, panel) for number, panel in panels if panel]
 
 

@@ -18,7 +18,7 @@ const layers = () => {
   if (!rows.length) return;
   const place = (key) => columns.findIndex((column) => column.key === key);
   const isText = (column) => column.kind === "text";
-  const most = columns.map((column, index) => (isText(column) ? 0 : rows.reduce((top, row) => Math.max(top, row[index] || 0), 0)));
+  const most = columns.map((column, index) => (isText(column) ? 0 : rows.reduce((top, row) => (row[index] < INFINITE ? Math.max(top, row[index]) : top), 0)));
   // Bytes before and after share a scale, and so do times, so that their bars can be compared.
   const together = (kind) => Math.max(...columns.map((column, index) => (column.kind === kind ? most[index] : 0)));
   const scales = { bytes: together("bytes"), time: together("time"), share: 1, decibels: 0, bits: 0, whole: 0 };
@@ -39,7 +39,8 @@ const layers = () => {
   const open = (row, button) => {
     if (state.open) close();
     Object.assign(state, { open: row, button });
-    const line = PANEL.row(texts[row[0]], details.get(row), columns.length, () => close().focus());
+    const model = place("model") < 0 ? "" : `, ${texts[row[place("model")]]}`;
+    const line = PANEL.row(`${texts[row[0]]}${model}`, details.get(row), columns.length, () => close().focus());
     button.closest("tr").after(line);
     button.setAttribute("aria-expanded", "true");
     button.setAttribute("aria-controls", "panel");
@@ -58,6 +59,7 @@ const layers = () => {
 
   const cell = (row, column, index) => {
     const element = document.createElement(index === 0 ? "th" : "td");
+    element.dataset.column = column.key;
     if (index === 0) element.scope = "row";
     if (isText(column)) {
       const told = column.key === "done" || column.key === "left";
@@ -76,7 +78,7 @@ const layers = () => {
       const meter = document.createElement("span");
       meter.className = `meter ${column.kind}`;
       meter.setAttribute("aria-hidden", "true");
-      meter.style.width = `${(100 * value) / scale}%`;
+      meter.style.width = `${Math.min(100, (100 * value) / scale)}%`;
       element.append(meter);
     }
     return element;
@@ -154,7 +156,7 @@ const layers = () => {
     const button = document.createElement("button");
     const arrow = document.createElement("span");
     header.scope = "col";
-    header.dataset.key = column.key;
+    Object.assign(header.dataset, { key: column.key, column: column.key });
     header.className = isText(column) ? "" : "number";
     button.type = "button";
     button.textContent = column.title;

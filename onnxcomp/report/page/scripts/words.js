@@ -15,7 +15,8 @@ const scaled = (value, units) => {
   const digits = unit === 0 || Math.abs(value) >= 99.95 ? 0 : Math.abs(value) >= 9.995 ? 1 : 2;
   return value.toFixed(digits) + units[unit];
 };
-const percent = (value) => (value === 0 ? "0%" : value < 1e-4 ? "<0.01%" : `${(100 * value).toFixed(2)}%`);
+const INFINITE = 1e305; // an error of which no number is left
+const percent = (value) => (value >= INFINITE ? "infinite" : value === 0 ? "0%" : value < 1e-4 ? "<0.01%" : `${(100 * value).toFixed(2)}%`);
 const WORDS = {
   bytes: (value) => scaled(value, [" B", " kB", " MB", " GB", " TB"]),
   count: (value) => scaled(value, ["", " k", " M", " G", " T"]),
