@@ -182,4 +182,4 @@ def test_20_times_as_many_nodes_take_about_20_times_as_long():
         return time.process_time() - start
 
     few, many = chain(500), chain(10_000)
-    assert seconds(many) < 80 * min(seconds(few) for _ in range(3))
+    assert min(seconds(many) for _ in range(2)) < 150 * min(seconds(few) for _ in range(3))  # a walk a node: 400
