@@ -43,7 +43,8 @@ def run_model(path: Path, *, data: bool) -> list[str]:
         test = ["--data", str(FOLDER / "fashion_test.npz"), "--metric", "top1", "--json", "-"]
         found: dict[str, Any] = json.loads(_run("compare", str(path), str(output), *test))
         sizes = path.stat().st_size, output.stat().st_size
-    before, after = found["before"], found["after"]
+    [one] = found["candidates"]
+    before, after = found["before"], one["after"]
     return [
         path.stem,
         f"{before['metric']:.4f}",
@@ -51,7 +52,7 @@ def run_model(path: Path, *, data: bool) -> list[str]:
         f"{sizes[0]:,}",
         f"{sizes[1]:,}",
         f"{sizes[0] / sizes[1]:.2f}",
-        f"{found['speed']:.2f}",
+        f"{one['speed']:.2f}",
         f"{after['int8_macs'] / after['macs']:.0%}",
         f"{seconds:.1f}",
     ]
