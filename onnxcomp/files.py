@@ -67,8 +67,12 @@ def check_outputs(outputs: Mapping[str, Path | None], *, inputs: tuple[Path, ...
 
 
 @contextlib.contextmanager
-def replaced_whole(*paths: Path) -> Iterator[list[IO[bytes]]]:
+def replaced_whole(*paths: Path, durable: bool = True) -> Iterator[list[IO[bytes]]]:
     """Open temporary files beside `paths`; when the block ends well they take their places, in the order given.
+
+    Args:
+        paths: Where to.
+        durable: Whether to wait until the disk has them; what a run deletes at its end needs not survive the machine.
 
     Raises:
         OutputError: Something could not be written (no space, no permission). Nothing is left behind.
@@ -89,12 +93,14 @@ def replaced_whole(*paths: Path) -> Iterator[list[IO[bytes]]]:
         yield [file for file, _ in written]
         for file, temporary in written:
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             file.close()
             temporary.chmod(0o666 & ~_umask())
         for (_, temporary), path in zip(written, paths, strict=True):
             temporary.replace(path)
-        _fsync_folder(paths[0].parent)
+        if durable:
+            _fsync_folder(paths[0].parent)
     except OSError as error:
         if isinstance(error, OutputError):
             raise

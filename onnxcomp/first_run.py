@@ -60,5 +60,5 @@ def written_file(original: Model, file: Path | None, folder: Path) -> Path:
     if file is not None:
         return file
     path = folder / "first run.onnx"
-    original.save(path)
+    original.save(path, durable=False)
     return path

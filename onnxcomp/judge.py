@@ -226,7 +226,7 @@ class Judge:
             folder = self._workdir / digest[:16]
             folder.mkdir(exist_ok=True)
             path = folder / "model.onnx"
-            model.save(path)
+            model.save(path, durable=False)
             self._paths[digest] = path
         return self._paths[digest]
 

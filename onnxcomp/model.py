@@ -323,13 +323,14 @@ class Model:
                 read_in(tensor, self._blobs[reference])
         return model
 
-    def save(self, path: str | Path, *, external_data: bool | None = None) -> None:
+    def save(self, path: str | Path, *, external_data: bool | None = None, durable: bool = True) -> None:
         """Write the model; the file appears whole or not at all.
 
         Args:
             path: Where to. External data go beside it, as `<name>.data`.
             external_data: Whether weights go to a file of their own; by default as the model came, and always when they
                 exceed the 2 GiB of one file.
+            durable: Whether to wait until the disk has it; False for what does not outlive the run.
 
         Raises:
             OutputError: It cannot be written, or it is the file (or the data file) that the model was read from.
@@ -338,19 +339,19 @@ class Model:
         check_writable(path, inputs=(*((self.path,) if self.path else ()), *self._sources))
         too_large = self.size_bytes > INLINE_LIMIT_BYTES
         if external_data or too_large or (external_data is None and self._external):
-            self._save_external(path)
+            self._save_external(path, durable=durable)
             return
-        with replaced_whole(path) as [file]:
+        with replaced_whole(path, durable=durable) as [file]:
             write_model(self.proto(), self._blobs, file)
 
-    def _save_external(self, path: Path) -> None:
+    def _save_external(self, path: Path, *, durable: bool) -> None:
         """Stream the weights to a new data file, then the structure; the new file never replaces the old one's data."""
         number, data_path = 0, path.with_name(f"{path.name}.data")
         while data_path.exists() or data_path in self._sources:
             number += 1
             data_path = path.with_name(f"{path.name}.{number}.data")
         stale = own_data_files(path)
-        with replaced_whole(data_path, path) as [data_file, model_file]:
+        with replaced_whole(data_path, path, durable=durable) as [data_file, model_file]:
             model, offset = self.proto(), 0
             for tensor in tensors_of(model.graph):
                 reference = reference_of(tensor)

@@ -271,6 +271,17 @@ def test_saves_a_changed_weight_among_external_ones(tmp_path):
     np.testing.assert_array_equal(result.weight("W1"), random_weights(64, 64, seed=1, scale=64**-0.5))
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_waits_for_the_disk_only_where_a_file_must_outlive_the_run(tmp_path, monkeypatch, durable):
+    waited = []
+    monkeypatch.setattr(os, "fsync", waited.append)
+
+    Model.load(mlp_model()).save(tmp_path / "m.onnx", durable=durable)
+
+    assert bool(waited) is durable
+    assert Model.load(tmp_path / "m.onnx").digest == Model.load(mlp_model()).digest
+
+
 def test_saving_again_replaces_its_own_old_data_file(tmp_path):
     model = Model.load(external_model(tmp_path))
     out = tmp_path / "out"

@@ -133,7 +133,7 @@ def _parting(
         return (), ""
     path = folder / "exposed.onnx"
     try:
-        exposed.save(path)
+        exposed.save(path, durable=False)
         ours = _by_name(names, list(runtime.run(path, feeds, outputs=names)))
         ran = environment.run(path, feeds, outputs=names, plain=plain, config=config)
     except (OnnxcompError, ValueError) as error:  # the outputs were compared all the same

@@ -112,10 +112,10 @@ class LayerTimes:
             proto, feed = _alone(unit, sizes)
             paths = [self.workdir / "layer_dense.onnx", self.workdir / "layer_thin.onnx"]
             model = Model.load(proto)
-            model.save(paths[0])
+            model.save(paths[0], durable=False)
             [whole] = find_units(model, Context(), Changes())
             put_factors(model, whole, _random_factors(whole, thin), Spool())
-            model.save(paths[1])
+            model.save(paths[1], durable=False)
             try:
                 times = self.runtime.time(paths, feed, min_rounds=ROUNDS, max_rounds=1000, seconds=SECONDS)
             finally:

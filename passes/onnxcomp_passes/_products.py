@@ -55,7 +55,7 @@ def observed(base: Model, weights: list[Weight], inputs: Mapping[str, list[str]]
         return
     assert context.workdir is not None
     path = context.workdir / "products.onnx"
-    base.save(path)
+    base.save(path, durable=False)
     batch: list[Weight] = []
     names: set[str] = set()
     total = 0

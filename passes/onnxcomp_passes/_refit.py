@@ -69,14 +69,14 @@ def refit(
     shifted = dict(shifts)
     targets = {view.name: str(view.node.outputs[0].name) for view in find_views(original)}
     reference, candidate = context.workdir / "reference.onnx", context.workdir / "candidate.onnx"
-    original.save(reference)
+    original.save(reference, durable=False)
     done = 0
     try:
         for view in _layers(model, shifts)[:most]:
             if context.out_of_time():
                 break
             context.progress(f"fitting {view.label}")
-            model.save(candidate)
+            model.save(candidate, durable=False)
             behind = _behind(model, view) if activations else None
             watch = _watch(view, targets[view.name], behind)
             seen = context.runtime.observe_pair(reference, candidate, context.data.feeds, watch)

@@ -48,7 +48,7 @@ def observe(model: Model, observers: Mapping[str, O], context: Context) -> dict[
         context.progress(f"calibrating {len(missing)} tensors on {context.data.size} samples")
         path = context.judge.path_of(model) if context.judge else context.workdir / "calibration.onnx"
         if context.judge is None:
-            model.save(path)
+            model.save(path, durable=False)
         feeds = partial(context.data.feeds, min(OBSERVED_ROWS, context.data.batch_size))
         for name, watch in context.runtime.observe(path, feeds, missing).items():
             context.activations[seen[name]] = watch

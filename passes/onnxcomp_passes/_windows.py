@@ -303,12 +303,12 @@ def _observed(
     assert context.workdir is not None
     assert context.data is not None
     path, other = context.workdir / "products.onnx", context.workdir / "products_original.onnx"
-    model.save(path)
+    model.save(path, durable=False)
     feeds = _in_time(context)
     try:
         if original is None:
             return context.runtime.observe(path, feeds, observers)
-        original.save(other)
+        original.save(other, durable=False)
         pairs = {(name, name): observer for name, observer in observers.items()}
         seen = context.runtime.observe_pair(other, path, feeds, pairs)
         return {name: observer for (name, _), observer in seen.items()}

@@ -137,7 +137,7 @@ class Pack(Pass):
         if context.runtime is None or context.workdir is None:
             return None
         path = context.workdir / "packed.onnx"
-        model.save(path)
+        model.save(path, durable=False)
         try:
             return context.runtime.census(path)
         finally:

@@ -219,7 +219,7 @@ class QuantizeWeights(Pass):
         assert context.workdir is not None
         built = self._built(base, held)
         path = context.workdir / "stored.onnx"
-        built.save(path)
+        built.save(path, durable=False)
         try:
             made = {name for node in context.runtime.census(path).nodes for name in node.outputs}
         finally:
