@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -132,3 +133,21 @@ def test_a_run_that_is_stopped_at_any_moment_leaves_the_old_output_or_the_whole_
     outcome = strike(ROOT / "sample_models" / "fashion_lenet.onnx", tmp_path, 12, number, random.Random(1))
     assert outcome.wrong == []
     assert sum(outcome.held.values()) == 12
+
+
+def test_a_run_that_is_asked_to_end_takes_its_temporary_files_with_it(tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "onnxcomp", "optimize", ROOT / "sample_models" / "fashion_vit.onnx", "--no-resume"]
+    command += ["--data", ROOT / "sample_models" / "fashion_calib.npz", "-o", tmp_path / "small.onnx"]
+    process = subprocess.Popen(
+        [str(word) for word in command], env={**os.environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not list(temporary.glob("onnxcomp-*/*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (143, b"")
+    assert list(temporary.iterdir()) == []

@@ -273,7 +273,7 @@ def test_saves_a_changed_weight_among_external_ones(tmp_path):
 
 @pytest.mark.parametrize("durable", [True, False])
 def test_waits_for_the_disk_only_where_a_file_must_outlive_the_run(tmp_path, monkeypatch, durable):
-    waited = []
+    waited: list[int] = []
     monkeypatch.setattr(os, "fsync", waited.append)
 
     Model.load(mlp_model()).save(tmp_path / "m.onnx", durable=durable)
