@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from onnxcomp.relative_error import relative_error
 from onnxcomp.runtime import Runtime, explain
 from onnxcomp.targets import find_target
 from onnxcomp_passes import _placement
-from onnxcomp_passes._choice import fewest
+from onnxcomp_passes._choice import fewest, most_worth_ranking
 from onnxcomp_passes.quantize import Quantize
 from onnxcomp_passes.quantize_weights import QuantizeWeights
 from tests.models import mlp_model
@@ -416,3 +417,12 @@ def test_a_choice_that_runs_out_of_time_gives_up_no_more_than_it_must(seconds: f
 
     context = Context(deadline=None if seconds is None else time.monotonic() + seconds)
     assert 600 <= fewest(1000, holds, context) <= most_given_up * 1000
+
+
+@pytest.mark.parametrize(("size", "ranked"), [(1 << 20, 40), (1 << 31, 16), (1 << 40, 8)])
+def test_of_a_large_model_fewer_layers_are_ranked(size: int, ranked: int):
+    judge: Any = SimpleNamespace(timed=False, original_bytes=size)
+
+    found = list(most_worth_ranking({str(index): float(index) for index in range(40)}, Context(judge=judge)))
+
+    assert found == [str(index) for index in range(39, 39 - ranked, -1)]

@@ -395,6 +395,7 @@ def test_a_weight_that_costs_too_much_gets_its_exact_values_back():
         """Allows W0 to be rounded and W1 not."""
 
         timed = False
+        original_bytes = 1
 
         def quality(self, model: Model) -> Model:
             return model

@@ -48,6 +48,11 @@ MOST_RANKED = 128
 RANKING_SECONDS = 90.0
 """Layers whose error is measured one by one, and how long that may take; the others count as the median."""
 
+RANKED_BYTES = 1 << 35
+LEAST_RANKED = 8
+"""Ranking an item writes and runs the whole model: of large models fewer are ranked, or the cost would grow with the
+square of the size."""
+
 LAST_STEP = 0.75
 """The part of all layers that is tried before the time for a choice is over."""
 
@@ -326,7 +331,9 @@ def most_worth_ranking(gains: Mapping[Item, float], context: Context) -> Iterato
     """
     started = time.monotonic()
     clock = context.judge is not None and context.judge.timed
-    for item in sorted(gains, key=lambda item: gains[item], reverse=True)[:MOST_RANKED]:
+    size = context.judge.original_bytes if context.judge else 1
+    most = min(MOST_RANKED, max(LEAST_RANKED, RANKED_BYTES // size))
+    for item in sorted(gains, key=lambda item: gains[item], reverse=True)[:most]:
         if context.out_of_time() or (clock and time.monotonic() - started > RANKING_SECONDS):
             return
         yield item
