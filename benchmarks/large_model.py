@@ -50,10 +50,12 @@ print(json.dumps({"before_mb": before, "peak_mb": peak_mb(), "seconds": seconds,
 """
 
 
-def make_large_model(folder: Path, gigabytes: float) -> Path:
+def make_large_model(folder: Path, gigabytes: float, layers: int | None = None) -> Path:
     """A chain of MatMuls with a Relu after each, an Identity, a twin of the first weight, and external data."""
-    size = min(SIZE, int(math.sqrt(gigabytes * 1e9 / (4 * LEAST_LAYERS))))
-    layers = round(gigabytes * 1e9 / (4 * size * size))
+    size = int(math.sqrt(gigabytes * 1e9 / (4 * (layers or LEAST_LAYERS))))
+    if layers is None:
+        size = min(SIZE, size)
+        layers = round(gigabytes * 1e9 / (4 * size * size))
     path, data = folder / "large.onnx", folder / "large.onnx.data"
     nodes, weights, source = [], [], "x"
     rng = np.random.default_rng(0)

@@ -1,13 +1,13 @@
 """How cost grows with a model: seconds against nodes for every pass, and against bytes for a whole run.
 
     python -m benchmarks.scale nodes [--counts 10,100,1000,5000,20000] [--passes NAME,...]
-    python -m benchmarks.scale bytes [--gigabytes 0.001,0.01,0.1,1,2.6,8]
+    python -m benchmarks.scale bytes [--gigabytes 0.001,0.01,0.1,1,2.6,8] [--layers 119]
     python -m benchmarks.scale plot
 
 `nodes` times passes on chains of residual blocks (MatMul, Add, Relu, Add), in a process of its own each, without a
 judge: what is timed is the rewrite. `bytes` runs `onnxcomp optimize` with default settings and no data on a chain of
 MatMul with external data, of which only the rewriting process's peak memory is told: running a model takes what the
-model takes. Needs three times the largest size on the disk. The figures go to results/scale.json, from which `plot`
+model takes. Needs four times the largest size on the disk. The figures go to results/scale.json, from which `plot`
 draws results/scale.png.
 """
 
@@ -110,22 +110,28 @@ def time_nodes(counts: list[int], passes: list[str]) -> dict[str, dict[str, floa
     return found
 
 
-def time_bytes(gigabytes: list[float]) -> dict[str, dict[str, float]]:
-    """Seconds and peak memory of a whole run by size."""
+def time_bytes(gigabytes: list[float], layers: int | None) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of a whole run by size; of so many layers, or of more the larger it is."""
     found: dict[str, dict[str, float]] = {}
-    print("| GB | seconds | seconds a GB | peak MB of the rewriting process | allowed |")
-    print("|" + " --- |" * 5)
+    print("| GB | seconds | seconds a GB | peak MB of the rewriting process | allowed | kept | times smaller |")
+    print("|" + " --- |" * 7)
     for size in gigabytes:
         with tempfile.TemporaryDirectory() as folder:
-            path = make_large_model(Path(folder), size)
+            path = make_large_model(Path(folder), size, layers)
             real = sum(each.stat().st_size for each in path.parent.glob("large.onnx*")) / 1e9
             output = Path(folder) / "small.onnx"
             started = time.monotonic()
             peak = _peak_of_run(path, output)
             seconds = time.monotonic() - started
+            report = json.loads(output.with_suffix(".json").read_text())
         allowed = 2.5 * 4 * SIZE * SIZE / 1e6 + 500
+        kept = ", ".join(stage["name"] for stage in report["stages"] if stage["verdict"] == "kept")
+        smaller = report["before"]["size_bytes"] / report["after"]["size_bytes"]
         found[f"{real:.3f}"] = {"seconds": seconds, "peak_mb": peak}
-        print(f"| {real:.3f} | {seconds:.1f} | {seconds / real:.1f} | {peak:.0f} | {allowed:.0f} |", flush=True)
+        cells = (
+            f"{real:.3f} | {seconds:.1f} | {seconds / real:.1f} | {peak:.0f} | {allowed:.0f} | {kept} | {smaller:.2f}"
+        )
+        print(f"| {cells} |", flush=True)
     return found
 
 
@@ -136,7 +142,8 @@ def _peak_of_run(path: Path, output: Path) -> float:
         "try:\n    main(sys.argv[1:])\nfinally:\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
     )
-    command = [sys.executable, "-c", code, "optimize", str(path), "-o", str(output), "-q", "--no-resume", "--no-timing"]
+    options = ["-q", "--no-resume", "--no-timing", "--json", str(output.with_suffix(".json"))]
+    command = [sys.executable, "-c", code, "optimize", str(path), "-o", str(output), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ})
     return int(done.stderr.strip().splitlines()[-1]) / 1e3
 
@@ -150,8 +157,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes[0].loglog([int(count) for count in seconds], list(seconds.values()), marker="o", label=name)
     axes[0].set(xlabel="nodes", ylabel="seconds", title="A pass against nodes")
     axes[0].legend(fontsize=7)
-    sizes = results.get("bytes", {})
-    axes[1].loglog([float(size) for size in sizes], [one["seconds"] for one in sizes.values()], marker="o")
+    for key in (key for key in results if key.startswith("bytes")):
+        sizes = results[key]
+        label = key.removeprefix("bytes of ") if key != "bytes" else "8 layers, or of 67 MB each"
+        axes[1].loglog([float(size) for size in sizes], [one["seconds"] for one in sizes.values()], "o-", label=label)
+    axes[1].legend(fontsize=7)
     axes[1].set(xlabel="GB", ylabel="seconds", title="A whole run against bytes")
     figure.savefig(path, dpi=110)
 
@@ -162,6 +172,7 @@ def main() -> int:
     parser.add_argument("--counts", default="10,100,1000,5000,20000", help="numbers of nodes")
     parser.add_argument("--passes", default=",".join(PASSES), help="passes to time")
     parser.add_argument("--gigabytes", default="0.001,0.01,0.1,1,2.6,8", help="sizes of weights")
+    parser.add_argument("--layers", type=int, help="layers of each of these sizes; else more the larger it is")
     arguments = parser.parse_args()
     written = RESULTS / "scale.json"
     results = json.loads(written.read_text()) if written.exists() else {}
@@ -169,7 +180,9 @@ def main() -> int:
         counts = [int(count) for count in arguments.counts.split(",")]
         results.setdefault("nodes", {}).update(time_nodes(counts, arguments.passes.split(",")))
     elif arguments.what == "bytes":
-        results["bytes"] = time_bytes([float(size) for size in arguments.gigabytes.split(",")])
+        sizes = [float(size) for size in arguments.gigabytes.split(",")]
+        key = f"bytes of {arguments.layers} layers" if arguments.layers else "bytes"
+        results.setdefault(key, {}).update(time_bytes(sizes, arguments.layers))
     else:
         plot(results, RESULTS / "scale.png")
         return 0

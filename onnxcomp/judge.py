@@ -88,6 +88,14 @@ class Budget:
             return quality.error <= whole
         return not quality.guessed or quality.error <= rest
 
+    def excess(self, quality: Quality, share: float = 1.0) -> float:
+        """How many times larger than allowed a loss is, where it is a relative error; else 1."""
+        if quality.kind != "relative-error":
+            return 1.0
+        allowed = self.max_error * share
+        error = max(quality.plain_interval[1] / WHOLE_OUTPUT, quality.error_interval[1])
+        return error / allowed if allowed > 0 else math.inf
+
 
 @dataclass(frozen=True)
 class Score:

@@ -222,9 +222,7 @@ def optimize(
             context.activations = shared.activations
             runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
             kept, finished = _run_stages(runner, stages, options, samples)
-            report = build_report(
-                original, kept, judge, options, samples, parts, source, notes, seconds=time.monotonic() - started
-            )
+            report = build_report(original, kept, judge, options, samples, parts, source, notes, started=started)
     finally:
         shutil.rmtree(workdir, ignore_errors=True)
     finished.remove()

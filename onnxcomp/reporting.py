@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -48,9 +49,12 @@ def build_report(
     source: ModelSource,
     notes: Sequence[str],
     *,
-    seconds: float,
+    started: float,
 ) -> Report:
-    """Measure the result a last time, on samples that no choice saw, and write everything down."""
+    """Measure the result a last time, on samples that no choice saw, and write everything down.
+
+    `started` is when the run began, by `time.monotonic`: this last part belongs to what it took.
+    """
     quality = judge.confirm(kept.model)
     first, last = judge.score(original), judge.score(kept.model)
     timings: list[Timing | None] = [None, None]
@@ -88,7 +92,7 @@ def build_report(
         target=options.target.name,
         options=_option_facts(options),
         environment=environment(options.threads),
-        seconds=seconds,
+        seconds=time.monotonic() - started,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=_warnings(judge, quality, samples, kept.model),
         notes=[*notes, *_alone(kept.stages), *missing],

@@ -59,6 +59,9 @@ class Sessions:
 
     def make(self, model: str | bytes, options: Any) -> Any:
         """Make a session that is not kept."""
+        # Large models are not worth keeping: a new one must fit beside what is left.
+        if psutil.Process().memory_info().rss > psutil.virtual_memory().total / 4:
+            self._kept.clear()
         return onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=self._disabled
         )
@@ -77,7 +80,8 @@ class Sessions:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        self._make_room()
+        while len(self._kept) >= _KEPT:
+            self._kept.popitem(last=False)
         options = self.options(optimize=optimize)
         start = time.perf_counter()
         session = self._make_observed(path, observed, options) if observed else self.make(path, options)
@@ -103,6 +107,7 @@ class Sessions:
             options: The session's.
         """
         options.optimized_model_filepath = str(output)
+        options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of all weights, not written
         if output.suffix == ".ort":
             options.add_session_config_entry("session.save_model_format", "ORT")
             self.make(path, options)
@@ -126,13 +131,6 @@ class Sessions:
         keep_needed(model.graph, names)
         model.graph.output.extend(outputs)
         return self.make_edited(model, path, options)
-
-    def _make_room(self) -> None:
-        while len(self._kept) >= _KEPT:
-            self._kept.popitem(last=False)
-        # Large models are not worth keeping: a new one must fit beside what is left.
-        if psutil.Process().memory_info().rss > psutil.virtual_memory().total / 4:
-            self._kept.clear()
 
 
 def keep_needed(graph: onnx.GraphProto, names: Sequence[str]) -> None:

@@ -14,10 +14,10 @@ from onnxcomp.passes import Changes, Context, Table
 from onnxcomp.weights import Spool
 from onnxcomp_passes._channel_scores import Consumer, Order, compensated_rows, consumers_of, order_units
 from onnxcomp_passes._channels_groups import Channels, Group, Slot, macs_by_node
-from onnxcomp_passes._choice import last_that_holds
 from onnxcomp_passes._dead import shift_bias, takes_shift
 from onnxcomp_passes._pruning import from_matrices
 from onnxcomp_passes._refit import refit
+from onnxcomp_passes._search import last_that_holds
 from onnxcomp_passes._views import WeightView, find_views
 from onnxcomp_passes._windows import gather_products
 
@@ -48,8 +48,8 @@ def kept_units(units: int, ratio: float, multiple: int) -> int:
     """How many units stay when a ratio goes: a multiple that kernels like, of the groups that are larger than it.
 
     Example:
-        >>> kept_units(64, 0.3, 8), kept_units(12, 0.3, 8), kept_units(6, 0.3, 8)
-        (48, 8, 5)
+        >>> kept_units(64, 0.3, 8), kept_units(20, 0.3, 8), kept_units(6, 0.3, 8)
+        (48, 16, 5)
     """
     kept = units * (1 - ratio)
     if units >= multiple * 1.5:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping
 
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
@@ -16,21 +13,17 @@ from onnxcomp.runtime import KernelReport, explain
 from onnxcomp_passes._causes import find_cause
 from onnxcomp_passes._remedies import REMEDIES, SLOWING, Evidence
 from onnxcomp_passes._scheme import Scheme
+from onnxcomp_passes._search import MARGIN, costliest_first, fewest, most_worth_ranking
 
-__all__ = ["Chooser", "costliest_first", "fewest", "last_that_holds", "most_worth_ranking"]
+__all__ = ["Chooser"]
 
 Layers = frozenset[int]
-Item = TypeVar("Item", int, str)
-Option = TypeVar("Option")
 
 REPAIRS = 3
 """Rounds of taking out layers whose int8 kernel did not materialise: each changes what is around the others."""
 
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 """Operators that ONNX Runtime fuses into a float Conv or Gemm, whose kernel may then go by their name."""
-
-MARGIN = 0.9
-"""The share of the budget that is spent on the samples that choices are made on: others lose a little more."""
 
 COMFORT = 0.5
 """What helps accuracy at no cost in time is tried where more than this share of the budget would be spent."""
@@ -43,25 +36,6 @@ FASTER = 1.02
 
 TIMINGS = 3
 """A gain has to show in each of so many: in a single one noise may make it."""
-
-MOST_RANKED = 128
-RANKING_SECONDS = 90.0
-"""Layers whose error is measured one by one, and how long that may take; the others count as the median."""
-
-RANKED_BYTES = 1 << 35
-LEAST_RANKED = 8
-"""Ranking an item writes and runs the whole model: of large models fewer are ranked, or the cost would grow with the
-square of the size."""
-
-LAST_STEP = 0.75
-"""The part of all layers that is tried before the time for a choice is over."""
-
-GROWTH = 1.5
-"""Between one count of layers returned to float and the next that is tried."""
-
-OUT_OF_TIME = "the time limit was reached before it was chosen"
-BUDGET_USED = "the model as it is uses up the part of the budget that this may take"
-"""Why weights are left alone that nothing was tried with."""
 
 MIN_GAIN_MS = 1e-4
 """Stands in for layers whose time is too short to be seen."""
@@ -320,96 +294,6 @@ class Chooser:
         models = self._build(old), self._build(new)
         slower, faster = self._judge.time([self._judge.path_of(model) for model in models])
         return (slower.median_ms / faster.median_ms) * (models[0].size_bytes / models[1].size_bytes)
-
-
-def most_worth_ranking(gains: Mapping[Item, float], context: Context) -> Iterator[Item]:
-    """The items that gain most, best first, until there were many, or time is up.
-
-    Args:
-        gains: What each item gains (milliseconds, bytes).
-        context: Its deadline counts; so does the time that ranking takes, where decisions may hang on the clock.
-    """
-    started = time.monotonic()
-    clock = context.judge is not None and context.judge.timed
-    size = context.judge.original_bytes if context.judge else 1
-    most = min(MOST_RANKED, max(LEAST_RANKED, RANKED_BYTES // size))
-    for item in sorted(gains, key=lambda item: gains[item], reverse=True)[:most]:
-        if context.out_of_time() or (clock and time.monotonic() - started > RANKING_SECONDS):
-            return
-        yield item
-
-
-def costliest_first(gains: Mapping[Item, float], errors: Mapping[Item, float]) -> list[Item]:
-    """Order by squared error per gain, worst first; what was not measured counts as the median.
-
-    Args:
-        gains: What each item gains (milliseconds, bytes); positive.
-        errors: The output error of each measured item alone.
-
-    Example:
-        >>> costliest_first({"a": 1.0, "b": 1.0, "c": 4.0}, {"a": 0.1, "b": 0.3, "c": 0.4})
-        ['b', 'c', 'a']
-    """
-    costs = {item: error**2 / gains[item] for item, error in errors.items()}
-    usual = statistics.median(costs.values()) if costs else 0.0
-    return sorted(gains, key=lambda item: costs.get(item, usual), reverse=True)
-
-
-def fewest(most: int, holds: Callable[[int], bool], context: Context) -> int:
-    """A small count from 1 to `most` with which something holds; with `most` it does.
-
-    Counts are tried in growing steps until one holds, then by bisection down to the last that did not. A plain
-    bisection would trust its first, large step: on few samples a loss does not fall evenly, and it would end at twice
-    the layers that are needed.
-
-    When the time is over, the smallest count that was seen to hold. Steps grow as fast as they must to see a large one
-    before that: else everything would be given up for want of time, which no time at all would not have cost.
-
-    Example:
-        >>> fewest(100, lambda count: count >= 7 and count != 8, Context())
-        7
-    """
-    low, high = 0, 1
-    started, calls = time.monotonic(), 1
-    while high < most and not holds(high):
-        if context.out_of_time():
-            return most
-        growth = max(GROWTH, _growth_in_time(LAST_STEP * most / high, context, started, calls))
-        low, high = high, max(high + 1, int(high * growth))
-        calls += 1
-    high = min(high, most)
-    while high - low > 1 and not context.out_of_time():
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
-def _growth_in_time(wanted: float, context: Context, started: float, calls: int) -> float:
-    """The factor by which steps must grow to be `wanted` times as large with the calls that there is time for."""
-    if context.deadline is None or wanted <= 1:
-        return 1.0
-    now = time.monotonic()
-    left = (context.deadline - now) / max((now - started) / calls, 1e-9)
-    return float(wanted ** (1 / max(1.0, left - 1)))
-
-
-def last_that_holds(options: Sequence[Option], holds: Callable[[Option], bool], context: Context) -> Option | None:
-    """The last of options, ordered from the most careful to the boldest, that holds: by bisection.
-
-    Args:
-        options: They.
-        holds: Whether an option is within the budget.
-        context: Its deadline ends the search with the last that was found to hold.
-
-    Returns:
-        The option; None where none was found to hold.
-    """
-    low, high = -1, len(options)
-    while high - low > 1 and not context.out_of_time():
-        middle = (low + high) // 2
-        context.progress(f"choosing: option {middle + 1} of {len(options)}")
-        low, high = (middle, high) if holds(options[middle]) else (low, middle)
-    return options[low] if low >= 0 else None
 
 
 def _layer_of(kernel: str, known: Mapping[str, str]) -> str | None:

@@ -11,8 +11,8 @@ import numpy as np
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Context
-from onnxcomp_passes._choice import last_that_holds
 from onnxcomp_passes._rank_options import Option
+from onnxcomp_passes._search import last_that_holds
 from onnxcomp_passes._thin import Thin
 
 __all__ = ["LEAST_KEPT", "MARGIN", "Gain", "allocations", "measured_costs", "smallest", "within_budget"]

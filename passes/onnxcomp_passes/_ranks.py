@@ -13,7 +13,6 @@ import onnx_graphsurgeon as gs
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Table
-from onnxcomp_passes._choice import OUT_OF_TIME
 from onnxcomp_passes._conv_forms import useful_ranks
 from onnxcomp_passes._layer_costs import LayerTimes, layer_macs, layer_sizes
 from onnxcomp_passes._rank_choice import (
@@ -28,6 +27,7 @@ from onnxcomp_passes._rank_choice import (
 )
 from onnxcomp_passes._rank_options import Option, break_even, forms_of, options_of
 from onnxcomp_passes._reduced_rank import Goal
+from onnxcomp_passes._search import OUT_OF_TIME
 from onnxcomp_passes._thin import Thin
 from onnxcomp_passes._thin_fit import Found, Splitter
 from onnxcomp_passes._thin_layers import Unit

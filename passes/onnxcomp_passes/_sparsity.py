@@ -11,7 +11,7 @@ import numpy as np
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Table
-from onnxcomp_passes._choice import BUDGET_USED, OUT_OF_TIME, last_that_holds, most_worth_ranking
+from onnxcomp_passes._search import BUDGET_USED, OUT_OF_TIME, last_that_holds, most_worth_ranking
 from onnxcomp_passes._views import WeightView
 
 __all__ = ["choose_shares"]

@@ -15,9 +15,9 @@ from onnxcomp.model import Model
 from onnxcomp.packed import find_packed
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.weights import LazyWeight, Spool
-from onnxcomp_passes._choice import BUDGET_USED, MARGIN, OUT_OF_TIME, costliest_first, fewest, most_worth_ranking
 from onnxcomp_passes._energy import input_energies
 from onnxcomp_passes._kmeans import code_book, codebook, nearest_of
+from onnxcomp_passes._search import BUDGET_USED, MARGIN, OUT_OF_TIME, costliest_first, fewest, most_worth_ranking
 from onnxcomp_passes._stored import lift_constants, output_channel_axis
 from onnxcomp_passes._views import Grid, WeightView, find_views, wanted_views
 

@@ -12,13 +12,14 @@ from onnxcomp.errors import ModelError, OptionError, RequirementError
 from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
+from onnxcomp.quality import Quality
 from onnxcomp.targets import host_target
 from onnxcomp.weights import Spool
-from onnxcomp_passes._choice import costliest_first, fewest, most_worth_ranking
 from onnxcomp_passes._codes import OPSET_OF_TYPE, Width
 from onnxcomp_passes._encoding import Encoder, Held, Weight, find_weights, wanted, write
 from onnxcomp_passes._nbits import KERNEL
 from onnxcomp_passes._products import layer_inputs, observed
+from onnxcomp_passes._search import costliest_first, expected_fewest, fewest, most_worth_ranking
 from onnxcomp_passes._stored import lift_constants
 
 __all__ = ["QuantizeWeights"]
@@ -233,11 +234,19 @@ class QuantizeWeights(Pass):
     ) -> dict[str, Held]:
         """Return weights to float, those with most output error per byte first, until the budget holds."""
         share = STORAGE_SHARE * context.share
-        if judge.allows(judge.quality(self._built(base, held)), share):
-            return held
 
         def without(chosen: list[str]) -> dict[str, Held]:
             return {name: form for name, form in held.items() if name not in chosen}
+
+        def measured(chosen: list[str]) -> Quality:
+            built = self._built(base, without(chosen))
+            quality = judge.quality(built)
+            judge.forget(built)
+            return quality
+
+        whole = measured([])
+        if judge.allows(whole, share):
+            return held
 
         saved = {w.name: float(w.constant._values.nbytes) for w in find_weights(base) if w.name in held}
         errors: dict[str, float] = {}
@@ -249,9 +258,11 @@ class QuantizeWeights(Pass):
         order = costliest_first(saved, errors)
 
         def holds(count: int) -> bool:
-            return judge.allows(judge.quality(self._built(base, without(order[:count]))), share)
+            context.progress(f"trying {len(order) - count} of {len(order)} weights stored")
+            return judge.allows(measured(order[:count]), share)
 
-        chosen = order[: fewest(len(order), holds, context)]
+        expected = expected_fewest([errors.get(name) for name in order], judge.budget.excess(whole, share))
+        chosen = order[: fewest(len(order), holds, context, expected=expected)]
         for name in chosen:
             changes.leave(name, "costs too much accuracy")
         changes.resolved = {"choose": False, "skip": [*self.skip, *chosen]}
