@@ -45,6 +45,14 @@ class Packed:
         """The bytes of the constants."""
         return sum(constant._values.nbytes for constant in self.constants)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense value."""
+        last = self.nodes[-1]
+        if last.op == "Reshape" and isinstance(last.inputs[1], gs.Constant):
+            return tuple(int(size) for size in value_of(last.inputs[1]))
+        return tuple(self.decode().shape)
+
     def decode(self) -> Array:
         """The dense value, bit for bit that which ONNX Runtime computes at load."""
         values: dict[int, Array] = {id(constant): value_of(constant) for constant in self.constants}

@@ -18,6 +18,7 @@ __all__ = [
     "QuantizedLayer",
     "codes_dtype",
     "codes_of",
+    "constant_shape",
     "decoder",
     "encoder",
     "has_zero_point",
@@ -65,7 +66,7 @@ class QuantizedLayer:
             return 0 if self.node.attrs.get("transB", 0) else 1
         if self.node.op != "MatMul":
             return 0 if self.node.op == "Conv" else 1
-        rank = len(self.weight.inputs[0].shape or ())
+        rank = len(constant_shape(self.weight.inputs[0]))
         return rank - 2 + self.place if rank > 1 else None
 
 
@@ -97,6 +98,17 @@ def encoder(tensor: gs.Tensor) -> gs.Node | None:
 def is_constant(tensor: gs.Tensor) -> bool:
     """Whether a tensor is a constant: an initializer, packed or not, or what a Constant node gives."""
     return isinstance(tensor, gs.Constant) or _written_out(tensor) is not None or packed_weight(tensor) is not None
+
+
+def constant_shape(tensor: gs.Tensor) -> tuple[int, ...]:
+    """The shape of a constant, packed or not; () where it is computed."""
+    if isinstance(tensor, gs.Constant):
+        return tuple(tensor.shape)
+    packed = packed_weight(tensor)
+    if packed is not None:
+        return packed.shape
+    value = codes_of(tensor)
+    return () if value is None else value.shape
 
 
 def codes_of(tensor: gs.Tensor) -> Array | None:
@@ -149,7 +161,7 @@ def product_scale(layer: QuantizedLayer) -> Array | None:
     data, weight = scale_of(layer.data), scale_of(layer.weight)
     if data is None or weight is None or data.size != 1 or layer.place != 1:
         return None
-    shape = layer.weight.inputs[0].shape or ()
+    shape = constant_shape(layer.weight.inputs[0])
     if weight.size > 1 and (scale_axis(layer.weight, len(shape)) != layer.channel_axis or not shape):
         return None
     attrs, factor = layer.node.attrs, np.float32(1)

@@ -13,9 +13,11 @@ from onnxcomp import optimize
 from onnxcomp.errors import ModelError
 from onnxcomp.lints import LINTS, lint_file, lint_model, mended_by
 from onnxcomp.model import Model
+from onnxcomp.passes import Context
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import TARGETS, find_target
 from onnxcomp.verification.always import ort_runtime
+from onnxcomp_passes import Pack
 from tests import traps
 from tests.models import graph_model, mlp_model, run
 
@@ -286,3 +288,18 @@ def test_every_lint_has_a_reason_a_fix_and_known_targets():
 def test_every_trap_that_the_pass_mends_is_tested():
     tested = {lint for _, _, lint in TRAPS.values()} | {"per-channel-opset"}
     assert mended_by("fit-target") <= tested
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_packed_weight_has_the_findings_that_it_has_dense(axis: int):
+    """Its codes are computed, so that the graph tells no shape of them."""
+    rng = np.random.default_rng(2)
+    dense = traps.matmul(axis=axis, shape=(64, 48), codes=rng.choice([-100, -3, 0, 100], (64, 48)))
+    model = Model.load(dense)
+    changes = Pack().rewrite(model, Context())
+    packed = Model.load(model.to_proto()).to_proto()
+
+    assert changes.count == 1
+    for target in TARGETS:
+        assert traps.found(packed, target) == traps.found(dense, target), target
+    assert ("weight-axis" in traps.found(packed, "x86-vnni")) == (axis == 0)
