@@ -203,8 +203,9 @@ def optimize(
         notes.append(f"the inputs' axes are fixed, since {options.target.name} wants static shapes: {fixed}")
     workdir = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
     config = {} if options.target.is_host else dict(options.target.session_config)
-    # Sums of matrix products are cut into as many parts as there are threads, and round accordingly.
-    blas_threads = None if options.timing else 1
+    # Sums of matrix products are cut into as many parts as there are threads, and round accordingly: the same choices
+    # on machines with more cores. On a busy machine threads that wait for each other take several times as long.
+    blas_threads = threads if options.timing else 1
     try:
         with (
             samples,

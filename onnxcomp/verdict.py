@@ -103,7 +103,7 @@ class StageRunner:
         attempts: list[Attempt] = []
         for form in forms:
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
-            candidate = self._apply(form, kept)
+            candidate = self._best_of(form, kept)
             verdict, reason = self._verdict(candidate, kept.model, form)
             attempts.append(candidate.attempt(verdict, reason))
             if verdict in {"kept", "forced"}:
@@ -177,6 +177,31 @@ class StageRunner:
         return replace(kept, stages=(*kept.stages[:-1], entry))
 
     # --- one form ---------------------------------------------------------------------------------------------------
+
+    def _best_of(self, form: Stage, kept: Kept) -> Candidate:
+        """A form as it is, or without its last lossy pass, where that found nothing: the others may then spend all."""
+        candidate = self._apply(form, kept)
+        lossy = [place for place, step in enumerate(form.passes) if not step.lossless]
+        if candidate.failure or not candidate.chose or len(lossy) < 2 or self._context.out_of_time():
+            return candidate
+        *_, idle = lossy
+        if candidate.passes[idle].changed:
+            return candidate
+        other = self._best_of(replace(form, passes=form.passes[:idle] + form.passes[idle + 1 :]), kept)
+        worse, better = candidate, other
+        if not self._beats(other, candidate, kept, form):
+            worse, better = other, candidate
+        self.judge.forget(worse.model)
+        if better is other:
+            other.passes.insert(idle, candidate.passes[idle])
+            other.started = candidate.started
+        return better
+
+    def _beats(self, other: Candidate, candidate: Candidate, kept: Kept, form: Stage) -> bool:
+        """Whether another candidate of a form is worth more, and fit to be kept."""
+        if other.failure or other.score is None or self._against(other, kept.model, form) is not None:
+            return False
+        return candidate.score is None or other.score.value > candidate.score.value
 
     def _apply(self, form: Stage, kept: Kept) -> Candidate:
         """Apply the passes of one form, checking the structure after each, then measure."""

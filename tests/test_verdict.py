@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from onnxcomp import Changes, Context, Model, Pass, Stage, optimize
+from onnxcomp import Budget, Changes, Context, Model, Pass, Stage, optimize
 from onnxcomp.judge import Judge
 from onnxcomp.pipeline import Result
 from onnxcomp.quality import Quality
@@ -101,7 +101,7 @@ def has_identity(result: Result) -> bool:
 
 
 def test_lossy_passes_of_a_stage_get_equal_parts_of_the_budget() -> None:
-    optimized(Stage((Spend(), Simplify(), Spend())))
+    optimized(Stage((Spend(), Simplify(), Spend(factor=1.02))))
     assert Spend.shares == [0.5, 1.0]
 
 
@@ -112,8 +112,20 @@ def test_a_pass_chooses_within_the_share_of_its_stage() -> None:
 
 def test_what_earlier_stages_used_up_is_not_divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Judge, "used", lambda judge, model: 0.4)
-    optimized(Stage((Spend(), Spend())))
+    optimized(Stage((Spend(), Spend(factor=1.02))))
     assert Spend.shares == [0.7, 1.0]
+
+
+def test_what_the_last_pass_of_a_stage_does_not_use_goes_to_the_others() -> None:
+    """Within half of this budget no weight can be stored."""
+    result = optimized(Stage((Store(), Spend())), budget=Budget(max_error=0.03))
+
+    [entry] = result.report.stages
+    assert Spend.shares == [0.5, 1.0, 1.0]
+    assert entry.verdict == "kept"
+    assert [[(step.name, len(step.changed)) for step in attempt.passes] for attempt in entry.attempts] == [
+        [("store", 2), ("spend", 0)]
+    ]
 
 
 def test_a_pass_does_not_go_back_behind_a_change_in_its_own_stage() -> None:
