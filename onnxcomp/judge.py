@@ -12,6 +12,7 @@ import numpy as np
 
 from onnxcomp import analysis
 from onnxcomp.data import Dataset
+from onnxcomp.errors import OptionError
 from onnxcomp.layer_table import LayerComparison, ModelLayers, compared_layers
 from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.metrics import Metric
@@ -61,6 +62,17 @@ class Budget:
 
     max_drop: float = 0.005
     max_error: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse limits that nothing is below, or everything.
+
+        Raises:
+            OptionError: One is negative or not a number.
+        """
+        for name, limit in (("max_drop", self.max_drop), ("max_error", self.max_error)):
+            if not limit >= 0:
+                message = f"{name} must be at least 0, got {limit:g}"
+                raise OptionError(message)
 
     def allows(self, quality: Quality, *, share: float = 1.0, rounding: float = 0.0) -> bool:
         """Whether a measured loss is inside the budget.

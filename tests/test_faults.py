@@ -20,6 +20,7 @@ import pytest
 
 from benchmarks.faults import strike
 from onnxcomp import Changes, Context, Model, Pass, optimize
+from onnxcomp.errors import ModelError
 from onnxcomp.judge import Judge
 from onnxcomp.quality import Quality
 from onnxcomp_passes import Simplify
@@ -125,6 +126,25 @@ def test_a_model_that_is_replaced_while_it_is_read_gives_the_result_of_one_of_th
     result = optimize(loaded, passes=[Simplify()], timing=False).model
     expected = optimize(classifier(), passes=[Simplify()], timing=False).model
     assert result.digest == expected.digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOn(Pass):
+    """Changes nothing, while someone writes the model's file anew."""
+
+    name: ClassVar[str] = "train-on"
+    lossless: ClassVar[bool] = True
+    path: str
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        Path(self.path).write_bytes(classifier(seed=5).SerializeToString())
+        return Changes()
+
+
+def test_a_model_that_is_written_anew_during_its_run_is_an_error_since_its_figures_hold_for_neither(tmp_path):
+    path = save_classifier(tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"m\.onnx: has changed since it was first read"):
+        optimize(path, passes=[TrainOn(path=str(path))], timing=False)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxcomp.data import Dataset, generate, input_specs, open_data
+from onnxcomp.errors import OptionError
 from onnxcomp.judge import SAME_KERNELS, Budget, Judge
 from onnxcomp.metrics import get_metric
 from onnxcomp.model import Model
@@ -62,6 +63,12 @@ def scaled(model: Model, factor: float) -> Model:
     fork = model.fork()
     fork.set_weight("W", model.weight("W") * np.float32(factor))
     return fork
+
+
+@pytest.mark.parametrize("limits", [{"max_drop": float("nan")}, {"max_drop": -0.1}, {"max_error": float("nan")}])
+def test_a_budget_that_would_allow_all_or_nothing_is_refused(limits):
+    with pytest.raises(OptionError, match=r"max_(drop|error) must be at least 0, got (nan|-0\.1)"):
+        Budget(**limits)
 
 
 def test_the_original_loses_nothing_and_is_as_fast_as_itself(runtime: Runtime, tmp_path: Path) -> None:
