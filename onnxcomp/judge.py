@@ -229,6 +229,15 @@ class Judge:
         return self._final.kind
 
     @property
+    def unmeasurable(self) -> str:
+        """Why no loss can be measured, if that is so."""
+        if not self.deterministic:
+            return "the model's outputs are random, so no loss can be measured"
+        if not (self._reference.shows_loss and self._final.shows_loss):
+            return "the model's outputs are empty, all 0 or not numbers on these samples, so no loss can be measured"
+        return ""
+
+    @property
     def samples(self) -> dict[str, int]:
         """How many samples choices and final figures rest on."""
         return {"select": self._reference.samples, "confirm": self._final.samples}
