@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
@@ -23,6 +23,7 @@ __all__ = [
     "GIVEN",
     "STOPPED",
     "GuardedCommand",
+    "check_results",
     "emit_json",
     "parsed",
     "progress_to",
@@ -154,6 +155,30 @@ def progress_to(*, verbose: bool, quiet: bool, plain: bool = False) -> Iterator[
     else:
         with console.status(Text("reading the model")) as status:
             yield lambda text: status.update(Text(printable(text)))
+
+
+def check_results(results: Mapping[str, str | Path | None], models: Iterable[Path], data: str | None = None) -> None:
+    """Refuse results that cannot be written, or would overwrite what is read, before any work starts.
+
+    Args:
+        results: Option -> where it writes to; None and "-": no file.
+        models: The models that are read, with the files of their weights.
+        data: What --data names.
+
+    Raises:
+        OutputError: One of them cannot be written, or is read.
+        OptionError: Two of them are one file.
+    """
+    from onnxcomp.files import check_outputs
+    from onnxcomp.structure import model_files
+
+    inputs = [Path(data)] if data else []
+    for model in models:
+        inputs.append(model)
+        with suppress(OnnxcompError):  # what cannot be read is told once it is its turn
+            inputs += model_files(model)
+    paths = {option: None if path in {None, "-"} else Path(str(path)) for option, path in results.items()}
+    check_outputs(paths, inputs=tuple(inputs))
 
 
 def emit_json(text: str, path: str | None) -> bool:
