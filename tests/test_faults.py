@@ -94,6 +94,14 @@ def test_a_full_disk_is_told_in_a_line_and_the_old_output_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["m.onnx", "o.onnx"]
 
 
+def test_a_run_without_standard_files_writes_its_result(tmp_path):
+    model, output = save_classifier(tmp_path / "m.onnx"), tmp_path / "o.onnx"
+    words = [sys.executable, "-m", "onnxcomp", "optimize", str(model), "-p", "simplify", "-o", str(output)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], check=False)
+    assert done.returncode == 0
+    onnx.checker.check_model(str(output))
+
+
 def test_two_runs_at_once_to_one_output_leave_one_of_their_results_whole(tmp_path):
     models = [save_classifier(tmp_path / f"{seed}.onnx", seed=seed) for seed in (0, 1)]
     output = tmp_path / "o.onnx"
