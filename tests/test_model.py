@@ -252,6 +252,22 @@ def test_writes_external_tensors_at_page_boundaries(tmp_path):
         assert int({entry.key: entry.value for entry in tensor.external_data}["offset"]) % 4096 == 0
 
 
+def test_a_model_whose_data_lie_deeper_is_replaced_and_these_stay(tmp_path):
+    deeper = tmp_path / "m.onnx.parts"
+    deeper.mkdir()
+    old = external_model(tmp_path).rename(tmp_path / "m.onnx")
+    model, moved = onnx.load(old, load_external_data=False), deeper / "w.data"
+    for tensor in model.graph.initializer:
+        tensor.external_data[0].value = "m.onnx.parts/w.data"
+    old.write_bytes(model.SerializeToString())
+    moved.write_bytes(bytes(1 << 16))
+
+    Model.load(mlp_model()).save(old, external_data=True)
+
+    assert Model.load(old).digest == Model.load(mlp_model()).digest
+    assert moved.exists()
+
+
 def test_does_not_read_weights_to_load_fork_or_measure(tmp_path, monkeypatch):
     path = external_model(tmp_path)
     for method in ("chunks", "buffer"):
