@@ -160,6 +160,14 @@ class Model:
         copy._sources = self._sources
         return copy
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        """The same as `fork`."""
+        return self.fork()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the whole model, which must fit one protobuf message."""
+        return _unpickled, (self.to_proto().SerializeToString(), self.path, self._external)
+
     def become(self, other: Model) -> None:
         """Take over another model's contents (a fork that turned out well); `other` must not be used any more."""
         self.__dict__.clear()  # what was remembered of the old contents, such as the names in use, holds no longer
@@ -414,6 +422,12 @@ def value_of(constant: gs.Constant) -> Array:
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _unpickled(data: bytes, path: Path | None, external: bool) -> Model:
+    model = Model.load(onnx.load_from_string(data))
+    model.path, model._external = path, external
+    return model
 
 
 def _lazy(tensor: onnx.TensorProto, blobs: dict[str, Blob]) -> LazyWeight:

@@ -54,6 +54,52 @@ def test_a_pass_that_runs_out_of_memory_is_rolled_back_and_the_rest_goes_on():
     np.testing.assert_array_equal(result.model.weight("b1"), Model.load(classifier()).weight("b1"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Pass):
+    """Has a mistake, behind a change that was good."""
+
+    name: ClassVar[str] = "faulty"
+    kind: str
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        model.set_weight("b1", model.weight("b1") * np.float32(100))
+        if self.kind == "attribute":
+            model.graph.nodes[0].attrs["odd"] = object()
+        if self.kind == "cycle":
+            model.graph.nodes[0].inputs[0] = model.graph.nodes[-1].outputs[0]
+        if self.kind == "raise":
+            raise KeyError(self.kind)
+        changes = Changes()
+        changes.add("b1", "scaled")
+        return changes if self.kind != "nothing" else None  # type: ignore[return-value]
+
+
+@pytest.mark.filterwarnings("ignore:faulty. internal error:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("raise", "internal error (KeyError: 'raise')"),
+        ("nothing", "internal error (AttributeError: 'NoneType' object has no attribute 'count')"),
+        ("attribute", "is not an accepted attribute value.)"),
+        ("cycle", "faulty broke the model: the graph has a cycle through node 'first'"),
+    ],
+)
+def test_a_pass_with_a_mistake_costs_its_stage_and_not_the_run(kind, reason):
+    result = optimize(classifier(), data=DATA, passes=[Faulty(kind=kind), Simplify()], timing=False)
+    told = {stage.name: (stage.verdict, stage.reason) for stage in result.report.stages}
+    assert told["faulty"][0] == "dropped"
+    assert told["faulty"][1].endswith(reason)
+    assert told["simplify"][0] == "kept"
+    np.testing.assert_array_equal(result.model.weight("b1"), Model.load(classifier()).weight("b1"))
+
+
+def test_a_mistake_in_a_pass_is_a_warning_that_names_it():
+    with pytest.warns(
+        RuntimeWarning, match=r"faulty: internal error \(KeyError: 'raise'\); it is left out, please report"
+    ):
+        optimize(classifier(), data=DATA, passes=[Faulty(kind="raise")], timing=False)
+
+
 def test_a_measurement_that_runs_out_of_memory_drops_the_stage(monkeypatch):
     real = Judge.quality
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,7 +59,8 @@ class GuardedCommand(click.Command):
         """
         verbose = bool(ctx.params.get("verbose"))
         try:
-            return super().invoke(ctx)
+            with _warnings_in_a_line(quiet=bool(ctx.params.get("quiet")), verbose=verbose):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
@@ -77,6 +80,21 @@ class GuardedCommand(click.Command):
                 raise
             message = f"internal error ({type(error).__name__}: {error}); {_REPORT_IT}"
             raise _Failure(message) from error
+
+
+@contextmanager
+def _warnings_in_a_line(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Show warnings as one line on stderr, with the traceback of their cause if there is one and `verbose` asks."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if not quiet:
+            click.echo(f"Warning: {printable(message)}", err=True)
+        if verbose and isinstance(message, Warning) and message.__cause__ is not None:
+            traceback.print_exception(message.__cause__)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # where in the code it arose is of no use here
+        yield
 
 
 _NO_MEMORY = "there is not enough memory; close other programs, or use a machine with more"
