@@ -193,6 +193,8 @@ class Judge:
         self._workdir = workdir
         self.timed = timing and target.is_host
         self._scores: dict[str, Score] = {}
+        self._original = original
+        self._cost: float | None = None
         self.original_digest = original.digest
         self._paths = {self.original_digest: original_file} if original_file else {}
         self.original_path = self.path_of(original)
@@ -350,10 +352,14 @@ class Judge:
         if self.timed:
             found = self._measured_speed(path), "measured"
         else:
-            # Another target: a MAC in an int8 kernel counts half, and nothing else is claimed.
-            found = (1.0 / (1.0 - 0.5 * int8_macs / macs) if macs else 1.0), "estimated"
+            found = self._original_cost() / _cost(macs, int8_macs), "estimated"
         self._speeds.append((census, *found))
         return found
+
+    def _original_cost(self) -> float:
+        if self._cost is None:
+            self._cost = _cost(*self.macs(self._original, self.runtime.census(self.original_path)))
+        return self._cost
 
     def _measured_speed(self, path: Path) -> float:
         """Original over new latency, timed in turn; the median of three where one run could be misled by noise."""
@@ -392,3 +398,8 @@ class Judge:
 
     def _run(self, path: Path, data: Dataset) -> Iterator[list[Any]]:
         return self.runtime.run(path, data.feeds())
+
+
+def _cost(macs: int, int8_macs: int) -> float:
+    """What a run costs where it is not timed: a MAC in an int8 kernel counts half, and nothing else is claimed."""
+    return 1.0 - 0.5 * int8_macs / macs if macs else 1.0
