@@ -234,6 +234,8 @@ def _optimize(expected: Expected, tools: Tools) -> Outcome:
     for entry in entries:
         if entry.verdict not in VERDICTS or not entry.reason:
             reason = reason or f"{entry.name}: the ledger has no verdict or no reason"
+        if "internal error" in entry.reason:
+            reason = reason or f"{entry.name}: {entry.reason}"
     if not reason and not result.report.budget_met:
         reason = "the result is over the budget"
     return judged(expected, OPTIMIZE, reason, (source, after), sum(entry.verdict == "kept" for entry in entries))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -20,6 +21,7 @@ def run() -> None:
     Asked to end, it takes its temporary files with it: those of a large model are many times its size.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
+    _open_standard_files()
     try:
         from onnxcomp.cli import main
 
@@ -27,6 +29,18 @@ def run() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("Stopped.\n")
         sys.exit(STOPPED)
+
+
+def _open_standard_files() -> None:
+    """Put the null device where standard input, output or error is closed, as some services start their commands.
+
+    Else the next files that are opened take their numbers, and what libraries print goes into these.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Candidate:
     score: Score | None = None
     versus_base: float = 1.0
     chose: bool = False
+    written: bool = False
     started: float = field(default_factory=time.monotonic)
 
     @property

@@ -359,6 +359,8 @@ class _Bench:
             warnings.append(
                 "the original's outputs are random: they differ from run to run, so no loss can be measured"
             )
+        if not ran.reference.shows_loss:
+            warnings.append("the original's outputs are empty, all 0 or not numbers, so no loss can show")
         if ran.samples.generated:
             warnings.append("no data: the error is that of made-up inputs, and says nothing of accuracy")
         elif ran.reference.samples < ran.samples.size:

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from onnxcomp.errors import OptionError, OutputError
+from onnxcomp.errors import ModelError, OptionError, OutputError
 
-__all__ = ["check_outputs", "check_writable", "replaced_whole", "same_file"]
+__all__ = ["Stamp", "check_outputs", "check_unchanged", "check_writable", "replaced_whole", "same_file", "stamp_of"]
+
+Stamp = tuple[int, int, int, int]
+"""What changes with a file: device, inode, size and the time of its last change."""
 
 
 def same_file(one: Path, other: Path) -> bool:
@@ -22,11 +25,43 @@ def same_file(one: Path, other: Path) -> bool:
         return False
 
 
+def stamp_of(file: Path | int) -> Stamp:
+    """The stamp of a file, by its path or as it is open.
+
+    Raises:
+        OSError: It cannot be looked at.
+    """
+    found = os.stat(file)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(path: Path, before: Stamp, *, opened: int | None = None) -> None:
+    """Refuse a file of a model that is not the one that was read: what was measured would hold for neither.
+
+    Args:
+        path: Where it is.
+        before: Its stamp at first.
+        opened: The file as it is open; None: whatever is at `path` by now.
+
+    Raises:
+        ModelError: It was written to, replaced or removed.
+    """
+    try:
+        same = stamp_of(path if opened is None else opened) == before
+    except OSError as error:
+        message = f"{path}: cannot be read any more ({error.strerror}); leave it in place until the run has ended"
+        raise ModelError(message) from error
+    if not same:
+        message = f"{path}: has changed since it was first read; leave it as it is until the run has ended"
+        raise ModelError(message)
+
+
 def check_writable(path: Path, *, inputs: tuple[Path, ...] = ()) -> None:
     """Refuse an output before any work starts.
 
     Raises:
-        OutputError: The folder does not exist or cannot be written to, or the path is a folder or one of the inputs.
+        OutputError: The folder does not exist or cannot be written to, or the path is one of the inputs, or is there
+            and no file: a folder, a device or a pipe.
     """
     for source in inputs:
         if same_file(path, source):
@@ -35,6 +70,9 @@ def check_writable(path: Path, *, inputs: tuple[Path, ...] = ()) -> None:
     if path.is_dir():
         message = f"{path}: the output is a folder, expected a file name"
         raise OutputError(message)
+    if path.exists() and (not path.is_file() or _is_open_file(path)):
+        message = f"{path}: the output is a device or a pipe, which a file would replace; expected a file name"
+        raise OutputError(message)
     folder = path.parent
     if not folder.is_dir():
         message = f"{path}: its folder {str(folder)!r} does not exist"
@@ -42,6 +80,11 @@ def check_writable(path: Path, *, inputs: tuple[Path, ...] = ()) -> None:
     if not os.access(folder, os.W_OK):
         message = f"{path}: its folder {str(folder)!r} cannot be written to"
         raise OutputError(message)
+
+
+def _is_open_file(path: Path) -> bool:
+    """Whether a path is a name for what a process has open, as /dev/stdout is."""
+    return path.is_symlink() and path.readlink().is_relative_to("/proc")
 
 
 def check_outputs(outputs: Mapping[str, Path | None], *, inputs: tuple[Path, ...] = ()) -> None:

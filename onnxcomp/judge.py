@@ -12,6 +12,7 @@ import numpy as np
 
 from onnxcomp import analysis
 from onnxcomp.data import Dataset
+from onnxcomp.errors import OptionError
 from onnxcomp.layer_table import LayerComparison, ModelLayers, compared_layers
 from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.metrics import Metric
@@ -61,6 +62,17 @@ class Budget:
 
     max_drop: float = 0.005
     max_error: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse limits that nothing is below, or everything.
+
+        Raises:
+            OptionError: One is negative or not a number.
+        """
+        for name, limit in (("max_drop", self.max_drop), ("max_error", self.max_error)):
+            if not limit >= 0:
+                message = f"{name} must be at least 0, got {limit:g}"
+                raise OptionError(message)
 
     def allows(self, quality: Quality, *, share: float = 1.0, rounding: float = 0.0) -> bool:
         """Whether a measured loss is inside the budget.
@@ -181,6 +193,8 @@ class Judge:
         self._workdir = workdir
         self.timed = timing and target.is_host
         self._scores: dict[str, Score] = {}
+        self._original = original
+        self._cost: float | None = None
         self.original_digest = original.digest
         self._paths = {self.original_digest: original_file} if original_file else {}
         self.original_path = self.path_of(original)
@@ -215,6 +229,15 @@ class Judge:
     def kind(self) -> str:
         """How the drop is measured."""
         return self._final.kind
+
+    @property
+    def unmeasurable(self) -> str:
+        """Why no loss can be measured, if that is so."""
+        if not self.deterministic:
+            return "the model's outputs are random, so no loss can be measured"
+        if not (self._reference.shows_loss and self._final.shows_loss):
+            return "the model's outputs are empty, all 0 or not numbers on these samples, so no loss can be measured"
+        return ""
 
     @property
     def samples(self) -> dict[str, int]:
@@ -329,10 +352,14 @@ class Judge:
         if self.timed:
             found = self._measured_speed(path), "measured"
         else:
-            # Another target: a MAC in an int8 kernel counts half, and nothing else is claimed.
-            found = (1.0 / (1.0 - 0.5 * int8_macs / macs) if macs else 1.0), "estimated"
+            found = self._original_cost() / _cost(macs, int8_macs), "estimated"
         self._speeds.append((census, *found))
         return found
+
+    def _original_cost(self) -> float:
+        if self._cost is None:
+            self._cost = _cost(*self.macs(self._original, self.runtime.census(self.original_path)))
+        return self._cost
 
     def _measured_speed(self, path: Path) -> float:
         """Original over new latency, timed in turn; the median of three where one run could be misled by noise."""
@@ -371,3 +398,8 @@ class Judge:
 
     def _run(self, path: Path, data: Dataset) -> Iterator[list[Any]]:
         return self.runtime.run(path, data.feeds())
+
+
+def _cost(macs: int, int8_macs: int) -> float:
+    """What a run costs where it is not timed: a MAC in an int8 kernel counts half, and nothing else is claimed."""
+    return 1.0 - 0.5 * int8_macs / macs if macs else 1.0

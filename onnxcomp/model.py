@@ -16,7 +16,7 @@ from onnx import numpy_helper, shape_inference, version_converter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcomp.errors import ModelError
-from onnxcomp.files import check_writable, replaced_whole
+from onnxcomp.files import Stamp, check_unchanged, check_writable, replaced_whole, stamp_of
 from onnxcomp.graph_io import Node, describe_tensors, export_graph, import_graph, walk
 from onnxcomp.inference import infer_shapes
 from onnxcomp.structure import (
@@ -78,7 +78,10 @@ class Model:
         self.metadata = {entry.key: entry.value for entry in structure.metadata_props}
         self._external = external
         self._blobs = blobs
-        self._sources = frozenset(blob.path for blob in blobs.values() if isinstance(blob, FileBlob))
+        self._stamps: dict[Path, Stamp] = {
+            blob.path: blob.stamp for blob in blobs.values() if isinstance(blob, FileBlob)
+        }
+        self._sources = frozenset(self._stamps)
         self._header = onnx.ModelProto()
         for field, value in structure.ListFields():
             if field.name == "graph" or field.name == "metadata_props":
@@ -115,7 +118,11 @@ class Model:
             structure.CopyFrom(source)
             return cls._from_proto(structure, None)
         path = Path(source)
-        return cls._from_proto(read_structure(path), path)
+        stamp = stamp_of(path) if path.exists() else None
+        model = cls._from_proto(read_structure(path), path)
+        if stamp is not None:
+            model._stamps = {path: stamp, **model._stamps}
+        return model
 
     @classmethod
     def _from_proto(cls, structure: onnx.ModelProto, path: Path | None) -> Model:
@@ -153,6 +160,14 @@ class Model:
         copy._sources = self._sources
         return copy
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        """The same as `fork`."""
+        return self.fork()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the whole model, which must fit one protobuf message."""
+        return _unpickled, (self.to_proto().SerializeToString(), self.path, self._external)
+
     def become(self, other: Model) -> None:
         """Take over another model's contents (a fork that turned out well); `other` must not be used any more."""
         self.__dict__.clear()  # what was remembered of the old contents, such as the names in use, holds no longer
@@ -179,6 +194,15 @@ class Model:
     def graphs(self) -> Iterator[gs.Graph]:
         """The graph and every subgraph in it."""
         return walk(self.graph)
+
+    def check_files(self) -> None:
+        """Refuse files that are no longer those that the model was loaded from.
+
+        Raises:
+            ModelError: One of them has changed, or is gone.
+        """
+        for path, stamp in self._stamps.items():
+            check_unchanged(path, stamp)
 
     def constants(self) -> Iterator[gs.Constant]:
         """Every constant that a node of the graph or of a subgraph reads, once."""
@@ -398,6 +422,12 @@ def value_of(constant: gs.Constant) -> Array:
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _unpickled(data: bytes, path: Path | None, external: bool) -> Model:
+    model = Model.load(onnx.load_from_string(data))
+    model.path, model._external = path, external
+    return model
 
 
 def _lazy(tensor: onnx.TensorProto, blobs: dict[str, Blob]) -> LazyWeight:

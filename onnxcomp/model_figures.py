@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onnxcomp.analysis import count_parameters, deflated_bytes, mac_counts
 from onnxcomp.ledger import Figures
 from onnxcomp.model import Model
 from onnxcomp.quality import Quality
 from onnxcomp.runtime import Census, Timing, explain
+from onnxcomp.runtime.census import graphs, node_names
 from onnxcomp.targets import Target
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["model_figures", "with_timing", "work"]
 
 DEFLATE_LIMIT_BYTES = 1 << 29
 """Deflating an eighth of it takes about 4 seconds: larger models are not worth the wait."""
+
+INTEGER_PRODUCTS = frozenset(
+    {"ConvInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
+)
+"""Of a MatMulInteger it depends on what is around it: that is for `explain` to tell."""
 
 
 def work(model: Model, census: Census, shapes: Mapping[str, Sequence[int]], target: Target) -> tuple[int, int]:
@@ -29,8 +39,19 @@ def work(model: Model, census: Census, shapes: Mapping[str, Sequence[int]], targ
         target: What it is for; one that takes no int8 operators has no such kernels.
     """
     counts, rules = mac_counts(model, shapes), target.rules
-    int8 = set() if rules is None else set(explain(model.proto(), census, wide=rules.wide).int8)
+    int8: set[str] = set()
+    if rules is not None:
+        proto = model.proto()
+        int8.update(explain(proto, census, wide=rules.wide).int8, _in_integers(proto.graph))
     return sum(counts.values()), sum(macs for name, macs in counts.items() if name in int8)
+
+
+def _in_integers(graph: onnx.GraphProto) -> Iterator[str]:
+    """The names of the nodes that are int8 kernels as they stand, in a model of another tool's."""
+    nodes = (node for inner in graphs(graph) for node in inner.node)
+    for name, node in zip(node_names(graph), nodes, strict=True):
+        if node.op_type in INTEGER_PRODUCTS:
+            yield name
 
 
 def model_figures(

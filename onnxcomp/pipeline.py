@@ -223,6 +223,8 @@ def optimize(
             context.activations = shared.activations
             runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
             kept, finished = _run_stages(runner, stages, options, samples)
+            if file is not None:
+                loaded.check_files()  # the original was run from there
             report = build_report(original, kept, judge, options, samples, parts, source, notes, started=started)
     finally:
         shutil.rmtree(workdir, ignore_errors=True)

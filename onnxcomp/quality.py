@@ -28,7 +28,7 @@ from onnxcomp.data import Batch, Dataset
 from onnxcomp.detection import MixedOutput, find_mixed
 from onnxcomp.errors import DataError
 from onnxcomp.metrics import Metric
-from onnxcomp.relative_error import energies, relative_error
+from onnxcomp.relative_error import energies, may_show_loss, relative_error
 
 __all__ = ["LOSSLESS_ERROR", "Quality", "Reference", "output_decibels"]
 
@@ -103,6 +103,11 @@ class Reference:
         metric: The task metric, where there are labels.
         classifier: Whether to treat two-axis outputs as class scores; None: decide by their looks.
         seed: Of the bootstrap.
+
+    Attributes:
+        batches: How many batches of the data the outputs are of.
+        samples: How many samples that is.
+        shows_loss: Whether a loss could show: by labels, or since some output is not empty, 0 or NaN throughout.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Reference:
                 break
         self.samples = sum(len(part) for part in labels) if labels else _count(self._runs, data)
         self._labels = np.concatenate(labels) if labels and metric is not None else None
+        self.shows_loss = self._labels is not None or any(may_show_loss(run) for run in self._runs)
         inputs = next(iter(data.batches())).inputs.values()
         elements = sum(array[:1].size if array.ndim else 1 for array in inputs)
         self._guessed = False

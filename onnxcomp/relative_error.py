@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Energies", "energies", "relative_error"]
+__all__ = ["Energies", "energies", "may_show_loss", "relative_error"]
 
 Array = np.ndarray[Any, Any]
 
@@ -93,6 +93,26 @@ def energies(pairs: Sequence[tuple[Array, Array]], counts: Sequence[int] | None 
 def relative_error(pairs: Sequence[tuple[Array, Array]]) -> float:
     """The root mean square of the difference over that of the reference; see `energies`."""
     return energies(pairs).error(centred=False)
+
+
+def may_show_loss(outputs: Iterable[Array]) -> bool:
+    """Whether a model that computes something else could be told by these outputs of the original.
+
+    Where all are empty, 0 or not finite, as those of a detector that finds nothing, most others give the same.
+
+    Example:
+        >>> may_show_loss([np.zeros((4, 2)), np.zeros((0, 6)), np.array([np.nan])])
+        False
+        >>> may_show_loss([np.zeros((4, 2)), np.array([0, 7])])
+        True
+    """
+    return any(_has_values(array) for array in outputs)
+
+
+def _has_values(array: Array) -> bool:
+    if array.dtype.kind in "fc":
+        return bool((np.isfinite(array) & (array != 0)).any())
+    return bool(array.any()) if array.dtype.kind in "biu" else bool(array.size)
 
 
 def _energy(values: Array, count: int) -> Array:

@@ -219,6 +219,8 @@ def _warnings(judge: Judge, quality: Quality, samples: Dataset, model: Model) ->
         )
     if not judge.deterministic:
         warnings.append("the model's outputs are random: they differ from run to run, so no loss can be measured")
+    elif judge.unmeasurable:
+        warnings.append(judge.unmeasurable)
     if not judge.target.is_host:
         warnings.append(f"speed is estimated from the kernels: the target {judge.target.name} is not this machine")
     if judge.target.saturates_here and judge.score(model).int8_macs:

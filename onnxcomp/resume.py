@@ -7,6 +7,7 @@ removes its own; what nobody came back for is removed after a week.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -131,5 +132,6 @@ def _entry(saved: dict[str, Any]) -> StageEntry:
 def _remove_old(root: Path) -> None:
     limit = time.time() - KEPT_DAYS * 86400
     for folder in root.glob("*"):
-        if folder.is_dir() and folder.stat().st_mtime < limit:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another run has just removed it
+            if folder.is_dir() and folder.stat().st_mtime < limit:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from onnx import helper
 
 from onnxcomp.errors import ModelError
+from onnxcomp.ort_format import is_ort
 from onnxcomp.skeleton import cut_weights
 from onnxcomp.weights import Blob, LazyWeight, Spool, external_blob
 
@@ -208,6 +209,8 @@ def read_structure(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         model.ParseFromString(data)
     except DecodeError as error:
         message = f"{path}: is not an ONNX model, or is cut short ({path.stat().st_size} bytes)"
+        if is_ort(path):
+            message = f"{path}: is in ONNX Runtime's own format; give the .onnx file that it was made of"
         raise ModelError(message) from error
     if not model.ir_version or not model.HasField("graph") or not (model.graph.node or model.graph.output):
         message = f"{path}: is not an ONNX model (no graph in it)"
@@ -270,5 +273,5 @@ def own_data_files(path: Path) -> set[Path]:
     except ModelError:
         return set()
     names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    own = {name for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")}
+    own = {name for name in names if name.startswith(f"{path.name}.") and name.endswith(".data") and "/" not in name}
     return {path.with_name(name) for name in own}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from onnxcomp.candidate import Candidate, loss_text, pass_entry
-from onnxcomp.errors import ModelError, RequirementError, RuntimeFailure
+from onnxcomp.errors import ModelError, OnnxcompError, RequirementError, RuntimeFailure
 from onnxcomp.judge import NOT_SLOWER, Judge
 from onnxcomp.ledger import Attempt, StageEntry
 from onnxcomp.model import Model
@@ -91,15 +92,14 @@ class StageRunner:
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
-        measurable = self.judge.deterministic or self._force or stage.required
+        measurable = not self.judge.unmeasurable or self._force or stage.required
         forms = [form for form in _forms(stage) if form.lossless or measurable]
         if past is not None:
             forms = forms[forms.index(past) + 1 :] if past in forms else forms
             if not forms:
                 return kept.with_entry(StageEntry(stage.name, "dropped", "there is no weaker form", 0.0))
         if not forms:
-            reason = "the model's outputs are random, so no loss can be measured"
-            return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
+            return kept.with_entry(StageEntry(stage.name, "skipped", self.judge.unmeasurable, 0.0))
         attempts: list[Attempt] = []
         for form in forms:
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
@@ -113,7 +113,7 @@ class StageRunner:
                 if not (form.lossless or form.required):
                     self._last = form, candidate.chose
                 return kept.after(candidate.model, entry, form)
-            if verdict == "dropped":
+            if verdict == "dropped" and candidate.written:
                 self.judge.forget(candidate.model)
             if self._context.out_of_time() or (verdict == "unchanged" and form is stage):
                 break
@@ -204,31 +204,45 @@ class StageRunner:
         return candidate.score is None or other.score.value > candidate.score.value
 
     def _apply(self, form: Stage, kept: Kept) -> Candidate:
-        """Apply the passes of one form, checking the structure after each, then measure."""
-        base = kept.model
-        candidate = Candidate(base.fork())
+        """Apply the passes of one form, checking the structure after each, then measure.
+
+        A mistake in a pass costs the stage, not the run: the candidate is a copy, and is dropped.
+        """
+        candidate = Candidate(kept.model.fork())
         self._context.exact = kept.exact
+        try:
+            self._rewrite(form, candidate, kept.model)
+            if candidate.count and not candidate.failure:
+                self._measure(candidate, kept.model)
+        except (OnnxcompError, OSError, Warning):  # of the data, the disk, or a warning that is to be an error
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a pass raises that is no error of ours
+            candidate.failure = f"internal error ({type(error).__name__}: {error})"
+            warning = RuntimeWarning(f"{form.name}: {candidate.failure}; it is left out, please report it")
+            warning.__cause__ = error
+            warnings.warn(warning, stacklevel=2)
+        return candidate
+
+    def _rewrite(self, form: Stage, candidate: Candidate, base: Model) -> None:
+        """Apply the passes until one fails."""
         for step, share in zip(form.passes, self._shares(form, base), strict=True):
             started = time.monotonic()
-            self._context.share, self._context.was_asked = share, False
+            self._context.share, self._context.was_asked, candidate.written = share, False, False
             try:
                 changes = step.rewrite(candidate.model, self._context)
                 candidate.chose |= self._context.was_asked
             except (RuntimeFailure, ModelError, RequirementError) as error:
                 candidate.failure = f"{step.name} failed: {error}"
-                return candidate
+                return
             except MemoryError:
                 candidate.failure = f"{step.name} ran out of memory"
-                return candidate
+                return
             if changes.count and not (step.lossless or step.rounds):
                 self._context.exact = None  # the weights are others now, and not for rounding
             candidate.passes.append(pass_entry(step, changes, time.monotonic() - started))
-            candidate.failure = self._structure(candidate.model, step, changes)
+            candidate.failure = self._structure(candidate, step, changes)
             if candidate.failure:
-                return candidate
-        if candidate.count:
-            self._measure(candidate, base)
-        return candidate
+                return
 
     def _shares(self, form: Stage, base: Model) -> Iterator[float]:
         """The part of the budget that each pass may have used up: lossy ones get equal parts of what is left.
@@ -241,21 +255,25 @@ class StageRunner:
             part = max(count, 1) / max(sum(lossy), 1)
             yield form.share * self._share * (used + (1.0 - used) * part)
 
-    def _structure(self, model: Model, step: Pass, changes: Changes) -> str | None:
+    def _structure(self, candidate: Candidate, step: Pass, changes: Changes) -> str | None:
         """What is wrong with the candidate's structure, if anything is."""
         if not changes.count:
             return None
-        if _interface(model) != _interface(self.original):
-            return f"{step.name} changed the model's inputs or outputs"
+        model = candidate.model
         try:
-            path = self.judge.path_of(model)
+            if _interface(model) != _interface(self.original):
+                return f"{step.name} changed the model's inputs or outputs"
+            path, candidate.written = self.judge.path_of(model), True
             self.judge.runtime.check(path)
             self.judge.runtime.check(path, optimize=False)
         except RuntimeFailure as error:
             return f"ONNX Runtime does not load the result of {step.name}: {error}"
+        except ModelError as error:
+            return f"{step.name} broke the model: {error}"
         return None
 
     def _measure(self, candidate: Candidate, base: Model) -> None:
+        candidate.written = True
         try:
             candidate.quality = self.judge.quality(candidate.model)
             candidate.score = self.judge.score(candidate.model, quality=candidate.quality)

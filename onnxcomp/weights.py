@@ -13,9 +13,10 @@ import stat
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from onnx import helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcomp.errors import ModelError, OutputError
+from onnxcomp.files import check_unchanged, stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -202,16 +204,29 @@ class FileBlob(Blob):
         self.path = path
         self.offset = offset
         self.nbytes = nbytes
+        self.stamp = stamp_of(path)
 
     @property
     def key(self) -> str:
         """The place in the file: hashing gigabytes can wait until a digest is asked for."""
         return f"{self.path}:{self.offset}:{self.nbytes}"
 
+    @contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        """The file, if it is still the one that it was."""
+        try:
+            file = self.path.open("rb")
+        except OSError:
+            check_unchanged(self.path, self.stamp)
+            raise
+        with file:
+            check_unchanged(self.path, self.stamp, opened=file.fileno())
+            yield file
+
     def chunks(self) -> Iterator[bytes | memoryview]:
         """Yield the range in pieces, by plain reads: mapped pages would count as resident memory."""
         left = self.nbytes
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             file.seek(self.offset)
             while left:
                 chunk = file.read(min(CHUNK_BYTES, left))
@@ -220,16 +235,18 @@ class FileBlob(Blob):
                     raise ModelError(message)
                 left -= len(chunk)
                 yield chunk
+            check_unchanged(self.path, self.stamp, opened=file.fileno())
 
     def buffer(self) -> Any:
         """The range as a read-only memory map."""
         if not self.nbytes:
             return b""
-        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
+        with self._opened() as file:
+            return np.memmap(file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.nbytes,))
 
     def part(self, start: int, length: int) -> bytes:
         """Some of the range, read."""
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             file.seek(self.offset + start)
             data = file.read(length)
         if len(data) < length:

@@ -445,3 +445,14 @@ def test_explains_thousands_of_nodes_quickly():
     assert (len(report.int8), len(report.missed)) == (1000, 1000)
     assert {miss.rule for miss in report.missed} == {"unknown"}
     assert time.process_time() - began < 5  # half a second; a walk over all nodes for each takes minutes
+
+
+def test_sparse_weights_take_the_memory_of_dense_ones(runtime, tmp_path):
+    values, places = numpy_helper.from_array(np.ones(3, np.float32), "W"), numpy_helper.from_array(np.arange(3))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 32]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "W"], ["y"])], "g", ends[:1], ends[1:])
+    graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [32, 32]))
+    path = tmp_path / "sparse.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+    assert runtime.census(path).initializer_bytes == 32 * 32 * 4

@@ -131,6 +131,14 @@ def test_the_output_is_never_the_data_or_the_recipe(model, tmp_path):
     assert data.read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["inspect", "compare", "verify"])
+def test_the_json_is_never_the_model(model, command):
+    before = model.read_bytes()
+    models = [model] if command == "inspect" else [model, model]
+    assert "would overwrite the input" in one_error_line(run(command, *models, "--json", model))
+    assert model.read_bytes() == before
+
+
 def test_the_output_and_the_report_are_two_files(model, tmp_path):
     result = run("optimize", model, "-o", tmp_path / "a", "--json", tmp_path / "a")
     assert result.exit_code == 2

@@ -181,3 +181,14 @@ def test_a_closed_pipe_is_no_error(folder):
     command = f"{sys.executable} -c '{code}' inspect model.onnx -v | true"
     done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.filterwarnings("always:simplify. internal error:RuntimeWarning")
+def test_a_mistake_in_a_pass_is_one_line_and_the_run_goes_on(folder, monkeypatch):
+    monkeypatch.setattr("onnxcomp_passes.Simplify.rewrite", lambda *_: 1 / 0)
+    result = run("optimize", folder / "model.onnx", "-p", "simplify", "-o", folder / "out.onnx")
+    assert result.exit_code == 0
+    assert one_error_line(result) == (
+        "Warning: simplify: internal error (ZeroDivisionError: division by zero); it is left out, please report it"
+    )
+    assert (folder / "out.onnx").is_file()

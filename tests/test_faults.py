@@ -20,6 +20,7 @@ import pytest
 
 from benchmarks.faults import strike
 from onnxcomp import Changes, Context, Model, Pass, optimize
+from onnxcomp.errors import ModelError
 from onnxcomp.judge import Judge
 from onnxcomp.quality import Quality
 from onnxcomp_passes import Simplify
@@ -51,6 +52,52 @@ def test_a_pass_that_runs_out_of_memory_is_rolled_back_and_the_rest_goes_on():
     assert told["greedy"] == ("dropped", "greedy ran out of memory")
     assert told["simplify"][0] == "kept"
     np.testing.assert_array_equal(result.model.weight("b1"), Model.load(classifier()).weight("b1"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Pass):
+    """Has a mistake, behind a change that was good."""
+
+    name: ClassVar[str] = "faulty"
+    kind: str
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        model.set_weight("b1", model.weight("b1") * np.float32(100))
+        if self.kind == "attribute":
+            model.graph.nodes[0].attrs["odd"] = object()
+        if self.kind == "cycle":
+            model.graph.nodes[0].inputs[0] = model.graph.nodes[-1].outputs[0]
+        if self.kind == "raise":
+            raise KeyError(self.kind)
+        changes = Changes()
+        changes.add("b1", "scaled")
+        return changes if self.kind != "nothing" else None  # type: ignore[return-value]
+
+
+@pytest.mark.filterwarnings("ignore:faulty. internal error:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("raise", "internal error (KeyError: 'raise')"),
+        ("nothing", "internal error (AttributeError: 'NoneType' object has no attribute 'count')"),
+        ("attribute", "is not an accepted attribute value.)"),
+        ("cycle", "faulty broke the model: the graph has a cycle through node 'first'"),
+    ],
+)
+def test_a_pass_with_a_mistake_costs_its_stage_and_not_the_run(kind, reason):
+    result = optimize(classifier(), data=DATA, passes=[Faulty(kind=kind), Simplify()], timing=False)
+    told = {stage.name: (stage.verdict, stage.reason) for stage in result.report.stages}
+    assert told["faulty"][0] == "dropped"
+    assert told["faulty"][1].endswith(reason)
+    assert told["simplify"][0] == "kept"
+    np.testing.assert_array_equal(result.model.weight("b1"), Model.load(classifier()).weight("b1"))
+
+
+def test_a_mistake_in_a_pass_is_a_warning_that_names_it():
+    with pytest.warns(
+        RuntimeWarning, match=r"faulty: internal error \(KeyError: 'raise'\); it is left out, please report"
+    ):
+        optimize(classifier(), data=DATA, passes=[Faulty(kind="raise")], timing=False)
 
 
 def test_a_measurement_that_runs_out_of_memory_drops_the_stage(monkeypatch):
@@ -93,6 +140,14 @@ def test_a_full_disk_is_told_in_a_line_and_the_old_output_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["m.onnx", "o.onnx"]
 
 
+def test_a_run_without_standard_files_writes_its_result(tmp_path):
+    model, output = save_classifier(tmp_path / "m.onnx"), tmp_path / "o.onnx"
+    words = [sys.executable, "-m", "onnxcomp", "optimize", str(model), "-p", "simplify", "-o", str(output)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], check=False)
+    assert done.returncode == 0
+    onnx.checker.check_model(str(output))
+
+
 def test_two_runs_at_once_to_one_output_leave_one_of_their_results_whole(tmp_path):
     models = [save_classifier(tmp_path / f"{seed}.onnx", seed=seed) for seed in (0, 1)]
     output = tmp_path / "o.onnx"
@@ -125,6 +180,25 @@ def test_a_model_that_is_replaced_while_it_is_read_gives_the_result_of_one_of_th
     result = optimize(loaded, passes=[Simplify()], timing=False).model
     expected = optimize(classifier(), passes=[Simplify()], timing=False).model
     assert result.digest == expected.digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOn(Pass):
+    """Changes nothing, while someone writes the model's file anew."""
+
+    name: ClassVar[str] = "train-on"
+    lossless: ClassVar[bool] = True
+    path: str
+
+    def rewrite(self, model: Model, context: Context) -> Changes:
+        Path(self.path).write_bytes(classifier(seed=5).SerializeToString())
+        return Changes()
+
+
+def test_a_model_that_is_written_anew_during_its_run_is_an_error_since_its_figures_hold_for_neither(tmp_path):
+    path = save_classifier(tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"m\.onnx: has changed since it was first read"):
+        optimize(path, passes=[TrainOn(path=str(path))], timing=False)
 
 
 @pytest.mark.slow

@@ -80,3 +80,16 @@ def test_refuses_a_folder_without_permission(tmp_path, monkeypatch):
 
 def test_files_that_do_not_exist_are_not_the_same(tmp_path):
     assert not same_file(tmp_path / "a", tmp_path / "a")
+
+
+def test_refuses_a_pipe_and_a_device_which_it_would_replace_with_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="pipe: the output is a device or a pipe, which a file would replace"):
+        check_writable(tmp_path / "pipe")
+
+
+def test_refuses_a_name_for_an_open_file_such_as_that_of_standard_output(tmp_path):
+    with (tmp_path / "printed").open("w") as file:
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        with pytest.raises(OutputError, match="stdout: the output is a device or a pipe"):
+            check_writable(tmp_path / "stdout")

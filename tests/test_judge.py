@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxcomp.data import Dataset, generate, input_specs, open_data
+from onnxcomp.errors import OptionError
 from onnxcomp.judge import SAME_KERNELS, Budget, Judge
 from onnxcomp.metrics import get_metric
 from onnxcomp.model import Model
@@ -20,6 +21,7 @@ from onnxcomp.quality import Quality
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import TARGETS, host_target
 from onnxcomp_passes import Quantize, QuantizeWeights
+from tests.models import graph_model
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,12 @@ def scaled(model: Model, factor: float) -> Model:
     fork = model.fork()
     fork.set_weight("W", model.weight("W") * np.float32(factor))
     return fork
+
+
+@pytest.mark.parametrize("limits", [{"max_drop": float("nan")}, {"max_drop": -0.1}, {"max_error": float("nan")}])
+def test_a_budget_that_would_allow_all_or_nothing_is_refused(limits):
+    with pytest.raises(OptionError, match=r"max_(drop|error) must be at least 0, got (nan|-0\.1)"):
+        Budget(**limits)
 
 
 def test_the_original_loses_nothing_and_is_as_fast_as_itself(runtime: Runtime, tmp_path: Path) -> None:
@@ -233,3 +241,33 @@ def test_tells_which_part_of_the_budget_is_used_up(runtime: Runtime, tmp_path: P
     used = judge.used(scaled(model, 1.05))
     assert used == pytest.approx(0.5, abs=0.011)  # 5 % of the whole output, of which 10 % are allowed
     assert judge.used(scaled(model, 2.0)) == 1.0
+
+
+def int8_model(ends: str) -> Model:
+    """A model of another tool's: QLinearConv in it already, or nodes that ONNX Runtime makes such kernels of."""
+    text = """g (float[N, 4, 8, 8] x) => (float[N, 8, 8, 8] y) {
+        q = QuantizeLinear(x, s, z) c = QLinearConv(q, s, z, W, w, o, s, z) h = DequantizeLinear(c, s, z) %s }"""
+    weight = np.random.default_rng(0).integers(-127, 128, (8, 4, 1, 1)).astype(np.int8)
+    scales: dict[str, Any] = {
+        "s": np.float32(0.05),
+        "z": np.uint8(128),
+        "w": np.full(8, 0.01, np.float32),
+        "o": np.zeros(8, np.int8),
+    }
+    return Model.load(graph_model(text % ends, W=weight, **scales))
+
+
+def test_the_operators_of_quantized_models_count_as_int8_without_nodes_around_them(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    model = int8_model("y = Relu(h)")
+    judge = make_judge(model, generate(model.proto()), runtime, tmp_path)
+
+    assert judge.score(model).int8_macs == judge.score(model).macs == 8 * 4 * 8 * 8
+
+
+def test_what_was_int8_already_is_no_gain_in_an_estimated_speed(runtime: Runtime, tmp_path: Path) -> None:
+    model, other = int8_model("n = Sqrt(h) y = Relu(n)"), int8_model("y = Relu(h)")
+    judge = make_judge(model, generate(model.proto()), runtime, tmp_path, timing=False)
+
+    assert (judge.score(other).speed, judge.score(other).evidence) == (1.0, "estimated")

@@ -476,3 +476,9 @@ def test_ranks_fall_in_steps_with_training_between():
     after, before = ({row[0]: row[8 + number] for row in table["rows"]} for number, table in enumerate(tables))
     assert after.keys() & before.keys()
     assert all(before[name] == after[name] for name in after.keys() & before.keys())
+
+
+def test_factors_of_rank_nothing_are_left_alone():
+    first, second = np.zeros((64, 0), np.float32), np.zeros((0, 64), np.float32)
+    body = "g (float[N, 64] x) => (float[N, 64] y) { h = MatMul(x, A) y = MatMul(h, B) }"
+    unchanged(Model.load(graph_model(body, A=first, B=second)), ratio=2.0)

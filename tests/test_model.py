@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,35 @@ def test_writes_external_tensors_at_page_boundaries(tmp_path):
 
     for tensor in onnx.load(tmp_path / "out.onnx", load_external_data=False).graph.initializer:
         assert int({entry.key: entry.value for entry in tensor.external_data}["offset"]) % 4096 == 0
+
+
+@pytest.mark.parametrize("copied", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy, copy.copy])
+def test_a_copy_by_pickle_or_copy_is_the_same_model_and_apart_from_it(copied, tmp_path):
+    model = Model.load(external_model(tmp_path))
+    twin = copied(model)
+    assert (twin.digest, twin.path) == (model.digest, model.path)
+
+    twin.set_weight("W1", np.zeros((64, 64), np.float32))
+
+    assert twin.digest != model.digest
+    twin.save(tmp_path / "twin.onnx")
+    assert (tmp_path / "twin.onnx.data").exists()
+
+
+def test_a_model_whose_data_lie_deeper_is_replaced_and_these_stay(tmp_path):
+    deeper = tmp_path / "m.onnx.parts"
+    deeper.mkdir()
+    old = external_model(tmp_path).rename(tmp_path / "m.onnx")
+    model, moved = onnx.load(old, load_external_data=False), deeper / "w.data"
+    for tensor in model.graph.initializer:
+        tensor.external_data[0].value = "m.onnx.parts/w.data"
+    old.write_bytes(model.SerializeToString())
+    moved.write_bytes(bytes(1 << 16))
+
+    Model.load(mlp_model()).save(old, external_data=True)
+
+    assert Model.load(old).digest == Model.load(mlp_model()).digest
+    assert moved.exists()
 
 
 def test_does_not_read_weights_to_load_fork_or_measure(tmp_path, monkeypatch):

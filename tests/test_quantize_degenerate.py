@@ -96,6 +96,22 @@ def test_scales_that_would_underflow(factor: float, runtime: Runtime, tmp_path: 
     assert max(result.errors) < INT8_ERROR
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_weight_that_no_code_stands_for_stays_float(odd: float, runtime: Runtime, tmp_path: Path) -> None:
+    weight = random_weights(16, 16)
+    weight[3, 3] = odd
+    model = pattern(
+        "(float[N, 16] x) => (float[N, 16] y, float[N, 16] z) { y = MatMul(x, W) z = MatMul(x, V) }",
+        W=weight,
+        V=(16, 16),
+    )
+
+    result = quantize(model, runtime, tmp_path)
+
+    assert result.count("MatMul", "MatMulIntegerToFloat") == (1, 1)
+    assert ("MatMul0", "its weight holds NaN or infinity") in [(left.where, left.why) for left in result.changes.left]
+
+
 def scales(model: Model) -> list[np.ndarray[Any, Any]]:
     pairs = (node for node in model.graph.nodes if node.op in {"QuantizeLinear", "DequantizeLinear"})
     return [np.asarray(node.inputs[1].values) for node in pairs]

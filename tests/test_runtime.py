@@ -422,7 +422,7 @@ def test_refuses_impossible_rounds(runtime: Runtime, path: Path):
         runtime.time([path], FEED, min_rounds=5, max_rounds=4)
 
 
-@pytest.mark.parametrize("option", [{"threads": 0}, {"timeout_s": 0.0}, {"timeout_s": float("nan")}])
+@pytest.mark.parametrize("option", [{"threads": 0}, {"threads": 257}, {"timeout_s": 0.0}, {"timeout_s": float("nan")}])
 def test_refuses_options_out_of_range(option: dict[str, Any]):
     with pytest.raises(OptionError, match=next(iter(option))):
         Runtime(**option)

@@ -69,6 +69,23 @@ def test_a_file_that_became_shorter_is_an_error(data_file):
         list(blob.chunks())
 
 
+@pytest.mark.parametrize("read", [lambda blob: list(blob.chunks()), lambda blob: blob.buffer(), lambda b: b.part(0, 8)])
+def test_a_file_that_was_written_to_is_not_read_as_if_it_were_the_same(read, data_file):
+    blob = FileBlob(data_file, 0, 256)
+    data_file.write_bytes(bytes(range(256)) * 32)
+
+    with pytest.raises(ModelError, match=r"data\.bin: has changed since it was first read; leave it as it is"):
+        read(blob)
+
+
+def test_a_file_that_is_gone_is_told_in_a_line(data_file):
+    blob = FileBlob(data_file, 0, 256)
+    data_file.unlink()
+
+    with pytest.raises(ModelError, match=r"data\.bin: cannot be read any more \(No such file or directory\); leave it"):
+        blob.buffer()
+
+
 def test_blobs_of_one_place_have_one_key(data_file):
     assert FileBlob(data_file, 0, 8).key == FileBlob(data_file, 0, 8).key
     assert FileBlob(data_file, 0, 8).key != FileBlob(data_file, 8, 8).key

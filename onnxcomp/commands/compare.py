@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from onnxcomp.commands.guard import (
     FAILURE,
     GIVEN,
     GuardedCommand,
+    check_results,
     emit_json,
     parsed,
     progress_to,
@@ -28,7 +28,7 @@ from onnxcomp.commands.options import (
     shape_option,
     shapes_from,
 )
-from onnxcomp.errors import OnnxcompError, OptionError
+from onnxcomp.errors import OptionError
 from onnxcomp.report.text import printable
 from onnxcomp.values import parse_share
 
@@ -83,7 +83,8 @@ def compare_command(ctx: click.Context, /, **options: Any) -> None:
     asked for.
     """
     check_code(allow_code=options["allow_code"], data=options["data"], metric=options["metric"])
-    _check_files(options)
+    results = {"--json": options["json_path"], "--report": options["page_path"]}
+    check_results(results, (options["original"], *options["candidates"]), options["data"])
     quiet, verbose, plain = options["quiet"], options["verbose"], options["plain"]
     found = _compared(options)
     found.options["command"] = ctx.meta[GIVEN]
@@ -127,21 +128,6 @@ def _compared(options: dict[str, Any]) -> Comparisons:
             strict=len(options["candidates"]) == 1,
             progress=progress,
         )
-
-
-def _check_files(options: dict[str, Any]) -> None:
-    """Refuse outputs that cannot be written, or would overwrite what is read, before any work starts."""
-    from onnxcomp.files import check_outputs
-    from onnxcomp.structure import model_files
-
-    inputs = [Path(options["data"])] if options["data"] else []
-    for model in (options["original"], *options["candidates"]):
-        inputs.append(model)
-        with contextlib.suppress(OnnxcompError):  # what cannot be read is told once it is its turn
-            inputs += model_files(model)
-    json_path = Path(options["json_path"]) if options["json_path"] not in {None, "-"} else None
-    page_path = None if options["page_path"] is None else Path(options["page_path"])
-    check_outputs({"--json": json_path, "--report": page_path}, inputs=tuple(inputs))
 
 
 def _told(found: Comparisons, *, asked_budget: bool) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
@@ -23,6 +25,7 @@ __all__ = [
     "GIVEN",
     "STOPPED",
     "GuardedCommand",
+    "check_results",
     "emit_json",
     "parsed",
     "progress_to",
@@ -56,7 +59,8 @@ class GuardedCommand(click.Command):
         """
         verbose = bool(ctx.params.get("verbose"))
         try:
-            return super().invoke(ctx)
+            with _warnings_in_a_line(quiet=bool(ctx.params.get("quiet")), verbose=verbose):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
@@ -76,6 +80,21 @@ class GuardedCommand(click.Command):
                 raise
             message = f"internal error ({type(error).__name__}: {error}); {_REPORT_IT}"
             raise _Failure(message) from error
+
+
+@contextmanager
+def _warnings_in_a_line(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Show warnings as one line on stderr, with the traceback of their cause if there is one and `verbose` asks."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if not quiet:
+            click.echo(f"Warning: {printable(message)}", err=True)
+        if verbose and isinstance(message, Warning) and message.__cause__ is not None:
+            traceback.print_exception(message.__cause__)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # where in the code it arose is of no use here
+        yield
 
 
 _NO_MEMORY = "there is not enough memory; close other programs, or use a machine with more"
@@ -154,6 +173,30 @@ def progress_to(*, verbose: bool, quiet: bool, plain: bool = False) -> Iterator[
     else:
         with console.status(Text("reading the model")) as status:
             yield lambda text: status.update(Text(printable(text)))
+
+
+def check_results(results: Mapping[str, str | Path | None], models: Iterable[Path], data: str | None = None) -> None:
+    """Refuse results that cannot be written, or would overwrite what is read, before any work starts.
+
+    Args:
+        results: Option -> where it writes to; None and "-": no file.
+        models: The models that are read, with the files of their weights.
+        data: What --data names.
+
+    Raises:
+        OutputError: One of them cannot be written, or is read.
+        OptionError: Two of them are one file.
+    """
+    from onnxcomp.files import check_outputs
+    from onnxcomp.structure import model_files
+
+    inputs = [Path(data)] if data else []
+    for model in models:
+        inputs.append(model)
+        with suppress(OnnxcompError):  # what cannot be read is told once it is its turn
+            inputs += model_files(model)
+    paths = {option: None if path in {None, "-"} else Path(str(path)) for option, path in results.items()}
+    check_outputs(paths, inputs=tuple(inputs))
 
 
 def emit_json(text: str, path: str | None) -> bool:

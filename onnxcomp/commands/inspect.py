@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxcomp.commands.guard import GuardedCommand, emit_json, stdout_console
+from onnxcomp.commands.guard import GuardedCommand, check_results, emit_json, stdout_console
 from onnxcomp.commands.options import json_option, output_options, plain_option, shape_option, shapes_from
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def inspect_command(
     """Show MODEL's inputs, outputs, operators, weights, multiply-accumulates and zeros, without running it."""
     from onnxcomp.facts import inspect
 
+    check_results({"--json": json_path}, (model,))
     facts = inspect(model, shapes=shapes_from(shape))
     advice: list[Advice] = []
     if advise:

@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from onnxcomp.commands.guard import BUDGET_NOT_MET, GuardedCommand, emit_json, parsed, progress_to, stdout_console
+from onnxcomp.commands.guard import (
+    BUDGET_NOT_MET,
+    GuardedCommand,
+    check_results,
+    emit_json,
+    parsed,
+    progress_to,
+    stdout_console,
+)
 from onnxcomp.commands.options import (
     check_code,
     data_options,
@@ -59,6 +67,7 @@ def verify_command(ctx: click.Context, /, **options: Any) -> None:
     from onnxcomp.verification import verify
 
     check_code(allow_code=options["allow_code"], data=options["data"], metric=options["metric"])
+    check_results({"--json": options["json_path"]}, (options["original"], options["new"]), options["data"])
     with progress_to(verbose=options["verbose"], quiet=options["quiet"], plain=options["plain"]) as progress:
         found = verify(
             options["original"],

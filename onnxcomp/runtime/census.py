@@ -115,7 +115,8 @@ def read_census(path: Path) -> Census:
     size = 0
     for graph in graphs(onnx.load(path, load_external_data=False).graph):
         size += sum(_tensor_bytes(tensor) for tensor in graph.initializer)
-        size += sum(_tensor_bytes(t) for sparse in graph.sparse_initializer for t in (sparse.values, sparse.indices))
+        # ONNX Runtime holds these as dense tensors, and only writes them as they were.
+        size += sum(_bytes_of(sparse.dims, sparse.values.data_type) for sparse in graph.sparse_initializer)
         nodes.extend(
             KernelNode(
                 op=node.op_type,
@@ -181,8 +182,14 @@ def _tensor_bytes(tensor: onnx.TensorProto) -> int:
 
     if tensor.data_type == onnx.TensorProto.STRING:
         return sum(len(text) for text in tensor.string_data)
-    elements: int = math.prod(tensor.dims)
-    bits = _BITS.get(onnx.TensorProto.DataType.Name(tensor.data_type))
+    return _bytes_of(tensor.dims, tensor.data_type)
+
+
+def _bytes_of(dims: Iterable[int], data_type: int) -> int:
+    import onnx
+
+    elements = math.prod(dims)
+    bits = _BITS.get(onnx.TensorProto.DataType.Name(data_type))
     if bits is None:
-        bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
     return -(-elements * bits // 8)

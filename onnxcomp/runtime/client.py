@@ -19,6 +19,9 @@ from onnxcomp.runtime.results import Feed, Observer, PairObserver, Refusal, Requ
 O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
 P = TypeVar("P", bound=PairObserver)
 
+MOST_THREADS = 256
+"""ONNX Runtime starts as many as it is told, which takes a second for these and minutes for 1,000."""
+
 
 class Runtime:
     """Runs models on ONNX Runtime's CPU provider in a worker process.
@@ -35,7 +38,7 @@ class Runtime:
         blas_threads: Threads of numpy's matrix products in the worker, where observers use them; None: its default.
 
     Raises:
-        OptionError: `threads` or `timeout_s` is not positive.
+        OptionError: `threads` or `timeout_s` is not positive, or `threads` is more than any machine makes use of.
     """
 
     def __init__(
@@ -47,8 +50,8 @@ class Runtime:
         disabled_optimizers: Sequence[str] = (),
         blas_threads: int | None = None,
     ) -> None:
-        if threads < 1:
-            message = f"threads must be at least 1, got {threads}"
+        if not 1 <= threads <= MOST_THREADS:
+            message = f"threads must be from 1 to {MOST_THREADS}, got {threads}"
             raise OptionError(message)
         if not timeout_s > 0:
             message = f"timeout_s must be positive, got {timeout_s}"

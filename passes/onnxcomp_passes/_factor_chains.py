@@ -184,7 +184,8 @@ def _chains(model: Model, context: Context) -> tuple[list[_Chain], dict[str, str
             continue
         is_float = {np.dtype(weight.dtype) for weight in weights} in ({np.dtype("f4")}, {np.dtype("f2")})
         find = _convs if last.op == "Conv" else _pair
-        chain = find(tuple(nodes), weights) if is_float else None
+        is_empty = any(0 in weight.shape for weight in weights)  # a rank of 0 cannot fall
+        chain = find(tuple(nodes), weights) if is_float and not is_empty else None
         if chain is None:
             reasons |= {str(weight.name): NO_FORM for weight in weights}
         else:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.graph_io import subgraphs, walk
+from onnxcomp.model import value_of
 from onnxcomp.passes import Changes, Context
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._companions import SAME_GRID, clip_low, data_inputs, is_adapted, is_supported
@@ -54,6 +55,12 @@ class Layer:
     def key(self) -> str:
         """The name of its first output, which no other node has."""
         return str(self.node.outputs[0].name)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its float weight holds neither NaN nor infinity, which no code stands for."""
+        held = self.weight
+        return isinstance(held, Stored) or held.dtype != np.float32 or bool(np.isfinite(value_of(held)).all())
 
 
 @dataclass(frozen=True)

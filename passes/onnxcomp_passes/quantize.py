@@ -145,7 +145,9 @@ class Quantize(Pass):
         for index, layer in enumerate(layers):
             if layer.name in self.skip:
                 continue
-            if ranged_alone(layer, outputs, rules) <= ranges.keys():
+            if not layer.is_finite:
+                changes.leave(layer.name, "its weight holds NaN or infinity")
+            elif ranged_alone(layer, outputs, rules) <= ranges.keys():
                 usable.add(index)
             else:
                 changes.leave(layer.name, "its activations hold NaN or infinity, or nothing at all")

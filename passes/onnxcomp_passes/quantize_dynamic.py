@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
-import onnx_graphsurgeon as gs
-
 from onnxcomp.errors import ModelError
-from onnxcomp.model import Model, value_of
+from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass, option, register
 from onnxcomp.targets import QuantizationRules, host_target
 from onnxcomp_passes._choice import Chooser
@@ -102,7 +99,7 @@ class QuantizeDynamic(Pass):
                 continue
             if math.prod(held.shape) < self.min_elements:
                 changes.leave(layer.name, f"its weight has fewer than {self.min_elements} elements")
-            elif isinstance(held, gs.Constant) and held.dtype == np.float32 and not np.isfinite(value_of(held)).all():
+            elif not layer.is_finite:
                 changes.leave(layer.name, "its weight holds NaN or infinity")
             else:
                 usable.add(index)
