@@ -29,11 +29,13 @@ class Energies:
         whole: (samples,) of the reference.
         varying: (samples,) of the reference without its mean over the samples; the same as `whole` where samples differ
             in shape or the reference does not depend on the input.
+        constant: Whether the reference does not depend on the input.
     """
 
     noise: Array
     whole: Array
     varying: Array
+    constant: bool = False
 
     def error(self, *, centred: bool) -> float:
         """The root mean square of the difference over that of the reference, or of its varying part."""
@@ -87,7 +89,7 @@ def energies(pairs: Sequence[tuple[Array, Array]], counts: Sequence[int] | None 
         varying.append(_energy(np.where(finite, reference - mean, 0), count))
     found = Energies(np.concatenate(noise), np.concatenate(whole), np.concatenate(varying))
     is_constant = found.varying.sum() <= found.whole.sum() * CONSTANT_BELOW**2
-    return replace(found, varying=found.whole) if is_constant else found
+    return replace(found, varying=found.whole, constant=True) if is_constant else found
 
 
 def relative_error(pairs: Sequence[tuple[Array, Array]]) -> float:

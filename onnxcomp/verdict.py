@@ -91,14 +91,14 @@ class StageRunner:
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
-        measurable = self.judge.deterministic or self._force or stage.required
+        measurable = self.judge.unmeasured is None or self._force or stage.required
         forms = [form for form in _forms(stage) if form.lossless or measurable]
         if past is not None:
             forms = forms[forms.index(past) + 1 :] if past in forms else forms
             if not forms:
                 return kept.with_entry(StageEntry(stage.name, "dropped", "there is no weaker form", 0.0))
         if not forms:
-            reason = "the model's outputs are random, so no loss can be measured"
+            reason = f"{self.judge.unmeasured}, so no loss can be measured"
             return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
         attempts: list[Attempt] = []
         for form in forms:
