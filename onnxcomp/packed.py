@@ -45,6 +45,13 @@ class Packed:
         """The bytes of the constants."""
         return sum(constant._values.nbytes for constant in self.constants)
 
+    @property
+    def rank(self) -> int:
+        """The number of the weight's axes, without decoding it."""
+        last = self.nodes[-1]
+        place = {"Reshape": 1, "ConstantOfShape": 0}.get(last.op)
+        return 1 if place is None else int(value_of(last.inputs[place]).size)
+
     def decode(self) -> Array:
         """The dense value, bit for bit that which ONNX Runtime computes at load."""
         values: dict[int, Array] = {id(constant): value_of(constant) for constant in self.constants}

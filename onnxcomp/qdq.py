@@ -65,8 +65,15 @@ class QuantizedLayer:
             return 0 if self.node.attrs.get("transB", 0) else 1
         if self.node.op != "MatMul":
             return 0 if self.node.op == "Conv" else 1
-        rank = len(self.weight.inputs[0].shape or ())
+        rank = self.weight_rank
         return rank - 2 + self.place if rank > 1 else None
+
+    @property
+    def weight_rank(self) -> int:
+        """The number of the weight's axes; 0 where it is not known."""
+        codes = self.weight.inputs[0]
+        packed = packed_weight(codes)  # what its decoding gives has no declared shape
+        return len(codes.shape or ()) if packed is None else packed.rank
 
 
 def quantized_layers(graph: gs.Graph) -> Iterator[QuantizedLayer]:
@@ -149,8 +156,8 @@ def product_scale(layer: QuantizedLayer) -> Array | None:
     data, weight = scale_of(layer.data), scale_of(layer.weight)
     if data is None or weight is None or data.size != 1 or layer.place != 1:
         return None
-    shape = layer.weight.inputs[0].shape or ()
-    if weight.size > 1 and (scale_axis(layer.weight, len(shape)) != layer.channel_axis or not shape):
+    rank = layer.weight_rank
+    if weight.size > 1 and (scale_axis(layer.weight, rank) != layer.channel_axis or not rank):
         return None
     attrs, factor = layer.node.attrs, np.float32(1)
     if layer.node.op == "Gemm":

@@ -13,9 +13,11 @@ from onnxcomp import optimize
 from onnxcomp.errors import ModelError
 from onnxcomp.lints import LINTS, lint_file, lint_model, mended_by
 from onnxcomp.model import Model
+from onnxcomp.passes import Context
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import TARGETS, find_target
 from onnxcomp.verification.always import ort_runtime
+from onnxcomp_passes import Pack
 from tests import traps
 from tests.models import graph_model, mlp_model, run
 
@@ -50,6 +52,15 @@ def runtime():
 def test_the_trap_is_caught(name):
     model, target, lint = TRAPS[name]
     assert lint in traps.found(model, target)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_axes_of_a_packed_weight_are_known(axis):
+    model = Model.load(traps.matmul(axis=axis, inputs=2048))
+    model.set_weight("W", np.sign(model.weight("W")).astype(np.int8))
+    assert "W" in [change.where for change in Pack().rewrite(model, Context()).changed]
+
+    assert ("weight-axis" in traps.found(model, "x86-vnni")) is (axis == 0)
 
 
 @cache

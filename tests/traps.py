@@ -71,11 +71,11 @@ def conv(
     )
 
 
-def matmul(*, axis: int = 1) -> onnx.ModelProto:
+def matmul(*, axis: int = 1, inputs: int = 16) -> onnx.ModelProto:
     """A quantized MatMul with a scale for each output channel, or with axis 0 for each input."""
     rng = np.random.default_rng(1)
     return graph_model(
-        f"""g (float[1, 16] x) => (float[1, 8] y) {{
+        f"""g (float[1, {inputs}] x) => (float[1, 8] y) {{
             q = QuantizeLinear(x, sx, zx) d = DequantizeLinear(q, sx, zx)
             w = DequantizeLinear<axis = {axis}>(W, sw, zw)
             [product] c = MatMul(d, w)
@@ -83,9 +83,9 @@ def matmul(*, axis: int = 1) -> onnx.ModelProto:
         }}""",
         sx=np.asarray(0.02, np.float32),
         zx=np.asarray(128, np.uint8),
-        W=rng.integers(-127, 128, (16, 8)).astype(np.int8),
-        sw=rng.uniform(0.005, 0.01, (16, 8)[axis]).astype(np.float32),
-        zw=np.zeros((16, 8)[axis], np.int8),
+        W=rng.integers(-127, 128, (inputs, 8)).astype(np.int8),
+        sw=rng.uniform(0.005, 0.01, (inputs, 8)[axis]).astype(np.float32),
+        zw=np.zeros((inputs, 8)[axis], np.int8),
         sy=np.asarray(0.05, np.float32),
     )
 

@@ -239,10 +239,12 @@ def largest_code(codes: np.ndarray[Any, Any]) -> int:
 def weight_axis(subject: Subject) -> Seen:
     """An 8-bit weight whose scales lie along another axis than its output channels."""
     for layer in _layers(subject):
-        axis = scale_axis(layer.weight, len(layer.weight.inputs[0].shape or ()))
+        axis = scale_axis(layer.weight, layer.weight_rank)
         if axis is not None and axis != layer.channel_axis and codes_dtype(layer.weight) in {"int8", "uint8"}:
             channels = (
-                "there are none" if layer.channel_axis is None else f"its output channels lie on {layer.channel_axis}"
+                "it has no axis of output channels"
+                if layer.channel_axis is None
+                else f"its output channels lie on axis {layer.channel_axis}"
             )
             yield layer.name, f"its weight has scales along axis {axis}; {channels}"
 
