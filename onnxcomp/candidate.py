@@ -86,7 +86,7 @@ def loss_text(quality: Quality) -> str:
         return f"{error} ({most}{quality.samples} samples)"
     low, high = quality.interval
     drop = f"drop {quality.drop:.4f} (95% interval {low:.4f} to {high:.4f}, {quality.samples} samples)"
-    return f"{drop}, {error}" if quality.guessed or quality.detection else drop
+    return f"{drop}, {error}" if quality.kind == "expected-drop" else drop
 
 
 def pass_entry(step: Pass, changes: Changes, seconds: float) -> PassEntry:

@@ -77,7 +77,8 @@ class Budget:
     def allows(self, quality: Quality, *, share: float = 1.0, rounding: float = 0.0) -> bool:
         """Whether a measured loss is inside the budget.
 
-        Where a relative error is all that there is to judge by, the upper end of its 95% interval counts.
+        Where a relative error is all that there is to judge by, the upper end of its 95% interval counts. Of class
+        scores it counts beside the drop where they were guessed, or where the samples do not tell them apart.
 
         Args:
             quality: The loss.
@@ -98,7 +99,11 @@ class Budget:
             return False
         if quality.detection:
             return quality.error <= whole
-        return not quality.guessed or quality.error <= rest
+        return not (quality.guessed or self.proves_nothing(quality.constant_drop)) or quality.error <= rest
+
+    def proves_nothing(self, constant_drop: float | None) -> bool:
+        """Whether one answer for all samples would be inside the drop: then the relative error has to tell."""
+        return constant_drop is not None and constant_drop <= self.max_drop
 
     def excess(self, quality: Quality, share: float = 1.0) -> float:
         """How many times larger than allowed a loss is, where it is a relative error; else 1."""
@@ -231,13 +236,19 @@ class Judge:
         return self._final.kind
 
     @property
-    def unmeasurable(self) -> str:
-        """Why no loss can be measured, if that is so."""
+    def unmeasured(self) -> str | None:
+        """Why no loss can be measured; None: it can."""
         if not self.deterministic:
-            return "the model's outputs are random, so no loss can be measured"
+            return "the model's outputs are random"
         if not (self._reference.shows_loss and self._final.shows_loss):
-            return "the model's outputs are empty, all 0 or not numbers on these samples, so no loss can be measured"
-        return ""
+            return "the model's outputs are empty, all 0 or not numbers on these samples"
+        return "the model's outputs are the same for all samples" if self._reference.constant else None
+
+    @property
+    def untold_drop(self) -> float | None:
+        """What one answer for all samples would lose, where that is inside the budget."""
+        drop = self._reference.constant_drop
+        return drop if self.budget.proves_nothing(drop) else None
 
     @property
     def samples(self) -> dict[str, int]:

@@ -49,8 +49,9 @@ class Packed:
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense value."""
         last = self.nodes[-1]
-        if last.op == "Reshape" and isinstance(last.inputs[1], gs.Constant):
-            return tuple(int(size) for size in value_of(last.inputs[1]))
+        place = {"Reshape": 1, "ConstantOfShape": 0}.get(last.op)
+        if place is not None and isinstance(last.inputs[place], gs.Constant):
+            return tuple(int(size) for size in value_of(last.inputs[place]))
         return tuple(self.decode().shape)
 
     def decode(self) -> Array:

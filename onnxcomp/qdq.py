@@ -66,8 +66,13 @@ class QuantizedLayer:
             return 0 if self.node.attrs.get("transB", 0) else 1
         if self.node.op != "MatMul":
             return 0 if self.node.op == "Conv" else 1
-        rank = len(constant_shape(self.weight.inputs[0]))
+        rank = len(self.weight_shape)
         return rank - 2 + self.place if rank > 1 else None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight, packed or not; () where its codes are computed."""
+        return constant_shape(self.weight.inputs[0])
 
 
 def quantized_layers(graph: gs.Graph) -> Iterator[QuantizedLayer]:
@@ -161,7 +166,7 @@ def product_scale(layer: QuantizedLayer) -> Array | None:
     data, weight = scale_of(layer.data), scale_of(layer.weight)
     if data is None or weight is None or data.size != 1 or layer.place != 1:
         return None
-    shape = constant_shape(layer.weight.inputs[0])
+    shape = layer.weight_shape
     if weight.size > 1 and (scale_axis(layer.weight, len(shape)) != layer.channel_axis or not shape):
         return None
     attrs, factor = layer.node.attrs, np.float32(1)

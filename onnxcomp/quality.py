@@ -28,7 +28,8 @@ from onnxcomp.data import Batch, Dataset
 from onnxcomp.detection import MixedOutput, find_mixed
 from onnxcomp.errors import DataError
 from onnxcomp.metrics import Metric
-from onnxcomp.relative_error import energies, may_show_loss, relative_error
+from onnxcomp.relative_error import energies, relative_error
+from onnxcomp.telling import are_constant, constant_drop, may_show_loss
 
 __all__ = ["LOSSLESS_ERROR", "Quality", "Reference", "output_decibels"]
 
@@ -67,6 +68,8 @@ class Quality:
         score_error: Where an output holds other numbers beside its scores, the scores' relative error. The drop is
             theirs then, and `error` that of the others, which have a budget of their own.
         expected_drop: The expected drop, where an output holds class scores, whether or not there are labels as well.
+        constant_drop: What one answer for all samples would lose, where the drop is that of class scores without
+            labels: a budget that this is inside of proves nothing.
     """
 
     kind: Literal["metric", "expected-drop", "relative-error"]
@@ -83,6 +86,7 @@ class Quality:
     guessed: bool = False
     score_error: float | None = None
     expected_drop: float | None = None
+    constant_drop: float | None = None
 
     @property
     def detection(self) -> bool:
@@ -139,6 +143,10 @@ class Reference:
         self._guessed = False
         self._classes = None if classifier is False or data.generated else self._class_output(elements, classifier)
         self._mixed = None if self._classes is not None or data.generated else self._mixed_output()
+        self.constant = are_constant(self._runs, self._counts)
+        """Whether the outputs are the same for all samples: then no loss can be seen."""
+        self.constant_drop = self._constant_drop()
+        """See `Quality`."""
 
     def _class_output(self, elements: int, declared: bool | None) -> int | None:
         """Which output holds class scores."""
@@ -154,6 +162,10 @@ class Reference:
                     self._guessed = not declared and looks != "probabilities"
                     return index
         return None
+
+    def _constant_drop(self) -> float | None:
+        scores = None if self._classes is None or self._labels is not None else _joined(self._runs, self._classes)
+        return None if scores is None else constant_drop(scores)
 
     def _mixed_output(self) -> tuple[int, MixedOutput] | None:
         """The first output that mixes scores with other numbers."""
@@ -230,6 +242,7 @@ class Reference:
             guessed=self._guessed and self.kind == "expected-drop",
             score_error=score_error,
             expected_drop=expected,
+            constant_drop=self.constant_drop,
         )
 
     def _metric_drop(

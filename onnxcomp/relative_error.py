@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Energies", "energies", "may_show_loss", "relative_error"]
+__all__ = ["Energies", "energies", "relative_error"]
 
 Array = np.ndarray[Any, Any]
 
@@ -29,11 +29,13 @@ class Energies:
         whole: (samples,) of the reference.
         varying: (samples,) of the reference without its mean over the samples; the same as `whole` where samples differ
             in shape or the reference does not depend on the input.
+        constant: Whether the reference does not depend on the input.
     """
 
     noise: Array
     whole: Array
     varying: Array
+    constant: bool = False
 
     def error(self, *, centred: bool) -> float:
         """The root mean square of the difference over that of the reference, or of its varying part."""
@@ -87,32 +89,12 @@ def energies(pairs: Sequence[tuple[Array, Array]], counts: Sequence[int] | None 
         varying.append(_energy(np.where(finite, reference - mean, 0), count))
     found = Energies(np.concatenate(noise), np.concatenate(whole), np.concatenate(varying))
     is_constant = found.varying.sum() <= found.whole.sum() * CONSTANT_BELOW**2
-    return replace(found, varying=found.whole) if is_constant else found
+    return replace(found, varying=found.whole, constant=True) if is_constant else found
 
 
 def relative_error(pairs: Sequence[tuple[Array, Array]]) -> float:
     """The root mean square of the difference over that of the reference; see `energies`."""
     return energies(pairs).error(centred=False)
-
-
-def may_show_loss(outputs: Iterable[Array]) -> bool:
-    """Whether a model that computes something else could be told by these outputs of the original.
-
-    Where all are empty, 0 or not finite, as those of a detector that finds nothing, most others give the same.
-
-    Example:
-        >>> may_show_loss([np.zeros((4, 2)), np.zeros((0, 6)), np.array([np.nan])])
-        False
-        >>> may_show_loss([np.zeros((4, 2)), np.array([0, 7])])
-        True
-    """
-    return any(_has_values(array) for array in outputs)
-
-
-def _has_values(array: Array) -> bool:
-    if array.dtype.kind in "fc":
-        return bool((np.isfinite(array) & (array != 0)).any())
-    return bool(array.any()) if array.dtype.kind in "biu" else bool(array.size)
 
 
 def _energy(values: Array, count: int) -> Array:

@@ -219,8 +219,13 @@ def _warnings(judge: Judge, quality: Quality, samples: Dataset, model: Model) ->
         )
     if not judge.deterministic:
         warnings.append("the model's outputs are random: they differ from run to run, so no loss can be measured")
-    elif judge.unmeasurable:
-        warnings.append(judge.unmeasurable)
+    elif judge.unmeasured:
+        warnings.append(f"{judge.unmeasured}, so these cannot show a loss; give --data that moves the outputs")
+    elif judge.untold_drop is not None:
+        warnings.append(
+            f"one answer for all samples would lose {judge.untold_drop:.4f} only, so the relative error counts too: "
+            "give --data of more kinds"
+        )
     if not judge.target.is_host:
         warnings.append(f"speed is estimated from the kernels: the target {judge.target.name} is not this machine")
     if judge.target.saturates_here and judge.score(model).int8_macs:

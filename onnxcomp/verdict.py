@@ -92,14 +92,15 @@ class StageRunner:
         if self._context.out_of_time():
             entry = StageEntry(stage.name, "skipped", "the time limit was reached", 0.0)
             return kept.with_entry(entry)
-        measurable = not self.judge.unmeasurable or self._force or stage.required
+        measurable = self.judge.unmeasured is None or self._force or stage.required
         forms = [form for form in _forms(stage) if form.lossless or measurable]
         if past is not None:
             forms = forms[forms.index(past) + 1 :] if past in forms else forms
             if not forms:
                 return kept.with_entry(StageEntry(stage.name, "dropped", "there is no weaker form", 0.0))
         if not forms:
-            return kept.with_entry(StageEntry(stage.name, "skipped", self.judge.unmeasurable, 0.0))
+            reason = f"{self.judge.unmeasured}, so no loss can be measured"
+            return kept.with_entry(StageEntry(stage.name, "skipped", reason, 0.0))
         attempts: list[Attempt] = []
         for form in forms:
             self._context.progress(f"{stage.name}{'' if not attempts else ', a weaker form'}")
@@ -317,8 +318,11 @@ class StageRunner:
             return f"claims to be lossless, but the outputs differ by {quality.plain_error:.2g} (relative)"
         if not lossless and not self.judge.allows(quality, stage.share):
             return f"over the budget: {loss_text(quality)}"
-        # With no kernel more than before and some fewer, a slower clock is a noisy one.
-        noise = lossless and self.judge.no_more_kernels(score.census, self.judge.score(base).census)
+        # With no kernel more than before and some fewer, a slower clock is a noisy one. The kernels of what was kept
+        # already are no slower than that: without this stage the model would be as slow.
+        known = self.judge.score(base).census
+        alike = self.judge.same_kernels(score.census, known)
+        noise = alike or (lossless and self.judge.no_more_kernels(score.census, known))
         if score.speed < NOT_SLOWER and not noise:
             return f"slower than the original: {score.speed:.2f} times as fast ({score.evidence})"
         if candidate.versus_base < NOT_SLOWER and lossless and not noise:

@@ -401,6 +401,16 @@ def test_ids_that_are_compared_with_other_numbers_are_a_mask(row: list[int]):
     assert set(ids.ravel().tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "shape"), [("fmin", "fmax", []), ("min_pitch", "max_pitch", [1]), ("minimum", "maximum", [])]
+)
+def test_a_least_and_a_largest_value_cut_nothing_off(low: str, high: str, shape: list[int | str | None]):
+    data = generate(model([("audio", FLOAT, ["N", "T"]), (low, FLOAT, shape), (high, FLOAT, shape)]))
+
+    assert 0 < all_of(data, low).max() < 0.1
+    assert all_of(data, high).min() > 1000
+
+
 @pytest.mark.parametrize(("name", "shape"), [("scales", [3]), ("noise_scale", []), ("speed", [1]), ("temperature", [])])
 def test_a_factor_that_a_user_sets_is_1(name: str, shape: list[int | str | None]):
     values = all_of(generate(model([("ids", INT64, ["N", "L"]), (name, FLOAT, shape)])), name)

@@ -54,6 +54,15 @@ def test_the_trap_is_caught(name):
     assert lint in traps.found(model, target)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_axes_of_a_packed_weight_are_known(axis):
+    model = Model.load(traps.matmul(axis=axis, shape=(2048, 8)))
+    model.set_weight("W", np.sign(model.weight("W")).astype(np.int8))
+    assert "W" in [change.where for change in Pack().rewrite(model, Context()).changed]
+
+    assert ("weight-axis" in traps.found(model, "x86-vnni")) is (axis == 0)
+
+
 @cache
 def optimized(name: str) -> Model:
     model, target, _ = TRAPS[name]

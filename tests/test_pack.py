@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, parser
 
 from onnxcomp import Context, Model, OptionError, optimize
 from onnxcomp.analysis import count_parameters, weight_table
@@ -118,7 +118,8 @@ def test_minus_zero_and_nan_payloads_are_kept() -> None:
         (0.97, 15, "4-bit codes and 8-bit gaps"),
         (0.97, 4000, "values and 8-bit gaps"),
         (0.5, 4000, "values and a mask"),
-        (0.998, 4000, "sparse_initializer"),
+        (0.998, 4000, "8-bit codes and 8-bit gaps"),
+        (1.0, 1, "one value"),
     ],
 )
 def test_the_smallest_form_is_taken(zeros: float, values: int, told: str) -> None:
@@ -127,6 +128,22 @@ def test_the_smallest_form_is_taken(zeros: float, values: int, told: str) -> Non
     value[rng.random(20_000) < zeros] = 0
     [change] = Pack().rewrite(holding(value), Context()).changed
     assert told in change.what
+
+
+@pytest.mark.parametrize("ones", [0, 1, 9])
+def test_a_packed_bias_passes_the_full_check(ones: int) -> None:
+    bias = np.zeros(400, np.float32)
+    bias[:ones] = 1
+    proto = parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 8] x) => (float[N, 400] y) { y = Gemm(x, w, b) }'
+    )
+    weight = np.random.default_rng(0).normal(size=(8, 400)).astype(np.float32)
+    proto.graph.initializer.extend([numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")])
+    model = Model.load(proto)
+
+    assert Pack().rewrite(model, Context()).changed[0].where == "b"
+
+    onnx.checker.check_model(model.to_proto(), full_check=True)
 
 
 @pytest.mark.parametrize(("zeros", "packed"), [(0.05, 0), (0.1, 1)])

@@ -163,6 +163,17 @@ def test_a_weight_that_two_convolutions_share(runtime: Runtime, tmp_path: Path) 
     assert max(result.errors) < INT8_ERROR
 
 
+def test_layers_that_share_a_weight_share_its_codes(runtime: Runtime, tmp_path: Path) -> None:
+    again = " ".join(f"c{n} = Conv(r{n}, V) r{n + 1} = Relu(c{n})" for n in range(6))
+    model = image(f"r0 = Relu(a) {again} z = Relu(r6)", V=(16, 16, 3, 3))
+
+    result = quantize(model, runtime, tmp_path)
+
+    assert len(result.changes.changed) == 8
+    assert [tuple(held.shape) for held in result.model.constants()].count((16, 16, 3, 3)) == 1
+    assert max(result.errors) < INT8_ERROR
+
+
 def test_a_weight_that_a_layer_shares_with_another_operator(runtime: Runtime, tmp_path: Path) -> None:
     model = pattern(
         """(float[N, 16] x) => (float[N, 16] y) {

@@ -170,6 +170,12 @@ def test_a_lossless_stage_stays_when_the_stage_before_it_chooses_again(
     assert held == [np.int8 if verdict == "kept" else np.float32]
 
 
+def test_what_has_the_kernels_of_the_model_before_it_is_not_slower_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Judge, "_speed", lambda *_: (0.96, "measured"))
+
+    assert [entry.verdict for entry in optimized(Store()).report.stages] == ["kept"]
+
+
 def test_only_the_lossless_part_of_a_stage_is_kept_where_the_rest_never_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     hold_from(monkeypatch, 99)
 

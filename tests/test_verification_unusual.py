@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +16,8 @@ from onnxcomp.cli import main
 from onnxcomp.errors import RuntimeFailure
 from onnxcomp.report.verification import _verdict
 from onnxcomp.runtime import Runtime
+from onnxcomp.targets import find_target
+from onnxcomp.verification.candidate import CandidateCheck
 from onnxcomp.verification.coverage import coverages
 from onnxcomp.verification.differences import FLOAT_ERROR, difference, too_far
 from onnxcomp.verification.elsewhere import _placement
@@ -22,6 +26,7 @@ from onnxcomp.verification.results import Difference
 from onnxcomp.verification.steps import expose_codes, parting_nodes
 from tests import traps
 from tests.models import graph_model, mlp_model
+from tests.test_judge import loss
 
 
 def test_outputs_of_one_number_are_compared():
@@ -58,6 +63,23 @@ def test_a_model_that_was_changed_in_memory_is_verified_not_the_file_that_it_cam
     assert verify(tmp_path / "m.onnx", changed, layers=["cpu"]).quality["error"] > 0.1
     found = compare(tmp_path / "m.onnx", changed, timing=False)
     assert max(found.sqnr_db.values()) < 20
+
+
+@pytest.mark.parametrize(("apart", "refused"), [(0.015, False), (0.025, True)])
+def test_a_candidate_may_miss_the_original_on_either_side_with_optimizations_off(apart, refused):
+    class TwoWays:
+        def run(self, path, feeds, *, optimize=True):
+            return [[np.full(4, 1.0 if optimize else 1.0 + apart)]]
+
+    judge: Any = SimpleNamespace(
+        runtime=TwoWays(), target=find_target("x86-vnni"), deterministic=True, rounding=0.0,
+        path_of=lambda model: None, few_feeds=lambda: [{}],
+    )  # fmt: skip
+    model = Model.load(mlp_model())
+
+    against = CandidateCheck(judge, model).against(model, loss(plain_error=0.01))
+
+    assert (against is not None) is refused
 
 
 def test_a_model_with_random_outputs_is_compared_with_nothing():

@@ -29,6 +29,8 @@ _IDS_LENGTH = 16
 _AUDIO_SAMPLES = 16_000
 _AXIS = 100
 _IMAGE_CHANNELS = (1, 3, 4)
+_BOUNDS = {"min": 1e-3, "max": 1e4}
+"""Far apart, so that little is cut off, and positive, since a logarithm may be taken."""
 _WORDS = ("the", "model", "is", "small", "and", "fast", "on", "a", "phone")
 
 
@@ -44,7 +46,8 @@ def generate(
 
     What each input is follows from what the graph does with it, its type and shape, and its name: indices stay in
     the tables they index, masks are ones with some zeros at the end, images are smooth and in 0 to 1 (or 0 to 255),
-    recurrent states are near 0, a sample rate is 16000, a speed or scale 1; other floats are normally distributed.
+    recurrent states are near 0, a sample rate is 16000, a speed or scale 1, a least and a largest value are far apart;
+    other floats are normally distributed.
 
     Args:
         proto: The model; large weights may be stubs without data.
@@ -285,6 +288,9 @@ class _Maker:
             return self._image
         if spec.rank <= 1 and re.search(r"(^|[^a-z])(scales?|speed|temperature)([^a-z]|$)", spec.name.lower()):
             return np.ones  # a factor that a user sets: 1 changes nothing
+        bound = re.search(r"(^|[^a-z])f?(min|max)(imum)?([^a-z]|$)", spec.name.lower()) if spec.rank <= 1 else None
+        if bound:  # as of a frequency: at random, both may cut everything off, and no output moves
+            return lambda shape: np.full(shape, _BOUNDS[bound[2]])
         if role.positive:
             return lambda shape: 0.1 + np.abs(self._rng.standard_normal(shape))
         return self._rng.standard_normal

@@ -13,7 +13,6 @@ from onnxcomp.qdq import (
     QuantizedLayer,
     codes_dtype,
     codes_of,
-    constant_shape,
     decoder,
     has_zero_point,
     quantized_layers,
@@ -240,10 +239,12 @@ def largest_code(codes: np.ndarray[Any, Any]) -> int:
 def weight_axis(subject: Subject) -> Seen:
     """An 8-bit weight whose scales lie along another axis than its output channels."""
     for layer in _layers(subject):
-        axis = scale_axis(layer.weight, len(constant_shape(layer.weight.inputs[0])))
+        axis = scale_axis(layer.weight, len(layer.weight_shape))
         if axis is not None and axis != layer.channel_axis and codes_dtype(layer.weight) in {"int8", "uint8"}:
             channels = (
-                "there are none" if layer.channel_axis is None else f"its output channels lie on {layer.channel_axis}"
+                "it has no axis of output channels"
+                if layer.channel_axis is None
+                else f"its output channels lie on axis {layer.channel_axis}"
             )
             yield layer.name, f"its weight has scales along axis {axis}; {channels}"
 
@@ -361,6 +362,6 @@ def depthwise_per_tensor(subject: Subject) -> Seen:
     for layer in _layers(subject):
         group, scale = int(layer.node.attrs.get("group", 1)), scale_of(layer.weight)
         if layer.node.op == "Conv" and group > 1 and scale is not None and scale.size == 1:
-            shape = constant_shape(layer.weight.inputs[0])
+            shape = layer.weight_shape
             if shape and shape[1] == 1:
                 yield layer.name, f"its {group} channels share one scale"

@@ -5,6 +5,7 @@
     every element    codes -> unpack -> Cast -> Gather(codebook) -> Reshape
     gaps             gaps -> unpack -> Cast -> CumSum -> ScatterElements(ConstantOfShape, ., values) -> Reshape
     mask             mask -> unpack -> Cast -> Mul(., CumSum(.)) -> Gather(values, the background first) -> Reshape
+    one value        ConstantOfShape
 
     unpack           BitShift -> Mod -> Reshape [-> Slice]; nothing for 8 bits
 """
@@ -83,6 +84,9 @@ class Writer:
             dtype: Its element type.
         """
         form = Form()
+        if not found.others.size:
+            self._blank(form, found, shape, dtype).name = name
+            return form
         if layout.places == "every":
             last = self._values(form, found, layout, self._codes_of(found, found.raw), dtype)
         elif layout.places == "mask":
@@ -111,11 +115,15 @@ class Writer:
         held = np.where(index < 0, background, found.raw[found.others[index] if found.others.size else index])
         places = self._running_sum(form, self._int32(form, self._unpacked(form, steps, bits)))
         values = self._held(form, found, layout, held.astype(found.raw.dtype), dtype)
-        fill = gs.Constant("value", background.reshape(1).view(dtype))
-        size = self._share(form, np.array([found.raw.size], np.int64))
-        plain = found.background == 0 and dtype == np.float32
-        blank = self._node(form, "ConstantOfShape", [size], **({} if plain else {"value": fill}))
+        blank = self._blank(form, found, (found.raw.size,), dtype)
         return self._node(form, "ScatterElements", [blank, places, values])
+
+    def _blank(self, form: Form, found: Contents, shape: tuple[int, ...], dtype: np.dtype[Any]) -> gs.Tensor:
+        """The background everywhere."""
+        fill = gs.Constant("value", np.array([found.background], found.raw.dtype).view(dtype))
+        size = self._share(form, np.asarray(shape, np.int64))
+        plain = found.background == 0 and dtype == np.float32
+        return self._node(form, "ConstantOfShape", [size], **({} if plain else {"value": fill}))
 
     def _held(self, form: Form, found: Contents, layout: Layout, held: Array, dtype: np.dtype[Any]) -> gs.Tensor:
         """The values of a list, in order."""

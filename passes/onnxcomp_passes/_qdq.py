@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ class _Writer:
     def constant(self, prefix: str, value: Array) -> gs.Constant:
         """An initializer; the same value is the same initializer."""
         value = np.asarray(value)  # arithmetic turns 0-d arrays into scalars
-        key = (f"{value.dtype}{value.shape}", value.tobytes())
+        key = (f"{value.dtype}{value.shape}", _fingerprint(value))
         if key not in self.shared:
             self.shared[key] = gs.Constant(self.model.unique_name(f"{prefix}.0"), value)
         return self.shared[key]
@@ -99,7 +100,7 @@ class _Writer:
         """A DequantizeLinear of constant codes; the zero point is 0 and left out where the kernel allows it."""
         result = Variable(self.model.unique_name("d.0"))
         attrs = {"axis": axis} if scale.ndim else {}
-        inputs = [gs.Constant(self.model.unique_name("q.0"), codes), self.constant("s", scale)]
+        inputs = [self.constant("q", codes), self.constant("s", scale)]
         if zero_point:
             inputs.append(self.constant("z", np.zeros(scale.shape, codes.dtype)))
         return Node("DequantizeLinear", "", attrs, inputs, [result]), result
@@ -117,6 +118,11 @@ class _Writer:
         result = Variable(self.model.unique_name("d.0"))
         inputs = [codes, self.constant("s", np.asarray(scale, np.float32)), zero_point]
         return Node("DequantizeLinear", "", {}, inputs, [result]), result
+
+
+def _fingerprint(value: Array) -> bytes:
+    """What tells an array from others, in few bytes: layers that share a large weight share its codes."""
+    return hashlib.blake2b(np.ascontiguousarray(value).view(np.uint8).data).digest()
 
 
 def is_written_by_us(model: Model) -> bool:

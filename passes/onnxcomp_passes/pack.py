@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
-from onnx import helper, numpy_helper
 
 from onnxcomp.errors import ModelError
 from onnxcomp.model import Model, value_of
@@ -49,10 +47,12 @@ class Pack(Pass):
         after    Y = MatMul(X, Gather(book, Cast(unpack(codes))))                              few values
         after    Y = MatMul(X, ScatterElements(zeros, CumSum(Cast(gaps)), values or codes))    mostly zeros
         after    Y = MatMul(X, Gather(values or codes, Mul(mask, CumSum(mask))))               many zeros
+        after    Y = MatMul(X, ConstantOfShape(shape))                                         one value
 
     Weights are the same bit for bit, so results and speed are too; ONNX Runtime's constant folding runs the nodes once,
     at load, at every optimization level but "disabled". It takes weights in float32 and float16, and the codes of
-    quantized ones. Nothing else looks into packed weights: pack last, and `unpack` gives the dense model back.
+    quantized ones. It writes no sparse_initializer: onnx.checker's full check refuses those as inputs of operators for
+    dense tensors. Nothing else looks into packed weights: pack last, and `unpack` gives the dense model back.
 
     Left alone: weights that no form makes smaller, those that ONNX Runtime is seen not to fold or not to find its int8
     kernels behind, other types than float32, float16, int8 and uint8, graph outputs, weights of subgraphs.
@@ -120,11 +120,7 @@ class Pack(Pass):
             if found is None:
                 continue
             form, how = _smallest(writer, str(constant.name), found, value)
-            sparse = _sparse(constant.name, value, found)
-            if sparse is not None and sparse.ByteSize() < min(form.nbytes, held):
-                constant._values = SparseWeight(sparse)
-                told[constant.name] = _told(value, held, sparse.ByteSize(), "sparse_initializer")
-            elif form.nbytes + max(MIN_SAVED_BYTES, LEAST_SAVED * held) < held + len(constant.name) + NAMES_BYTES:
+            if form.nbytes + max(MIN_SAVED_BYTES, LEAST_SAVED * held) < held + len(constant.name) + NAMES_BYTES:
                 redirect(constant, form.nodes[-1].outputs[0])
                 added += form.nodes
                 told[constant.name] = _told(value, held, form.nbytes, how)
@@ -191,16 +187,8 @@ def _held_bytes(constant: gs.Constant) -> int:
 def _smallest(writer: Writer, name: str, found: Contents, value: np.ndarray[Any, Any]) -> tuple[Form, str]:
     """The packed form of least bytes, and what it is called."""
     best = min(layouts(found), key=lambda layout: layout.nbytes)
-    return writer.write(name, found, best, value.shape, value.dtype), best.told
-
-
-def _sparse(name: str, value: np.ndarray[Any, Any], found: Contents) -> onnx.SparseTensorProto | None:
-    """The weight as a sparse_initializer: of few values, its nodeless form weighs least."""
-    if value.dtype != np.float32 or found.background != 0 or found.others.size * 3 > value.size:
-        return None
-    data = numpy_helper.from_array(found.raw[found.others].view(np.float32), name)
-    places = numpy_helper.from_array(found.others.astype(np.int64))
-    return helper.make_sparse_tensor(data, places, list(value.shape))
+    told = best.told if found.others.size else "one value"
+    return writer.write(name, found, best, value.shape, value.dtype), told
 
 
 def _told(value: np.ndarray[Any, Any], before: int, after: int, how: str) -> str:
