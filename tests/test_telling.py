@@ -24,15 +24,21 @@ def rows(*values: float) -> Array:
 
 
 def banded(above: float, *, labels_only: bool = False) -> Any:
-    """A dense layer whose result counts only where its sum is above a limit; else the output is 0."""
-    end = "k = Cast<to=7>(m) y = ReduceSum(k, axes)" if labels_only else "y = Where(m, h, zero)"
+    """A dense layer whose result counts only where its sum is above a limit; else the output is 1."""
+    end = "k = Cast<to=7>(m) s = ReduceSum(k, axes) y = Add(s, one)" if labels_only else "y = Where(m, h, rest)"
     kind = "int64[N,1]" if labels_only else "float[N,64]"
     proto = parser.parse_model(
         f'<ir_version: 8, opset_import: ["": 17]> g (float[N, 64] x) => ({kind} y)'
         f"{{ i = Identity(x) h = MatMul(i, W) m = Greater(h, limit) {end} }}"
     )
     weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-    constants = {"W": weight, "limit": np.float32(above), "zero": np.float32(0), "axes": np.array([1], np.int64)}
+    constants = {
+        "W": weight,
+        "limit": np.float32(above),
+        "rest": np.float32(1),
+        "axes": np.array([1], np.int64),
+        "one": np.int64(1),
+    }
     read = {name for node in proto.graph.node for name in node.input}
     proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items() if k in read)
     return proto
