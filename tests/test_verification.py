@@ -27,6 +27,7 @@ from onnxcomp.verification.always import ort_runtime
 from onnxcomp.verification.coverage import coverages
 from onnxcomp.verification.differences import difference, too_far
 from onnxcomp.verification.environments import Environment, Execution
+from onnxcomp.verification.environments.base import executed_nodes
 from onnxcomp.verification.results import Difference, LayerResult
 from onnxcomp.verification.steps import expose_codes, parting_nodes
 from tests import traps
@@ -428,3 +429,13 @@ def test_a_missing_model_is_one_line(tmp_path):
 def test_it_is_there_for_python():
     assert onnxcomp.verify is verify
     assert elsewhere.TRACED_SAMPLES >= 1
+
+
+def test_providers_are_told_in_the_same_order_by_every_process(tmp_path: Path):
+    names = [f"{letter}ExecutionProvider" for letter in "CHBGADFE"]
+    events = [
+        {"cat": "Node", "name": f"{name}_kernel_time", "args": {"provider": name, "op_name": "Add"}} for name in names
+    ]
+    (tmp_path / "profile.json").write_text(json.dumps(events))
+
+    assert list(executed_nodes(tmp_path / "profile.json")) == sorted(names)

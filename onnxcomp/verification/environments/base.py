@@ -103,7 +103,7 @@ def executed_nodes(profile: Path) -> dict[str, dict[str, int]]:
         if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time")
     }
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for provider, operator, _ in ran:
+    for provider, operator, _ in sorted(ran):  # a set has another order in each process
         counts[provider][operator] += 1
     return {provider: dict(operators.most_common()) for provider, operators in counts.items()}
 
