@@ -26,7 +26,7 @@ from onnxcomp.model import Model, model_files
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
     from onnxcomp.judge import Judge
-    from onnxcomp.pipeline import Options
+    from onnxcomp.run_options import Options
     from onnxcomp.stages import Stage
     from onnxcomp.verdict import Kept
 

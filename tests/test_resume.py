@@ -16,8 +16,8 @@ import pytest
 from onnxcomp import Budget, Model, OutputError, Pass, Result, optimize, option
 from onnxcomp.ledger import Attempt, PassEntry, StageEntry
 from onnxcomp.passes import Changes, Context, find_pass
-from onnxcomp.pipeline import Options
 from onnxcomp.resume import KEPT_DAYS, Finished, cache_folder, run_key
+from onnxcomp.run_options import Options
 from onnxcomp.stages import Stage
 from onnxcomp.targets import find_target, host_target
 from onnxcomp.verdict import Kept
