@@ -14,6 +14,9 @@ STOPPED = 130
 ENDED = 143
 """As a shell counts a process that was asked to end."""
 
+HUNG_UP = 129
+"""The same where its terminal was closed."""
+
 
 def run() -> None:
     """The command line; Ctrl-C ends it without a traceback also while it is being imported.
@@ -21,6 +24,8 @@ def run() -> None:
     Asked to end, it takes its temporary files with it: those of a large model are many times its size.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(HUNG_UP))
     _open_standard_files()
     try:
         from onnxcomp.cli import main

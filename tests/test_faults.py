@@ -209,7 +209,8 @@ def test_a_run_that_is_stopped_at_any_moment_leaves_the_old_output_or_the_whole_
     assert sum(outcome.held.values()) == 12
 
 
-def test_a_run_that_is_asked_to_end_takes_its_temporary_files_with_it(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_run_that_is_asked_to_end_takes_its_temporary_files_with_it(number, code, tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     command = [sys.executable, "-m", "onnxcomp", "optimize", ROOT / "sample_models" / "fashion_vit.onnx", "--no-resume"]
@@ -220,8 +221,8 @@ def test_a_run_that_is_asked_to_end_takes_its_temporary_files_with_it(tmp_path):
     deadline = time.monotonic() + 60
     while not list(temporary.glob("onnxcomp-*/*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
 
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (143, b"")
+    assert (process.returncode, said) == (code, b"")
     assert list(temporary.iterdir()) == []
