@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import FrameType
 
 __all__ = ["run"]
 
@@ -23,6 +24,8 @@ def run() -> None:
 
     Asked to end, it takes its temporary files with it: those of a large model are many times its size.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job has it ignored
+        signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(HUNG_UP))
@@ -34,6 +37,12 @@ def run() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("Stopped.\n")
         sys.exit(STOPPED)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End with a KeyboardInterrupt; further ones would end the clean-up, which takes a moment, half done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.default_int_handler(number, frame)
 
 
 def _open_standard_files() -> None:
