@@ -26,9 +26,9 @@ def run() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job has it ignored
         signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
+    signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(HUNG_UP))
+        signal.signal(signal.SIGHUP, _end)
     _open_standard_files()
     try:
         from onnxcomp.cli import main
@@ -43,6 +43,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """End with a KeyboardInterrupt; further ones would end the clean-up, which takes a moment, half done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.default_int_handler(number, frame)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """End without a word, once."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(ENDED if number == signal.SIGTERM else HUNG_UP)
 
 
 def _open_standard_files() -> None:

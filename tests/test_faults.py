@@ -212,7 +212,7 @@ def test_a_run_that_is_stopped_at_any_moment_leaves_the_old_output_or_the_whole_
 @pytest.mark.parametrize(
     ("numbers", "code", "told"),
     [
-        ([signal.SIGTERM], 143, b""),
+        ([signal.SIGTERM] * 2, 143, b""),
         ([signal.SIGHUP], 129, b""),
         ([signal.SIGINT] * 4, 130, b"Stopped.\n"),  # an impatient user
     ],
