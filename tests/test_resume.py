@@ -332,6 +332,24 @@ def test_the_cache_is_where_the_desktop_standard_says(monkeypatch: pytest.Monkey
     assert cache_folder() == tmp_path / ".cache" / "onnxcomp"
 
 
+def test_a_cache_folder_that_is_not_absolute_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "onnxcomp"
+
+
+def test_a_user_without_a_home_folder_gets_a_result_and_nothing_is_kept(monkeypatch):
+    def homeless() -> Path:
+        message = "Could not determine home directory."
+        raise RuntimeError(message)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert optimize(mlp_model(), timing=False).report.stages
+    with pytest.raises(OutputError, match="there is no home folder to keep files in; set XDG_CACHE_HOME to a folder"):
+        cache_folder()
+
+
 def test_what_nobody_came_back_for_is_removed_after_a_week(cache: Path):
     interrupted()
     [folder] = cache.iterdir()
