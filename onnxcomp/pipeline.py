@@ -29,13 +29,14 @@ from onnxcomp.model import Model, ModelSource
 from onnxcomp.passes import Context, Pass
 from onnxcomp.quality import Reference
 from onnxcomp.reporting import build_report, file_facts, replayed_stages
+from onnxcomp.run_options import Options
 from onnxcomp.runtime import Runtime
 from onnxcomp.stages import Stage, default_stages, joined
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial
 from onnxcomp.verdict import Kept, StageRunner
 
-__all__ = ["Budget", "Options", "Result", "Shared", "optimize"]
+__all__ = ["Budget", "Result", "Shared", "optimize"]
 
 GENERATED_SAMPLES = 8
 
@@ -82,27 +83,6 @@ class Shared:
     references: dict[Any, Reference] = field(default_factory=dict, repr=False)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Every option of one run; see `optimize`."""
-
-    budget: Budget
-    metric: Any
-    target: Target
-    exclude: tuple[str, ...]
-    force: bool
-    time_limit: float | None
-    seed: int
-    threads: int
-    shapes: dict[str, tuple[int, ...]]
-    keep_debug: bool
-    timing: bool
-    allow_code: bool
-    resume: bool
-    layers: bool = field(repr=False, default=False)
-    progress: Callable[[str], None] = field(repr=False, compare=False, default=lambda _: None)
-
-
 def optimize(
     source: ModelSource,
     *,
@@ -140,7 +120,7 @@ def optimize(
             "top1", which falls back to the original's own answers.
         target: What the model is for; this host by default.
         shared: What to share with runs for other targets.
-        exclude: Patterns of node names that every pass leaves alone.
+        exclude: Patterns of node names that every pass leaves alone; a text is one pattern.
         force: Keep every stage whatever it costs; all is measured all the same.
         time_limit: Seconds after which no further stage is begun and choices by measurement end.
         seed: Of everything random.
@@ -172,10 +152,10 @@ def optimize(
     """
     started = time.monotonic()
     options = Options(
-        budget=budget or Budget(),
+        budget=Budget() if budget is None else budget,
         metric=metric,
         target=_target(target),
-        exclude=tuple(exclude),
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         force=force,
         time_limit=time_limit,
         seed=seed,

@@ -29,7 +29,7 @@ from onnxcomp.targets import cpu_features
 
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
-    from onnxcomp.pipeline import Options
+    from onnxcomp.run_options import Options
     from onnxcomp.runtime import Timing
     from onnxcomp.verdict import Kept
 

@@ -19,14 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.errors import OnnxcompError
+from onnxcomp.errors import OnnxcompError, OutputError
 from onnxcomp.ledger import Attempt, PassEntry, StageEntry
 from onnxcomp.model import Model, model_files
 
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
     from onnxcomp.judge import Judge
-    from onnxcomp.pipeline import Options
+    from onnxcomp.run_options import Options
     from onnxcomp.stages import Stage
     from onnxcomp.verdict import Kept
 
@@ -36,8 +36,17 @@ KEPT_DAYS = 7
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for this tool (XDG_CACHE_HOME is honoured)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxcomp"
+    """The user's cache folder for this tool (XDG_CACHE_HOME is honoured, if it is absolute, as its standard says).
+
+    Raises:
+        OutputError: The user has no home folder, as in some containers.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (given if given.is_absolute() else Path.home() / ".cache") / "onnxcomp"
+    except RuntimeError as error:
+        message = "there is no home folder to keep files in; set XDG_CACHE_HOME to a folder"
+        raise OutputError(message) from error
 
 
 def run_key(judge: Judge, options: Options, samples: Dataset, stages: Sequence[Stage]) -> str:
@@ -62,11 +71,13 @@ class Finished:
     """
 
     def __init__(self, key: str | None) -> None:
-        root = cache_folder() / "runs"
-        self._folder = root / key[:32] if key else None
+        self._folder: Path | None = None
         self._complete = True
         self._mapped = False
-        _remove_old(root)
+        with contextlib.suppress(OutputError):  # without a place nothing is kept, and the run goes on
+            root = cache_folder() / "runs"
+            self._folder = root / key[:32] if key else None
+            _remove_old(root)
 
     def load(self, index: int) -> tuple[Model | None, StageEntry] | None:
         """A finished stage: its model (None: it changed nothing) and its entry.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 import zipfile
@@ -421,6 +422,14 @@ def test_refuses_what_would_fill_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(DataError, match=r"it unpacks to 4,000 bytes.*has room for 100"):
         open_data(save(tmp_path / "a.npz", x=rows(500)), ROWS)
+
+
+def test_samples_that_never_end_are_refused_before_they_fill_the_disk(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("onnxcomp.data.spool.MEMORY_BYTES", 50)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+
+    with pytest.raises(DataError, match=r"repeat: \d+ samples fill most of .*, and there are more; end them earlier"):
+        open_data(itertools.repeat({"x": rows(5)}), ROWS)
 
 
 def test_refuses_an_archive_whose_names_are_no_text(tmp_path: Path):

@@ -16,8 +16,8 @@ import pytest
 from onnxcomp import Budget, Model, OutputError, Pass, Result, optimize, option
 from onnxcomp.ledger import Attempt, PassEntry, StageEntry
 from onnxcomp.passes import Changes, Context, find_pass
-from onnxcomp.pipeline import Options
 from onnxcomp.resume import KEPT_DAYS, Finished, cache_folder, run_key
+from onnxcomp.run_options import Options
 from onnxcomp.stages import Stage
 from onnxcomp.targets import find_target, host_target
 from onnxcomp.verdict import Kept
@@ -330,6 +330,24 @@ def test_the_cache_is_where_the_desktop_standard_says(monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "onnxcomp"
+
+
+def test_a_cache_folder_that_is_not_absolute_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "onnxcomp"
+
+
+def test_a_user_without_a_home_folder_gets_a_result_and_nothing_is_kept(monkeypatch):
+    def homeless() -> Path:
+        message = "Could not determine home directory."
+        raise RuntimeError(message)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert optimize(mlp_model(), timing=False).report.stages
+    with pytest.raises(OutputError, match="there is no home folder to keep files in; set XDG_CACHE_HOME to a folder"):
+        cache_folder()
 
 
 def test_what_nobody_came_back_for_is_removed_after_a_week(cache: Path):

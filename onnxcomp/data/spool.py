@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from onnxcomp.data.specs import Array
 from onnxcomp.errors import DataError
 
 MEMORY_BYTES = 64 << 20
+MOST_OF_FREE = 0.9
+"""The share of the temporary folder's free space that samples may take: some generators never end."""
 _ALIGNMENT = 64
 _LABEL = 0  # the labels' key among the columns: no input can have it, as their names are text
 
@@ -51,6 +54,7 @@ class Spool:
         self._held = 0
         self._spilled = False
         self._files: dict[str | int, IO[bytes]] = {}
+        self._room = 0.0
         self.size = 0
 
     def add(self, item: Item) -> None:
@@ -95,6 +99,7 @@ class Spool:
     def _spill(self) -> None:
         """Move what is held in memory to files, one a column."""
         self._spilled = True
+        self._room = MOST_OF_FREE * shutil.disk_usage(tempfile.gettempdir()).free
         for group in self._groups:
             for name, column in group.columns.items():
                 for piece in column.pieces:
@@ -102,6 +107,13 @@ class Spool:
                 column.pieces.clear()
 
     def _write(self, name: str | int, column: _Column, array: Array) -> None:
+        self._room -= array.nbytes
+        if self._room < 0:
+            message = (
+                f"{self._where}: {self.size:,} samples fill most of {tempfile.gettempdir()}, and there are more; "
+                "end them earlier, or set TMPDIR to a folder with room"
+            )
+            raise DataError(message)
         with self._writing():
             if name not in self._files:
                 # Such a file has no name: the system takes it back however the process ends.

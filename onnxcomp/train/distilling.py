@@ -259,8 +259,8 @@ def _lost(quality: Quality) -> float:
 
 def _checkpoint(key: str, *, fresh: bool) -> Path | None:
     """Where this training's checkpoint is, in the user's cache folder; None where nothing can be written there."""
-    folder = cache_folder() / "training"
     try:
+        folder = cache_folder() / "training"
         folder.mkdir(parents=True, exist_ok=True)
         _remove_old(folder)
         path = folder / f"{key[:32]}.safetensors"
