@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,12 +86,16 @@ def expected_fewest(errors: Sequence[float | None], excess: float) -> int:
         1
         >>> expected_fewest([0.4, 0.2, None, 0.2], excess=2.0)
         3
+        >>> expected_fewest([float("nan"), float("inf"), 0.2, 0.2], excess=1.0)
+        2
     """
-    known = [error for error in errors if error is not None]
+    known = [error for error in errors if error is not None and math.isfinite(error)]
     usual = statistics.median(known) if known else 1.0
-    squares = np.square([usual if error is None else error for error in errors])
+    values = np.array([usual if error is None else error for error in errors])
+    broken = int(np.count_nonzero(~np.isfinite(values)))  # goes in any case
+    squares = np.square(np.where(np.isfinite(values), values, 0.0))
     left = squares.sum() - np.cumsum(squares)
-    return min(len(errors), 1 + int(np.count_nonzero(left > squares.sum() / excess**2)))
+    return min(len(errors), max(broken, 1 + int(np.count_nonzero(left > squares.sum() / excess**2))))
 
 
 def fewest(most: int, holds: Callable[[int], bool], context: Context, *, expected: int = 1) -> int:
