@@ -72,7 +72,9 @@ def _is_constant(outputs: Sequence[Array], counts: Sequence[int]) -> bool:
 
 def _samples(output: Array, count: int) -> Sequence[Array]:
     """An output's part of each sample; the whole where its first axis is not the samples."""
-    return list(output) if output.ndim and len(output) == count else [output]
+    if not output.ndim or len(output) != count:
+        return [output]
+    return [output[index : index + 1] for index in range(count)]  # not its items: strings are no arrays
 
 
 def _has_values(array: Array) -> bool:

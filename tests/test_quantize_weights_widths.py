@@ -203,7 +203,16 @@ def test_the_opset_stays_where_no_type_needs_another():
 def test_says_that_the_opset_was_raised():
     _, changes = stored(matmul_model(random_weights(64, 48)), bits=4, max_opset=21)
 
-    assert changes.notes == ["the opset is 21, was 17: the first that has such integers"]
+    assert changes.notes == ["the opset is 21, was 17: the first that can decode them"]
+
+
+def test_below_opset_7_the_opset_is_raised_to_the_first_whose_mul_onnx_runtime_has():
+    proto = matmul_model(random_weights(64, 48))
+    proto.opset_import[0].version = 6
+
+    model, changes = stored(proto)
+
+    assert (model.opset, changes.count) == (7, 1)
 
 
 @pytest.mark.parametrize("opset", [7, 11, 13, 17, 21, 23, 25])

@@ -58,6 +58,8 @@ def report_of(proto: Any, *, data: bool, **options: Any) -> Report:
         ([rows(np.nan, np.nan), rows(np.nan)], True),
         ([np.array([[4], [4]]), np.array([[4]])], True),
         ([np.array([[4], [5]]), np.array([[4]])], False),
+        ([np.array(["cat", "cat"], object), np.array(["cat"], object)], True),
+        ([np.array(["cat", "dog"], object), np.array(["cat"], object)], False),
         ([np.zeros((0, 6), np.float32), np.zeros((0, 6), np.float32)], True),
         ([np.ones((2, 6), np.float32), np.ones((3, 6), np.float32)], False),
     ],

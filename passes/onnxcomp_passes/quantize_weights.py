@@ -30,6 +30,9 @@ NODE_OVERHEAD_BYTES = 80
 STORAGE_SHARE = 0.6
 """The part of the accuracy budget that storage may spend where it has to choose: int8 computation needs the rest."""
 
+MUL_OPSET = 7
+"""The first opset with a Mul that ONNX Runtime has a kernel for."""
+
 PER_CHANNEL_OPSET = 13
 BLOCK_OPSET = 21
 """The first opsets whose DequantizeLinear has an axis, and blocks."""
@@ -130,7 +133,7 @@ class QuantizeWeights(Pass):
         if stored_bits > self.bits and any(not form.compute for form in held.values()):
             changes.notes.append(f"codes of {self.bits} bits are held in {stored_bits}: nothing packs them yet")
         if base.opset != model.opset:
-            changes.notes.append(f"the opset is {base.opset}, was {model.opset}: the first that has such integers")
+            changes.notes.append(f"the opset is {base.opset}, was {model.opset}: the first that can decode them")
         model.become(self._built(base, held))
         return changes
 
@@ -141,7 +144,7 @@ class QuantizeWeights(Pass):
         target = context.target or host_target()
         allowed = max(base.opset, self.max_opset or target.max_opset)
         bits = Width(self.bits).stored_bits(allowed)
-        needed = OPSET_OF_TYPE[bits] if bits < 8 else 0
+        needed = OPSET_OF_TYPE[bits] if bits < 8 else MUL_OPSET
         if self.form == "compute":
             needed = max(needed, BLOCK_OPSET if self.block else PER_CHANNEL_OPSET)
         if needed > allowed:
