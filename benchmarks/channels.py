@@ -31,8 +31,9 @@ import numpy as np
 from benchmarks.pruning import Task, find_tasks, interval
 from benchmarks.tasks import print_table
 from onnxcomp import Context, Model
+from onnxcomp.budget import Budget
 from onnxcomp.data import input_specs, open_data
-from onnxcomp.judge import Budget, Judge
+from onnxcomp.judge import Judge
 from onnxcomp.runtime import Runtime
 from onnxcomp.targets import host_target
 from onnxcomp_passes._channels_groups import Group, find_channels, macs_by_node

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxcomp.advice import Advice, advise
+    from onnxcomp.budget import Budget
     from onnxcomp.comparison import Comparison, Comparisons, compare, compare_all
     from onnxcomp.deployment import Package, deploy
     from onnxcomp.errors import (
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from onnxcomp.ledger import Report
     from onnxcomp.model import Model
     from onnxcomp.passes import Changes, Context, Pass, option, register
-    from onnxcomp.pipeline import Budget, Result, Shared, optimize
+    from onnxcomp.pipeline import Result, Shared, optimize
     from onnxcomp.recipe import load_recipe
     from onnxcomp.stages import Stage
     from onnxcomp.verification import Verification, verify
@@ -82,7 +83,8 @@ _HOMES = {
     "ledger": ("Report",),
     "model": ("Model",),
     "passes": ("Changes", "Context", "Pass", "option", "register"),
-    "pipeline": ("Budget", "Result", "Shared", "optimize"),
+    "budget": ("Budget",),
+    "pipeline": ("Result", "Shared", "optimize"),
     "recipe": ("load_recipe",),
     "stages": ("Stage",),
     "verification": ("Verification", "verify"),

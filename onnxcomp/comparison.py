@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from onnxcomp.budget import Budget
 from onnxcomp.compared import Candidate, Comparison, Comparisons
 from onnxcomp.comparing import Asked, Measured, Outcome, measure
 from onnxcomp.data import ImageOptions
 from onnxcomp.errors import OptionError
-from onnxcomp.judge import Budget
 from onnxcomp.ledger import Figures
 from onnxcomp.metrics import Metric
 from onnxcomp.model import ModelSource

@@ -16,11 +16,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnxcomp import metrics, resume
+from onnxcomp.budget import Budget
 from onnxcomp.data import Dataset, ImageOptions, generate, input_specs, open_data
 from onnxcomp.errors import DataError, ModelError, OptionError, RequirementError, RuntimeFailure
 from onnxcomp.first_run import first_judge, written_file
 from onnxcomp.fixed_shapes import made_static
-from onnxcomp.judge import Budget, Judge
+from onnxcomp.judge import Judge
 from onnxcomp.ledger import Report
 from onnxcomp.lints import lint_model, mended_by
 from onnxcomp.lints.quantization import CHANNEL_OPSET

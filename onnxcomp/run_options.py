@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from onnxcomp.budget import Budget
 from onnxcomp.errors import OptionError
-from onnxcomp.judge import Budget
 from onnxcomp.targets import Target
 
 __all__ = ["Options"]

@@ -12,9 +12,9 @@ import onnx
 import pytest
 
 from onnxcomp import comparing, layer_details, layer_table, optimize
+from onnxcomp.budget import Budget
 from onnxcomp.comparison import compare, compare_all, worth
 from onnxcomp.errors import DataError, ModelError, OptionError, RuntimeFailure, WorkerDied
-from onnxcomp.judge import Budget
 from onnxcomp.metrics import Metric
 from onnxcomp.report import comparison_schema, comparison_to_json
 from onnxcomp.runtime import Runtime

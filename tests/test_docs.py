@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from onnxcomp import judge, passes, quality, resume, verdict, viewing
+from onnxcomp.budget import Budget
 from onnxcomp.cli import main
 from onnxcomp.ledger import WHOLE_OUTPUT
 from onnxcomp.lints import LINTS
@@ -195,7 +196,7 @@ def test_the_rules_of_each_target_are_those_of_the_table():
 
 def test_the_numbers_are_those_of_the_code():
     text = read("docs/how-it-works.md")
-    budget = judge.Budget()
+    budget = Budget()
     for phrase in (
         f"`--max-drop`, {budget.max_drop:g} unless given",
         f"`--max-error`, {budget.max_error:g} unless given",

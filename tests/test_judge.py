@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from onnx import numpy_helper, parser
 
+from onnxcomp.budget import Budget
 from onnxcomp.data import Dataset, generate, input_specs, open_data
 from onnxcomp.errors import OptionError
-from onnxcomp.judge import SAME_KERNELS, Budget, Judge
+from onnxcomp.judge import SAME_KERNELS, Judge
 from onnxcomp.metrics import get_metric
 from onnxcomp.model import Model
 from onnxcomp.passes import Context

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnxcomp.judge import Budget
+from onnxcomp.budget import Budget
 from onnxcomp.model import Model, value_of
 from onnxcomp.passes import Changes, Context
 from onnxcomp.runtime import Runtime

@@ -207,10 +207,9 @@ def test_says_that_the_opset_was_raised():
 
 
 def test_below_opset_7_the_opset_is_raised_to_the_first_whose_mul_onnx_runtime_has():
-    proto = matmul_model(random_weights(64, 48))
-    proto.opset_import[0].version = 6
+    text = "g (float[N, 64] x) => (float[N, 48] y) { h = MatMul(x, W) y = Relu(h) }"
 
-    model, changes = stored(proto)
+    model, changes = stored(graph_model(text, opset=6, W=random_weights(64, 48)))
 
     assert (model.opset, changes.count) == (7, 1)
 

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxcomp.budget import Budget
 from onnxcomp.data import input_specs, open_data
-from onnxcomp.judge import Budget, Judge
+from onnxcomp.judge import Judge
 from onnxcomp.model import Model
 from onnxcomp.passes import Context
 from onnxcomp.runtime import Runtime

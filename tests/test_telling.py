@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxcomp import optimize
-from onnxcomp.judge import Budget
+from onnxcomp.budget import Budget
 from onnxcomp.ledger import Report
 from onnxcomp.telling import are_constant, constant_drop
 from onnxcomp_passes import QuantizeWeights

@@ -104,8 +104,8 @@ def compare_command(ctx: click.Context, /, **options: Any) -> None:
 
 
 def _compared(options: dict[str, Any]) -> Comparisons:
+    from onnxcomp.budget import Budget
     from onnxcomp.comparison import compare_all
-    from onnxcomp.judge import Budget
 
     limits = dict(options["limits"])
     budget = {name: float(options[name]) for name in ("max_drop", "max_error") if options[name] is not None}
