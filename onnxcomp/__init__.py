@@ -76,6 +76,7 @@ __all__ = [
 
 _HOMES = {
     "advice": ("Advice", "advise"),
+    "budget": ("Budget",),
     "comparison": ("Comparison", "Comparisons", "compare", "compare_all"),
     "deployment": ("Package", "deploy"),
     "exporting": ("Exported", "export"),
@@ -83,7 +84,6 @@ _HOMES = {
     "ledger": ("Report",),
     "model": ("Model",),
     "passes": ("Changes", "Context", "Pass", "option", "register"),
-    "budget": ("Budget",),
     "pipeline": ("Result", "Shared", "optimize"),
     "recipe": ("load_recipe",),
     "stages": ("Stage",),

@@ -37,7 +37,7 @@ from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial
 from onnxcomp.verdict import Kept, StageRunner
 
-__all__ = ["Budget", "Result", "Shared", "optimize"]
+__all__ = ["Result", "Shared", "optimize"]
 
 GENERATED_SAMPLES = 8
 
