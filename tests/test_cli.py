@@ -19,9 +19,10 @@ from click.testing import CliRunner, Result
 
 import onnxcomp
 from onnxcomp import pipeline
+from onnxcomp.budget import Budget
 from onnxcomp.cli import main
 from onnxcomp.data import ImageOptions
-from onnxcomp.pipeline import Budget, Shared
+from onnxcomp.pipeline import Shared
 from onnxcomp.report import plain_text, read_json, schema
 from onnxcomp.report.page import page_html
 from onnxcomp.stages import Stage

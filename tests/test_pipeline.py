@@ -14,12 +14,13 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxcomp import pipeline
+from onnxcomp.budget import Budget
 from onnxcomp.errors import DataError, ModelError, OptionError, RequirementError, RuntimeFailure
 from onnxcomp.judge import Judge
 from onnxcomp.ledger import Report, StageEntry
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context, Pass
-from onnxcomp.pipeline import Budget, Result, optimize
+from onnxcomp.pipeline import Result, optimize
 from onnxcomp.quality import Quality
 from onnxcomp.runtime import Runtime
 from onnxcomp_passes import Quantize, QuantizeWeights, Simplify

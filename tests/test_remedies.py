@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxcomp.budget import Budget
 from onnxcomp.calibration import Percentile
 from onnxcomp.channels import ChannelMoments
 from onnxcomp.data import input_specs, open_data
 from onnxcomp.errors import OptionError
 from onnxcomp.model import Model
 from onnxcomp.passes import Changes, Context
-from onnxcomp.pipeline import Budget, optimize
+from onnxcomp.pipeline import optimize
 from onnxcomp.relative_error import relative_error
 from onnxcomp.report import to_json
 from onnxcomp.runtime import Runtime

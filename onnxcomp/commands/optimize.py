@@ -153,7 +153,7 @@ def _arguments(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         limits = {name: written[name] if value is None else value for name, value in limits.items()}
     budget = {name: float(value) for name, value in limits.items() if value is not None}
     if budget:
-        from onnxcomp.pipeline import Budget
+        from onnxcomp.budget import Budget
 
         given["budget"] = Budget(**budget)
     return given, bool(budget)
