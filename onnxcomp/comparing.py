@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from onnxcomp.quality import Quality, Reference, output_decibels
 from onnxcomp.runtime import Census, Runtime, Timing
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial, agrees_with_itself
+from onnxcomp.workfolder import work_folder
 
 __all__ = ["Asked", "Measured", "Outcome", "measure"]
 
@@ -133,13 +133,13 @@ def measure(original: ModelSource, models: Sequence[ModelSource], asked: Asked, 
     config = {} if target.is_host else dict(target.session_config)
     with (
         _samples(base, specs, asked) as samples,
-        tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder,
+        work_folder() as folder,
         Runtime(threads=asked.threads, session_config=config) as runtime,
     ):
-        bench = _Bench(runtime, base, model_file(original, base, Path(folder) / "0.onnx"), asked, target, strict=strict)
+        bench = _Bench(runtime, base, model_file(original, base, folder / "0.onnx"), asked, target, strict=strict)
         for number, one in enumerate(found, start=1):
             if one.model is not None:
-                one.path = model_file(one.source, one.model, Path(folder) / f"{number}.onnx")
+                one.path = model_file(one.source, one.model, folder / f"{number}.onnx")
         return bench.run(found, samples, asked.shapes or static_shapes(specs))
 
 

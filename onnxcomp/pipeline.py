@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +34,7 @@ from onnxcomp.stages import Stage, default_stages, joined
 from onnxcomp.targets import Target, find_target, host_target
 from onnxcomp.trial_runs import Trial
 from onnxcomp.verdict import Kept, StageRunner
+from onnxcomp.workfolder import work_folder
 
 __all__ = ["Result", "Shared", "optimize"]
 
@@ -182,33 +181,30 @@ def optimize(
     if original is not readable:
         fixed = "; ".join(f"{spec.name} {spec}" for spec in input_specs(original.proto()))
         notes.append(f"the inputs' axes are fixed, since {options.target.name} wants static shapes: {fixed}")
-    workdir = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
     config = {} if options.target.is_host else dict(options.target.session_config)
     # Sums of matrix products are cut into as many parts as there are threads, and round accordingly: the same choices
     # on machines with more cores. On a busy machine threads that wait for each other take several times as long.
     blas_threads = threads if options.timing else 1
-    try:
-        with (
-            samples,
-            threadpool_limits(blas_threads, user_api="blas"),
-            Runtime(threads=threads, session_config=config, blas_threads=blas_threads) as runtime,
-        ):
-            options.progress("measuring the original")
-            file = Path(source) if isinstance(source, str | Path) and original is loaded else None
-            shared = shared or Shared()
-            make = _judge_maker(original, options, runtime, workdir, chosen_metric, classifier, file, shared)
-            written = partial(written_file, original, file, workdir)
-            trial = Trial(original, written, runtime, seed, options.shapes)
-            judge, samples, parts = first_judge(make, samples, trial, lambda: _check_loads(runtime, written()))
-            context = _context(options, parts["calibrate"], judge, runtime, workdir, started)
-            context.activations = shared.activations
-            runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
-            kept, finished = _run_stages(runner, stages, options, samples)
-            if file is not None:
-                loaded.check_files()  # the original was run from there
-            report = build_report(original, kept, judge, options, samples, parts, source, notes, started=started)
-    finally:
-        shutil.rmtree(workdir, ignore_errors=True)
+    with (
+        samples,
+        work_folder() as workdir,
+        threadpool_limits(blas_threads, user_api="blas"),
+        Runtime(threads=threads, session_config=config, blas_threads=blas_threads) as runtime,
+    ):
+        options.progress("measuring the original")
+        file = Path(source) if isinstance(source, str | Path) and original is loaded else None
+        shared = shared or Shared()
+        make = _judge_maker(original, options, runtime, workdir, chosen_metric, classifier, file, shared)
+        written = partial(written_file, original, file, workdir)
+        trial = Trial(original, written, runtime, seed, options.shapes)
+        judge, samples, parts = first_judge(make, samples, trial, lambda: _check_loads(runtime, written()))
+        context = _context(options, parts["calibrate"], judge, runtime, workdir, started)
+        context.activations = shared.activations
+        runner = StageRunner(original, judge, context, force=force, replay=replay is not None)
+        kept, finished = _run_stages(runner, stages, options, samples)
+        if file is not None:
+            loaded.check_files()  # the original was run from there
+        report = build_report(original, kept, judge, options, samples, parts, source, notes, started=started)
     finished.remove()
     return Result(kept.model, report)
 

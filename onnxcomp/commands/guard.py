@@ -15,6 +15,7 @@ import click
 
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.report.text import duration_text, printable
+from onnxcomp.stopping import STOPPED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,6 @@ __all__ = [
     "BUDGET_NOT_MET",
     "FAILURE",
     "GIVEN",
-    "STOPPED",
     "GuardedCommand",
     "check_results",
     "emit_json",
@@ -36,9 +36,6 @@ FAILURE = 1
 BUDGET_NOT_MET = 3
 GIVEN = "onnxcomp.given"
 """Where a command's context holds the words that it was given."""
-
-STOPPED = 130
-"""As a shell counts a process that Ctrl-C ended."""
 
 Value = TypeVar("Value")
 

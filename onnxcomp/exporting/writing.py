@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from onnxcomp.exporting.reasons import innermost, reason
 from onnxcomp.files import check_writable
 from onnxcomp.model import Model
 from onnxcomp.runtime.census import graphs
+from onnxcomp.workfolder import work_folder
 
 MIN_OPSET = 18
 """The least that the exporter writes without converting, which often fails."""
@@ -93,18 +93,18 @@ def export(
         load_weights(module, Path(weights))
     examples = examples_of(module, given if inputs is None else inputs, seed)
     axes, examples = axes_of(examples, dynamic or {}, batch=not static)
-    with evaluating(module), torch.no_grad(), tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+    with evaluating(module), torch.no_grad(), work_folder() as folder:
         names = [f"{name}_out" if name in examples.tensors else name for name in run(module, examples)]
         check_repeatable(module, examples)
         tell("exporting")
-        exported = Path(folder, "exported.onnx")
+        exported = folder / "exported.onnx"
         _export(module, examples, axes, names, opset, exported)
         _strip(exported)
         model = Model.load(exported)
         if opset not in {None, model.opset}:
             message = f"the exporter cannot write opset {opset}; it gave {model.opset}"
             raise OptionError(message)
-        checked = Path(folder, "model.onnx")
+        checked = folder / "model.onnx"
         model.save(checked, external_data=False)
         tell("comparing with torch")
         result = verified(module, examples, axes, checked, path, model.opset, seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from onnxcomp.errors import OptionError, RuntimeFailure, WorkerDied
 from onnxcomp.runtime.census import Census
 from onnxcomp.runtime.process import SilentWorker, WorkerProcess
 from onnxcomp.runtime.results import Feed, Observer, PairObserver, Refusal, Request, SessionInfo, Timing
+from onnxcomp.workfolder import work_folder
 
 O = TypeVar("O", bound=Observer)  # noqa: E741 - the type of an observer
 P = TypeVar("P", bound=PairObserver)
@@ -285,8 +285,8 @@ class Runtime:
         if runs < 1:
             message = f"runs must be at least 1, got {runs}"
             raise OptionError(message)
-        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-            asked = {"feed": dict(feed), "runs": runs, "folder": folder, "median": median}
+        with work_folder() as folder:
+            asked = {"feed": dict(feed), "runs": runs, "folder": str(folder), "median": median}
             times: dict[str, float] = self._ask("profile", "profiling", path, **asked)
         return times
 
@@ -305,8 +305,8 @@ class Runtime:
             RuntimeFailure: ONNX Runtime refuses the model.
             WorkerDied: ONNX Runtime crashed or did not end in time.
         """
-        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-            census = self._ask("census", "optimizing", path, optimize=optimize, folder=folder)
+        with work_folder() as folder:
+            census = self._ask("census", "optimizing", path, optimize=optimize, folder=str(folder))
         assert isinstance(census, Census)
         return census
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +29,7 @@ from onnxcomp.train.options import Pruning, TrainOptions
 from onnxcomp.train.processes import Processes
 from onnxcomp.train.samples import find_augment
 from onnxcomp.train.teacher import Teacher
+from onnxcomp.workfolder import work_folder
 
 __all__ = ["Trained", "distill"]
 
@@ -134,8 +134,7 @@ def distill(
     find_augment(options.augment, allow_code=allow_code)
     samples = _samples(data, start, allow_code=allow_code, image=image, shapes=shapes)
     opened = nullcontext() if samples is data else samples
-    with opened, tempfile.TemporaryDirectory(prefix="onnxcomp-") as name, _threads(options.threads):
-        workdir = Path(name)
+    with opened, work_folder() as workdir, _threads(options.threads):
         judged = _metric(samples, metric, allow_code=allow_code)
         parts = samples.split({"train": 1 - options.held_out, "held_out": options.held_out}, options.seed)
         loss = loss.fitted(original, start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from onnxcomp.errors import RuntimeFailure
 from onnxcomp.lints import lint_model
 from onnxcomp.verification.always import ort_runtime
 from onnxcomp.verification.differences import FLOAT_ERROR, WORST_ERROR, difference
+from onnxcomp.workfolder import work_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,8 +71,8 @@ class CandidateCheck:
         if self._judge.target.artifact != "ort":
             return None
         # Not beside the file: a candidate equal to the original is the user's own.
-        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder, ort_runtime() as runtime:
-            written = Path(folder) / "model.ort"
+        with work_folder() as folder, ort_runtime() as runtime:
+            written = folder / "model.ort"
             runtime.convert(path, written)
             before, after = (list(runtime.run(file, feeds)) for file in (path, written))
         gap = difference(before, after)

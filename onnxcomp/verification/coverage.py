@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from onnxcomp.errors import RuntimeFailure
 from onnxcomp.runtime import Runtime
 from onnxcomp.shapes import traced_nodes
 from onnxcomp.verification.results import Coverage
+from onnxcomp.workfolder import work_folder
 
 __all__ = ["coverages"]
 
@@ -35,8 +35,8 @@ def coverages(runtime: Runtime, path: Path) -> tuple[Coverage, ...]:
     """
     from onnxruntime.tools.mobile_helpers import usability_checker as checker
 
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-        seen = Path(folder) / "seen.onnx"
+    with work_folder() as folder:
+        seen = folder / "seen.onnx"
         try:
             runtime.convert(path, seen, level="basic")
         except RuntimeFailure as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from onnxcomp.verification.elsewhere import run_elsewhere
 from onnxcomp.verification.environments import ENVIRONMENTS, find_environment
 from onnxcomp.verification.results import LayerResult, Verification
 from onnxcomp.verification.samples import FewSamples
+from onnxcomp.workfolder import work_folder
 
 __all__ = ["ALWAYS", "LAYERS", "verify"]
 
@@ -113,8 +113,7 @@ def verify(
     chosen = find_target(target) if isinstance(target, str) else target or host_target()
     asked = _layers(layers, chosen)
     tell = progress or (lambda _: None)
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as name:
-        folder = Path(name)
+    with work_folder() as folder:
         pair = _Pair.open(original, new, folder)
         with (
             _samples(pair, data, shapes, seed, image, allow_code=allow_code) as dataset,

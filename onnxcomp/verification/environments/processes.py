@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from onnxcomp.runtime import Array, Feed
 from onnxcomp.runtime.messages import tidy
 from onnxcomp.verification.environments.base import executed_nodes
 from onnxcomp.verification.environments.tensor_files import read_tensors, write_tensors
+from onnxcomp.workfolder import work_folder
 
 __all__ = ["SETTINGS", "Job", "prepared"]
 
@@ -151,9 +151,9 @@ def prepared(
     if not model.is_file():
         message = f"{model}: expected a model file, found {'a folder' if model.is_dir() else 'nothing'}"
         raise RuntimeFailure(message)
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+    with work_folder() as folder:
         try:
-            write_tensors(Path(folder) / "feeds", feeds)
+            write_tensors(folder / "feeds", feeds)
         except ValueError as error:
             message = f"{model}: {error}"
             raise RuntimeFailure(message) from error
