@@ -192,7 +192,8 @@ class StageRunner:
         worse, better = candidate, other
         if not self._beats(other, candidate, kept, form):
             worse, better = other, candidate
-        self.judge.forget(worse.model)
+        if worse.written:
+            self.judge.forget(worse.model)
         if better is other:
             other.passes.insert(idle, candidate.passes[idle])
             other.started = candidate.started
