@@ -15,6 +15,10 @@ RANKING = 0.5
 """The share of a detector's drop that the ranking of its scores may use up: boxes that moved cost precision as well."""
 
 
+FEW_SAMPLES = 32
+"""Outputs that look like class scores on fewer samples may be other numbers, such as ratings, and are judged so too."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a result may cost.
@@ -47,7 +51,8 @@ class Budget:
         """Whether a measured loss is inside the budget.
 
         Where a relative error is all that there is to judge by, the upper end of its 95% interval counts. Of class
-        scores it counts beside the drop where they were guessed, or where the samples do not tell them apart.
+        scores the error counts beside the drop where they were guessed, or where the samples do not tell them apart;
+        where they were guessed from few samples, its upper end.
 
         Args:
             quality: The loss.
@@ -62,7 +67,8 @@ class Budget:
         if quality.kind == "metric":
             return True
         whole, rest = (max(self.max_error * part * share, rounding) for part in (WHOLE_OUTPUT, 1.0))
-        if quality.kind == "relative-error":
+        guessed_of_few = quality.guessed and quality.samples < FEW_SAMPLES
+        if quality.kind == "relative-error" or guessed_of_few:
             return quality.plain_interval[1] <= whole and quality.error_interval[1] <= rest
         if quality.plain_error > whole:
             return False

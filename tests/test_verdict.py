@@ -124,7 +124,7 @@ def test_what_the_last_pass_of_a_stage_does_not_use_goes_to_the_others() -> None
     assert Spend.shares == [0.5, 1.0, 1.0]
     assert entry.verdict == "kept"
     assert [[(step.name, len(step.changed)) for step in attempt.passes] for attempt in entry.attempts] == [
-        [("store", 2), ("spend", 0)]
+        [("store", 1), ("spend", 0)]
     ]
 
 
