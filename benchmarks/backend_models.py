@@ -66,6 +66,7 @@ class Rivals:
         """
         script = Path(__file__).with_name("backend_rivals.py")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # The type of **pipes tells no overload of Popen from another.
         self._process = subprocess.Popen([python, str(script), *RIVALS], text=True, **pipes)  # type: ignore[call-overload]
         if self._read() != "ready":
             message = f"{python}: cannot import {' and '.join(RIVALS)}"

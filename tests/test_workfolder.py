@@ -25,6 +25,7 @@ def holding(parent: Path) -> tuple[subprocess.Popen[str], Path]:
     """A process that has a folder until its standard input is closed."""
     environment = {**os.environ, "TMPDIR": str(parent)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # The type of **pipes tells no overload of Popen from another.
     process = subprocess.Popen([sys.executable, "-c", HOLD], env=environment, text=True, **pipes)  # type: ignore[call-overload]
     return process, Path(process.stdout.readline().strip())
 
